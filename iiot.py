@@ -1,0 +1,3207 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "aiohttp>=3.14",
+#     "aiosqlite>=0.22",
+#     "attrs>=25.1",
+#     "cattrs[orjson]>=25.1",
+# ]
+# ///
+"""Industrial-IoT platform in one process: devices hold a WebSocket to it, operators curl it, SQLite keeps everything.
+
+The file reads bottom-up: a section uses only sections above it. README.md holds the contracts and a five-minute walk,
+schema.sql the whole database.
+
+    Limits and settings   what an installation can choose, and the bounds it cannot
+    Errors                every way to say no
+    Frames                what crosses the wire, checked
+    Rules                 pure functions: time, durations, cursors
+    Store                 every line of SQL, the writer, the readers
+    Identity              tokens, roles, principals
+    Registry              the live sessions, their heartbeat
+    Sessions              one device's WebSocket from hello to close
+    HTTP API              the route table and its handlers
+    Application           how the parts are put together, started and stopped
+    Agent                 the reference device
+    Command line          python iiot.py …
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import functools
+import hashlib
+import hmac
+import json
+import logging
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import struct
+import sys
+import sysconfig
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any, Final, NewType, Protocol, TypeVar, cast
+
+import aiosqlite
+import attrs
+import orjson
+from aiohttp import ClientError, ClientSession, ClientTimeout, ClientWebSocketResponse, WebSocketError, WSMsgType, hdrs, web
+from cattrs import Converter, IterableValidationError
+from cattrs.errors import (
+    AttributeValidationNote,
+    BaseValidationError,
+    ForbiddenExtraKeysError,
+    IterableValidationNote,
+)
+from cattrs.gen import make_dict_structure_fn, override
+
+if sys.platform != "win32":
+    import fcntl
+
+T = TypeVar("T")
+VERSION: Final = "0.1.0"
+
+log = logging.getLogger("iiot")
+
+
+# ==== Limits and settings ====
+# Owns: what an installation chooses (Settings: one field per flag and IIOT_* variable) and the bounds that keep memory and
+# time finite (Limits, each with its reason). Must not know: anything else.
+
+
+def setting(default: Any, text: str, good: Callable[[Any], object] | None = None, rule: str = "") -> Any:
+    """One field of an options class: its default, the help text that the command line and the README show, and what it must be."""
+    return attrs.field(default=default, metadata={"help": text, "good": good, "rule": rule})
+
+
+def positive(number: float) -> bool:
+    return 0 < number < float("inf")
+
+
+@attrs.frozen
+class Settings:
+    """What an installation may choose. Flags are the names with dashes, variables the names with IIOT_ before them."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8080, "port to listen on; 0 takes any free one", lambda port: 0 <= port < 65_536, "between 0 and 65535")
+    db: str = setting("iiot.db", "the database file, made at the first start")
+    heartbeat: float = setting(
+        20.0, "seconds of silence after which a device is pinged; half as long again and it is offline", positive, "above 0"
+    )
+    tls_cert: str = setting("", "file of the server's certificate chain (PEM): serve HTTPS and WSS")
+    tls_key: str = setting("", "file of the certificate's private key (PEM)")
+    log_level: str = setting(
+        "info",
+        "debug, info, warning or error; logs go to standard error",
+        ("debug", "info", "warning", "error").__contains__,
+        "debug, info, warning or error",
+    )
+
+
+@attrs.frozen
+class Limits:
+    """The bounds of the server, each with its reason. Tests lower them; an installation has no need to."""
+
+    # The handshake: a peer that has not proved who it is may cost neither time nor memory.
+    hello_seconds: float = 10.0
+    hello_bytes: int = 4 * 1024
+    # A frame of a thousand samples of eight metrics is about 200 KiB; a whole frame is held in memory several times over.
+    frame_bytes: int = 1024 * 1024
+    # Bodies of requests: documents, never bulk data.
+    body_bytes: int = 256 * 1024
+    # Names appear in every answer, and string values are states ("running"), not documents.
+    metric_characters: int = 128
+    text_characters: int = 1024
+    # A device's metric names are held in memory for the length of its session.
+    series_per_device: int = 2_000
+    # Frames of one session that wait for their commit: then its socket is not read until they are on disk.
+    unacknowledged_frames: int = 4_096
+    # Points that wait in the writer: then no socket is read. A waiting point costs about 200 bytes.
+    pending_points: int = 200_000
+    # How long a session waits for the writer before it gives up with 1013. Devices keep what was not acknowledged.
+    storage_seconds: float = 15.0
+    # What may lie unsent for one session: then its peer is too slow and is dropped.
+    outbox_bytes: int = 1024 * 1024
+    # A device in good health sends no bad frame at all.
+    bad_frames_per_minute: int = 100
+    # Fields at fault that one answer names: a frame may have thousands.
+    field_errors: int = 20
+    # File descriptors are finite (README: raise `ulimit -n` with the fleet).
+    connections: int = 15_000
+    # How long a peer is given to answer a close frame.
+    close_seconds: float = 5.0
+    # A session that always has frames at hand lets the others run after so many.
+    frames_per_turn: int = 64
+    # Between two records of `seen_at` for devices that are connected and send nothing.
+    seen_seconds: float = 30.0
+    # A query beyond this is interrupted: it holds one of the few readers.
+    query_seconds: float = 30.0
+    readers: int = 3
+    # Lists: entries a page. Telemetry: points a series, and points of all series together.
+    page: int = 100
+    page_most: int = 1_000
+    points: int = 1_000
+    points_most: int = 10_000
+    points_together: int = 200_000
+    # Rows of a streamed CSV that are in memory at one time.
+    csv_rows: int = 10_000
+    # Before a failed commit is tried again.
+    retry_seconds: float = 1.0
+    # The write-ahead log is copied into the database file whenever it has grown by so many pages (4 KiB each).
+    checkpoint_pages: int = 4_000
+    # A healthy idle server proves at most this long ago that it can commit.
+    healthy_seconds: float = 10.0
+
+
+# ==== Errors ====
+# Owns: the one table of every way to say no, and the exception that carries an entry of it. The text that a peer sees comes
+# from here alone; what an exception says goes to the log. Must not do: input or output.
+
+
+@attrs.frozen
+class Fault:
+    """One way to say no: a code for programs, the HTTP status, the WebSocket close code, and a sentence for people."""
+
+    code: str
+    status: int
+    close: int
+    message: str
+
+
+def fault_table(*rows: tuple[str, int, int, str]) -> Mapping[str, Fault]:
+    return MappingProxyType({row[0]: Fault(*row) for row in rows})
+
+
+FAULTS: Final = fault_table(
+    # code                  HTTP  close  message
+    ("bad_handshake",        400, 4400, "The first frame must be hello or provision."),
+    ("bad_query",            400, 4400, "A query parameter is not as expected."),
+    ("bad_request",          400, 4400, "The request is not as HTTP asks."),
+    ("connection_lost",      400, 1006, "The connection broke."),
+    ("closed_by_device",     400, 1000, "The device closed the connection."),
+    ("crashed",              500, 1011, "The server stopped without closing the session."),
+    ("device_exists",        409, 4400, "A device of this name is registered already."),
+    ("device_offline",       409, 4400, "The device is not connected."),
+    ("device_removed",       403, 4403, "The device was removed."),
+    ("forbidden",            403, 4403, "The token's role does not allow this."),
+    ("frame_too_big",        413, 1009, "The frame is too big."),
+    ("handshake_timeout",    408, 4408, "No hello came in time."),
+    ("invalid",              422, 4400, "The content is not as expected."),
+    ("method_not_allowed",   405, 4400, "The resource has no such method."),
+    ("not_an_object",        400, 4400, "The content is not a JSON object."),
+    ("not_binary",           400, 4400, "Binary frames belong to an open tunnel."),
+    ("not_found",            404, 4400, "There is no such resource."),
+    ("not_json",             400, 4400, "The content is not JSON."),
+    ("protocol_error",       400, 1002, "The peer does not keep to the WebSocket protocol."),
+    ("query_too_slow",       503, 1013, "The query took too long; ask for less."),
+    ("server_fault",         500, 1011, "The server failed; its log says why."),
+    ("shutting_down",        503, 1001, "The server is shutting down."),
+    ("storage_unavailable",  503, 1013, "Nothing can be stored at present; keep the data and come back."),
+    ("superseded",           409, 4409, "The device opened a newer session."),
+    ("too_deep",             422, 4400, "The JSON is nested too deeply."),
+    ("too_large",            413, 1009, "The body is too large."),
+    ("too_many_bad_frames",  429, 4400, "Too many bad frames."),
+    ("too_many_connections", 503, 4429, "The server holds as many connections as it can."),
+    ("too_many_series",      422, 4400, "The device has as many metrics as it may."),
+    ("too_slow",             408, 1013, "The peer did not read what was sent to it."),
+    ("unauthorized",         401, 4401, "A valid token is needed."),
+    ("unknown_type",         400, 4400, "There is no frame of this type."),
+    ("unresponsive",         408, 1006, "The device did not answer a ping."),
+)  # fmt: skip
+
+
+@attrs.frozen
+class FieldError:
+    """What is wrong with one field: `path` from the top of the content (`samples[0].ts`), and a sentence."""
+
+    path: str
+    message: str
+
+
+class Refusal(Exception):  # noqa: N818 - the project's word for it
+    """A refusal on its way to the peer. `code` names a row of FAULTS; `errors` are the fields at fault."""
+
+    def __init__(self, code: str, *errors: FieldError) -> None:
+        super().__init__(code)
+        self.fault = FAULTS[code]
+        self.errors = errors
+
+
+class Invalid(ValueError):  # noqa: N818 - the project's word for it
+    """One field is not as expected. The text is written for the peer; `at` says where inside the field."""
+
+    def __init__(self, text: str, at: str = "") -> None:
+        super().__init__(text)
+        self.at = at
+
+
+# ==== Frames ====
+# Owns: an attrs class for every frame and request body, and the converter that makes them out of JSON text or says which
+# field is wrong. Must not know: sockets, SQL.
+
+Seq = NewType("Seq", int)
+Timestamp = NewType("Timestamp", int)
+Expiry = NewType("Expiry", int)
+DeviceName = NewType("DeviceName", str)
+Value = float | int | str
+Values = NewType("Values", dict[str, Value])
+
+DEVICE_NAME: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+RFC3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+EARLIEST: Final = 946_684_800_000  # 2000-01-01: a device without a clock starts in 1970
+DAY: Final = 86_400_000
+INTEGERS: Final = 2**63  # SQLite's integers, and every JSON parser's that matters
+
+
+@attrs.frozen
+class Provision:
+    """A new device asks for a token of its own."""
+
+    key: str
+    device: DeviceName
+
+
+@attrs.frozen
+class Hello:
+    """A device says who it is; `time` is its own clock."""
+
+    token: str
+    agent: str | None = None
+    time: Timestamp | None = None
+
+
+@attrs.frozen
+class Sample:
+    """Readings of one moment; `ts` in milliseconds, absent for the time of receipt."""
+
+    values: Values
+    ts: Timestamp | None = None
+
+
+@attrs.frozen
+class Telemetry:
+    """Readings of one or more moments."""
+
+    seq: Seq
+    samples: tuple[Sample, ...]
+
+
+Frame = Provision | Hello | Telemetry
+FRAMES: Final[Mapping[str, type[Frame]]] = MappingProxyType(
+    {"provision": Provision, "hello": Hello, "telemetry": Telemetry},
+)
+
+
+@attrs.frozen
+class Credentials:
+    """Answer to `provision`. The token is shown this once."""
+
+    device: str
+    token: str
+
+
+@attrs.frozen
+class Welcome:
+    """Answer to `hello`: `seq` is the highest frame number on disk, `heartbeat` in seconds."""
+
+    device: str
+    tenant: str
+    session: int
+    seq: int
+    time: str
+    heartbeat: float
+    config: None = None
+
+
+@attrs.frozen
+class Error:
+    """A frame was consumed and not stored; the session goes on."""
+
+    code: str
+    message: str
+    seq: int | None = None
+    errors: tuple[FieldError, ...] = ()
+
+
+@attrs.frozen
+class Report:
+    """The server asks for telemetry or state now."""
+
+    what: str
+
+
+@attrs.frozen
+class NewProvisioningKey:
+    """Body of POST /provisioning-keys; absent fields mean no end."""
+
+    expires_at: Expiry | None = None
+    uses: int | None = None
+
+
+@attrs.frozen
+class NewToken:
+    """Body of POST /tokens."""
+
+    name: str
+    role: str
+    expires_at: Expiry | None = None
+
+
+@attrs.frozen
+class ReportRequest:
+    """Body of POST /iiot/{device}/report."""
+
+    what: str
+
+
+def encode(frame: Credentials | Welcome | Error | Report) -> bytes:
+    """The JSON text of a frame of the server; fields that say nothing are left out."""
+    fields = attrs.asdict(frame, filter=lambda field, value: value != () and not (field.name == "seq" and value is None))
+    return orjson.dumps({"type": type(frame).__name__.lower(), **fields})
+
+
+def encode_ack(seq: int) -> bytes:
+    """Written by hand: thousands a second."""
+    return b'{"type":"ack","seq":%d}' % seq
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def parse_rfc3339(text: str) -> int | None:
+    """Milliseconds of an RFC 3339 date and time, or None if it is not one."""
+    if RFC3339.fullmatch(text) is None:
+        return None
+    try:
+        return round(datetime.fromisoformat(text.upper()).timestamp() * 1000)
+    except ValueError:
+        return None
+
+
+def check_timestamp(value: object, _: object = None) -> Timestamp:
+    if type(value) is int:
+        moment: int | None = value
+    else:
+        moment = parse_rfc3339(value) if type(value) is str else None
+    if moment is None:
+        raise Invalid("is neither integer milliseconds nor an RFC 3339 time")
+    if not EARLIEST <= moment <= now_ms() + DAY:
+        raise Invalid("is not between 2000-01-01 and a day from now")
+    return Timestamp(moment)
+
+
+def check_expiry(value: object, _: object = None) -> Expiry:
+    moment = value if type(value) is int else parse_rfc3339(value) if type(value) is str else None
+    if moment is None or not EARLIEST <= moment < INTEGERS:
+        raise Invalid("is neither integer milliseconds nor an RFC 3339 time")
+    return Expiry(moment)
+
+
+def check_integer(value: object, _: object = None) -> int:
+    if type(value) is not int or not -INTEGERS <= value < INTEGERS:
+        raise Invalid("is not an integer of at most 63 bits")
+    return value
+
+
+def check_seq(value: object, _: object = None) -> Seq:
+    if type(value) is not int or not 0 < value < INTEGERS:
+        raise Invalid("is not a positive integer of at most 63 bits")
+    return Seq(value)
+
+
+def check_boolean(value: object, _: object = None) -> bool:
+    if type(value) is not bool:
+        raise Invalid("is not true or false")
+    return value
+
+
+def check_device_name(value: object, _: object = None) -> DeviceName:
+    if type(value) is not str or DEVICE_NAME.fullmatch(value) is None:
+        raise Invalid("is not 1 to 64 of letters, digits and . _ : -")
+    return DeviceName(value)
+
+
+def field_errors(error: BaseException, path: str = "") -> Iterator[FieldError]:
+    """Every field at fault in what the converter raised, with its path and a text made for the peer."""
+    for note in getattr(error, "__notes__", ()):
+        if isinstance(note, AttributeValidationNote):
+            path += f".{note.name}"
+        elif isinstance(note, IterableValidationNote):
+            path += f"[{note.index}]"
+    if isinstance(error, BaseValidationError):
+        for inner in error.exceptions:
+            yield from field_errors(inner, path)
+    elif isinstance(error, ForbiddenExtraKeysError):
+        yield from (FieldError(f"{path}.{name}".lstrip(".")[:256], "is not a known field") for name in sorted(error.extra_fields))
+    elif isinstance(error, Invalid):
+        yield FieldError(f"{path}{error.at}".lstrip(".")[:256], str(error))
+    elif isinstance(error, KeyError):
+        yield FieldError(path.lstrip("."), "is missing")
+    else:
+        yield FieldError(path.lstrip("."), "is not as expected")
+
+
+class Codec:
+    """JSON text to frames and bodies.
+
+    Content is first read the quick way. Only where that fails is it read again, slowly and with Python's own exact
+    integers, to say which fields are wrong.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._quick = self._converter(exact=False)
+        self._exact = self._converter(exact=True)
+        self._hooks = {kind: (cls, self._quick.get_structure_hook(cls)) for kind, cls in FRAMES.items()}
+
+    def frame(self, data: bytes) -> Frame:
+        """The frame in `data`, or Refusal: not_json, not_an_object, too_deep, unknown_type, invalid."""
+        content = self._object(data)
+        kind = content.pop("type", None)
+        found = self._hooks.get(kind) if type(kind) is str else None
+        if found is None:
+            raise Refusal("unknown_type")
+        cls, hook = found
+        try:
+            return cast("Frame", hook(content, cls))
+        except Exception:  # noqa: BLE001 - whatever it was, the exact converter names it
+            return self._look_again(data, cls)
+
+    def body(self, data: bytes, cls: type[T]) -> T:
+        """The request body in `data` as `cls`, or Refusal; an empty body stands for an empty object."""
+        self._object(data or b"{}")
+        return self._look_again(data or b"{}", cls)
+
+    def strings(self, content: Mapping[str, object], cls: type[T], code: str) -> T:
+        """A `cls` out of fields that are at hand already (a query), or Refusal(code)."""
+        try:
+            return self._exact.structure(content, cls)
+        except Exception as error:  # field_errors knows them all, and has a text for the rest
+            raise Refusal(code, *islice(field_errors(error), self._limits.field_errors)) from error
+
+    def seq_of(self, data: bytes) -> int | None:
+        """The frame number of a frame that is otherwise wrong."""
+        try:
+            return check_seq(orjson.loads(data)["seq"])
+        except (ValueError, KeyError, TypeError, IndexError):
+            return None
+
+    def _object(self, data: bytes) -> dict[str, Any]:
+        try:
+            content = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise Refusal("too_deep" if "depth limit" in str(error) else "not_json") from error
+        if type(content) is not dict:
+            raise Refusal("not_an_object")
+        return content
+
+    def _look_again(self, data: bytes, cls: type[T]) -> T:
+        try:
+            content = json.loads(data)
+        except RecursionError as error:
+            raise Refusal("too_deep") from error
+        if cls in FRAMES.values():
+            content.pop("type", None)
+        return self.strings(content, cls, "invalid")
+
+    def _converter(self, *, exact: bool) -> Converter:
+        converter = Converter(detailed_validation=exact, forbid_extra_keys=True)
+        converter.register_structure_hook(int, check_integer)
+        converter.register_structure_hook(bool, check_boolean)
+        converter.register_structure_hook(str, self._check_text)
+        converter.register_structure_hook(Seq, check_seq)
+        converter.register_structure_hook(Timestamp, check_timestamp)
+        converter.register_structure_hook(Expiry, check_expiry)
+        converter.register_structure_hook(DeviceName, check_device_name)
+        converter.register_structure_hook(Values, functools.partial(self._check_values, INTEGERS if not exact else float("inf")))
+        converter.register_structure_hook_factory(attrs.has, functools.partial(self._object_hook, converter))
+        converter.register_structure_hook_factory(
+            lambda cls: getattr(cls, "__origin__", None) is tuple, functools.partial(self._array_hook, converter),
+        )
+        return converter
+
+    def _object_hook(self, converter: Converter, cls: type[Any]) -> Callable[[Any, Any], Any]:
+        make = make_dict_structure_fn(cls, converter)
+
+        def structure(content: Any, _: Any) -> Any:
+            if not isinstance(content, dict):
+                raise Invalid("is not an object")
+            return make(content, cls)
+
+        return structure
+
+    def _array_hook(self, converter: Converter, cls: Any) -> Callable[[Any, Any], Any]:
+        inner = cls.__args__[0]
+        hook = converter.get_structure_hook(inner)
+
+        def structure(content: Any, _: Any) -> Any:
+            if type(content) is not list:
+                raise Invalid("is not an array")
+            index = 0
+            try:
+                items = []
+                for index, item in enumerate(content):  # noqa: B007 - the index names the item at fault
+                    items.append(hook(item, inner))
+            except Exception as error:  # noqa: BLE001 - raised again with the index
+                error.add_note(IterableValidationNote("", index, inner))
+                raise IterableValidationError("", [error], cls) from None
+            return tuple(items)
+
+        return structure
+
+    def _check_text(self, value: object, _: object = None) -> str:
+        if type(value) is not str or "\0" in value or len(value) > self._limits.text_characters:
+            raise Invalid(f"is not a string of at most {self._limits.text_characters} characters")
+        return value
+
+    def _check_values(self, largest: float, content: object, _: object = None) -> Values:
+        """Readings by metric. `largest` bounds what the quick parser may have made out of an integer of over 64 bits."""
+        if type(content) is not dict:
+            raise Invalid("is not an object")
+        longest = self._limits.metric_characters
+        for name, value in content.items():
+            kind = type(value)
+            if kind is float:
+                good = -largest < value < largest
+            elif kind is int:
+                good = -INTEGERS <= value < INTEGERS
+            elif kind is str:
+                good = "\0" not in value and len(value) <= self._limits.text_characters
+            else:
+                good = kind is bool
+            if not good:
+                raise Invalid(f"is not a number of 63 bits, a boolean or a string of {self._limits.text_characters} characters", f".{name}")
+            if not 0 < len(name) <= longest or not name.isprintable():
+                raise Invalid(f"has a name that is not 1 to {longest} printable characters", f".{name}")
+        return cast("Values", content)
+
+
+# ==== Rules ====
+# Owns: pure functions over the field's own terms. Must not know: asyncio, SQL, sockets.
+
+UNITS: Final = MappingProxyType({"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": DAY, "": 1_000})
+DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d|)")
+AGGREGATES: Final = ("avg", "min", "max", "sum", "count", "last")
+
+
+def format_time(moment: int) -> str:
+    """RFC 3339, UTC, with milliseconds."""
+    whole, milliseconds = divmod(moment, 1000)
+    return f"{datetime.fromtimestamp(whole, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03d}Z"
+
+
+def parse_duration(text: str) -> int:
+    """Milliseconds of `250ms`, `60s`, `5m`, `1h`, `2d`, or of a plain number of seconds."""
+    found = DURATION.fullmatch(text)
+    if found is None:
+        raise Invalid("is not a duration such as 60s, 5m, 1h or 1d")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def parse_moment(text: str, now: int) -> int:
+    """Milliseconds of an RFC 3339 time, of a number of milliseconds, or of a duration back from now (`-15m`)."""
+    if text.startswith("-"):
+        return max(0, now - parse_duration(text[1:]))
+    moment = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else parse_rfc3339(text)
+    if moment is None:
+        raise Invalid("is not an RFC 3339 time, milliseconds, or a duration back from now such as -15m")
+    return moment
+
+
+def csv_field(value: object) -> str:
+    """A field of a CSV line (RFC 4180)."""
+    text = "" if value is None else repr(value) if isinstance(value, float) else str(value)
+    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
+
+
+def csv_lines(rows: bytes) -> bytes:
+    """CSV lines of a JSON array of rows `[time, metric, …]`. Rows of numbers alone, all but every row there is, are turned
+    without a look at each: a time, the only other text beside the metric, ends in Z and holds nothing to be quoted."""
+    if rows == b"[]":
+        return b""
+    metric = rows[: rows.index(b"]")].split(b",")[1]
+    plain = re.fullmatch(rb'"[A-Za-z0-9 _.:/-]+"', metric)
+    if plain and rows.count(b'"') == 4 * rows.count(b'Z",' + metric + b","):
+        return rows[2:-2].replace(b",null", b",").replace(b'"', b"").replace(b"],[", b"\n") + b"\n"
+    return "".join(",".join(map(csv_field, row)) + "\n" for row in orjson.loads(rows)).encode()
+
+
+def backoff(attempt: int, most: float, jitter: float) -> float:
+    """Seconds before attempt number `attempt` (from 0): doubling from half a second, spread over its whole width by
+    `jitter` in 0 to 1, so that a fleet does not come back in step (AWS Architecture Blog, Exponential Backoff and Jitter)."""
+    return min(most, 0.5 * 2.0 ** min(attempt, 16)) * jitter
+
+
+# ==== Store ====
+# Owns: every line of SQL, the one writer, the readers, migrations. Rows go in as one JSON text a statement and answers come
+# out as one, because sqlite3 takes the interpreter lock at every row. Must not know: HTTP, sockets, the shape of frames.
+
+SCHEMA_VERSION: Final = 1
+APPLICATION_ID: Final = 0x49496F54  # "IIoT"
+# A step for each version after the first: MIGRATIONS[n] leads from version n + 1 to n + 2.
+MIGRATIONS: Final[tuple[str, ...]] = ()
+
+
+class StoreError(Exception):
+    """The database file cannot be used; the text is for the person who starts the server."""
+
+
+def schema_text() -> str:
+    """schema.sql, beside this file or where `pip install` puts it."""
+    for folder in (Path(__file__).parent, Path(sysconfig.get_path("data")) / "share" / "iiot"):
+        if (folder / "schema.sql").is_file():
+            return (folder / "schema.sql").read_text(encoding="utf-8")
+    raise StoreError("schema.sql is neither beside iiot.py nor installed with it")
+
+
+def connect(path: Path, *, query_only: bool = False, checkpoint_pages: int = 1_000, busy_seconds: float = 5.0) -> sqlite3.Connection:
+    """One connection with everything set that a connection must set for itself."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
+    connection.execute(f"pragma busy_timeout = {round(busy_seconds * 1000)}")
+    connection.execute("pragma journal_mode = wal")
+    connection.execute("pragma synchronous = full")
+    connection.execute("pragma foreign_keys = on")
+    connection.execute(f"pragma cache_size = -{8_000 if query_only else 64_000}")
+    connection.execute(f"pragma wal_autocheckpoint = {checkpoint_pages}")
+    connection.execute(f"pragma query_only = {int(query_only)}")
+    return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """BEGIN IMMEDIATE to COMMIT, or ROLLBACK. Runs on one thread without a break: nothing in it can be cancelled."""
+    connection.execute("begin immediate")
+    try:
+        yield
+        connection.execute("commit")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("rollback")
+        raise
+
+
+def statements(script: str) -> Iterator[str]:
+    """The statements of an SQL script one by one: executescript would commit the transaction it runs in."""
+    pending = ""
+    for line in script.splitlines(keepends=True):
+        pending += line
+        if sqlite3.complete_statement(pending):
+            yield pending
+            pending = ""
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """What SQLite says about a file, with the file's name."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: {error}") from error
+
+
+def is_new(path: Path) -> bool:
+    """Whether there is no database yet. StoreError when the file is somebody else's, which is left as it is.
+
+    SQLite itself looks at the file: had this process opened and closed it by hand, the system would drop the locks of its other
+    connections, and the next process to close the database would take the log from under them
+    (https://www.sqlite.org/howtocorrupt.html, section 2.2).
+    """
+    try:
+        if path.stat().st_size == 0:
+            return True
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise StoreError(f"there is no folder {path.parent} for {path}") from None
+        return True
+    with named_errors(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
+            raise StoreError(f"{path} is not a database of this program")
+    return False
+
+
+def schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """StoreError when the file was written by a newer program."""
+    (version,) = connection.execute("pragma user_version").fetchone()
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"{path} was written by a newer version of this program (schema {version}, known {SCHEMA_VERSION})")
+    return int(version)
+
+
+def create_schema(connection: sqlite3.Connection) -> None:
+    with transaction(connection):
+        for statement in statements(schema_text()):
+            connection.execute(statement)
+        connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
+        connection.execute("insert into tenant (name, created_at) values ('default', ?)", (now_ms(),))
+
+
+def migrate(connection: sqlite3.Connection, path: Path, version: int) -> None:
+    """Copy the file, then take every step in one transaction."""
+    copy = path.with_name(f"{path.name}.schema-{version}")
+    log.info("migrating %s from schema %d to %d; the old one is kept as %s", path, version, SCHEMA_VERSION, copy)
+    with closing(sqlite3.connect(copy)) as target:
+        connection.backup(target)
+    with transaction(connection):
+        for step in MIGRATIONS[version - 1 :]:
+            for statement in statements(step):
+                connection.execute(statement)
+        connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
+
+
+def prepare_database(path: Path) -> None:
+    """Make the database file, or migrate it. StoreError when it cannot be used."""
+    with named_errors(path):
+        if is_new(path):
+            with closing(sqlite3.connect(path)) as connection:
+                connection.execute(f"pragma application_id = {APPLICATION_ID}")
+        with closing(connect(path)) as connection:
+            version = schema_version(connection, path)
+            if version == 0:
+                create_schema(connection)
+            elif version < SCHEMA_VERSION:
+                migrate(connection, path, version)
+
+
+def lock_database(path: Path) -> IO[str]:
+    """Keep any second server away from a database for as long as the answer is open; a crash lets go of it. StoreError when
+    there is one already. The lock lies on a file beside: SQLite has locks of its own on the database."""
+    file = path.with_name(f"{path.name}.lock").open("w")
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise StoreError(f"another server runs on {path}") from error
+    return file
+
+
+def time_sql(moment: str) -> str:
+    """SQL for RFC 3339 of a column of milliseconds."""
+    return f"strftime('%Y-%m-%dT%H:%M:%fZ', ({moment}) / 1000.0, 'unixepoch')"
+
+
+def exact_sql(value: str) -> str:
+    """SQL for a value's JSON. SQLite prints 15 digits of a real, and half of all doubles change on the way; 18 are exact, and
+    `shortened` makes them the fewest. A sum past the largest double is null."""
+    real = f"iif(abs({value}) <= 1.7976931348623157e308, json(printf('%!.18g', {value})), null)"
+    return f"case typeof({value}) when 'real' then {real} else {value} end"
+
+
+def shortened(text: str) -> bytes:
+    """JSON with every number in the fewest digits that read back as the same double."""
+    return orjson.dumps(orjson.loads(text))
+
+
+class Connection(aiosqlite.Connection):
+    """An aiosqlite connection that also runs a whole function on its thread: one hop for a transaction or a query."""
+
+    @classmethod
+    async def open(cls, connector: Callable[[], sqlite3.Connection]) -> Connection:
+        connection = cls(connector, iter_chunk_size=1)
+        await connection
+        return connection
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """`function(sqlite3 connection, *arguments)` on the connection's thread."""
+        return cast(T, await self._execute(functools.partial(function, self._conn), *arguments))  # type: ignore[no-untyped-call]
+
+    def interrupt_query(self) -> None:
+        """End the query that runs on the connection's thread; it fails with `interrupted`."""
+        self._conn.interrupt()
+
+
+class Committed(Protocol):
+    """Who hands rows to the writer and wants to hear of their fate."""
+
+    def committed(self, mark: tuple[int, int]) -> None:
+        """Every frame up to `mark`, as it was given to `frame_taken`, is on disk."""
+
+    def not_stored(self) -> None:
+        """The storage failed: nothing more will be acknowledged."""
+
+
+@attrs.frozen
+class Parting:
+    """A session that ended."""
+
+    device_id: int
+    session: int
+    at: int
+    reason: str
+    address: str
+
+
+class Change:
+    """A control operation that waits in the batch, and the future that its caller awaits."""
+
+    __slots__ = ("function", "future")
+
+    def __init__(self, function: Callable[[sqlite3.Connection], Any], future: asyncio.Future[Any]) -> None:
+        self.function = function
+        self.future = future
+
+    def settle(self, outcome: object) -> None:
+        if self.future.done():  # its caller was cancelled
+            return
+        if isinstance(outcome, BaseException):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
+class Batch:
+    """What the next transaction stores. Points lie by series and time, so the last write wins before SQL sees it."""
+
+    def __init__(self) -> None:
+        self.points: dict[str, dict[str, Value]] = {}
+        self.points_taken = 0
+        self.series: list[tuple[int, int, str]] = []
+        self.progress: dict[str, tuple[int, int, int]] = {}  # by device: seq, seen_at, stamp
+        self.partings: list[Parting] = []
+        self.waiting: dict[Committed, tuple[int, int]] = {}
+        self.changes: list[Change] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.progress or self.changes or self.partings or self.series or self.points)
+
+    def write(self, connection: sqlite3.Connection) -> list[object]:
+        """The whole batch in one transaction; the outcomes of its changes. Rows first: a change may remove what they name."""
+        with transaction(connection):
+            self._write_rows(connection)
+            return [self._attempt(connection, change) for change in self.changes]
+
+    def _write_rows(self, connection: sqlite3.Connection) -> None:
+        if self.series:
+            connection.execute(
+                "insert into series (id, device_id, metric) select value ->> 0, value ->> 1, value ->> 2 from json_each(?)",
+                (orjson.dumps(self.series).decode(),),
+            )
+        if self.points:
+            connection.execute(
+                """insert into telemetry (series_id, ts, value)
+                   select cast(series.key as integer), cast(point.key as integer), point.value
+                   from json_each(?) series, json_each(series.value) point
+                   where true on conflict do update set value = excluded.value""",
+                (orjson.dumps(self.points).decode(),),
+            )
+        if self.progress:
+            connection.execute(
+                """update presence set seq = max(seq, new.value ->> 0), seen_at = max(coalesce(seen_at, 0), new.value ->> 1),
+                       stamp = max(stamp, new.value ->> 2)
+                   from json_each(?) new where device_id = cast(new.key as integer)""",
+                (orjson.dumps(self.progress).decode(),),
+            )
+        if self.partings:
+            self._write_partings(connection, orjson.dumps([attrs.asdict(parting) for parting in self.partings]).decode())
+
+    @staticmethod
+    def _write_partings(connection: sqlite3.Connection, rows: str) -> None:
+        connection.execute(
+            """insert into event (tenant_id, device_id, at, kind, detail)
+               select tenant_id, device.id, value ->> 'at', 'disconnected',
+                      json_object('session', value ->> 'session', 'reason', value ->> 'reason', 'address', value ->> 'address')
+               from json_each(?) join device on device.id = value ->> 'device_id'""",
+            (rows,),
+        )
+        connection.execute(
+            """update presence set connected = 0, disconnected_at = value ->> 'at', seen_at = max(coalesce(seen_at, 0), value ->> 'at')
+               from json_each(?) where device_id = value ->> 'device_id' and presence.session = value ->> 'session'""",
+            (rows,),
+        )
+
+    @staticmethod
+    def _attempt(connection: sqlite3.Connection, change: Change) -> object:
+        """One change in its own savepoint: its failure undoes it alone."""
+        connection.execute("savepoint change")
+        try:
+            outcome: object = change.function(connection)
+        except (Refusal, sqlite3.Error) as error:
+            if not connection.in_transaction:  # the disk is full, say: SQLite has undone the whole batch
+                raise
+            connection.execute("rollback to change")
+            outcome = error
+        connection.execute("release change")
+        return outcome
+
+
+class Writer:
+    """The only writer: takes all that is pending, commits it as one transaction, then tells those who wait.
+
+    Load makes batches larger, not the wait longer. It is stopped by `close`, after what is pending; it is never cancelled.
+    """
+
+    def __init__(self, connection: Connection, limits: Limits, next_series: int) -> None:
+        self._connection = connection
+        self._limits = limits
+        self._next_series = next_series
+        self._pending = Batch()
+        self._work = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._stopping = False
+        self.failing = False
+        self.committed_at = time.monotonic()
+        self._task = asyncio.create_task(self._run(), name="writer")
+
+    def add_series(self, device_id: int, metric: str) -> str:
+        """A new series; its number as the text that `add_points` takes."""
+        number = self._next_series
+        self._next_series += 1
+        self._pending.series.append((number, device_id, metric))
+        return str(number)
+
+    def points(self) -> dict[str, dict[str, Value]]:
+        """Points of the next transaction, by series number and time in milliseconds, both as text: JSON's keys are."""
+        return self._pending.points
+
+    def frame_taken(self, owner: Committed, device_id: str, mark: tuple[int, int], at: int, stamp: int, points: int) -> None:
+        """A frame, whose points were just added, belongs to the next transaction. `mark`: its number, and how many frames
+        its session has handed over so far; `at`: when it came; `stamp`: the last time given to a sample without one."""
+        pending = self._pending
+        pending.progress[device_id] = (mark[0], at, stamp)
+        pending.waiting[owner] = mark
+        pending.points_taken += points
+        if pending.points_taken >= self._limits.pending_points:
+            self._room.clear()
+        self._work.set()
+
+    def seen(self, devices: Mapping[int, int]) -> None:
+        """When devices that send nothing were last heard, by device."""
+        for device_id, at in devices.items():
+            self._pending.progress.setdefault(str(device_id), (0, at, 0))
+        self._work.set()
+
+    def session_ended(self, parting: Parting) -> None:
+        self._pending.partings.append(parting)
+        self._work.set()
+
+    async def change(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a control operation in the next transaction; returns after the commit. Refusal: storage_unavailable, or its own."""
+        if self._stopping:
+            raise Refusal("storage_unavailable")
+        change = Change(function, asyncio.get_running_loop().create_future())
+        self._pending.changes.append(change)
+        self._work.set()
+        await asyncio.wait((change.future,), timeout=self._limits.storage_seconds)
+        if not change.future.done() and change in self._pending.changes:
+            self._pending.changes.remove(change)
+            raise Refusal("storage_unavailable")
+        return cast(T, await change.future)  # under way: whether it is stored must be known
+
+    @property
+    def full(self) -> bool:
+        return not self._room.is_set()
+
+    async def room(self) -> None:
+        """Wait until the writer takes more."""
+        await self._room.wait()
+
+    async def close(self) -> None:
+        """Store what is pending, then stop."""
+        self._stopping = True
+        self._work.set()
+        await self._task
+
+    async def _run(self) -> None:
+        while self._pending or not self._stopping:
+            await self._work.wait()
+            self._work.clear()
+            while self._pending:
+                batch, self._pending = self._pending, Batch()
+                self._room.set()
+                await self._store(batch)
+
+    async def _store(self, batch: Batch) -> None:
+        """Commit a batch, however often it takes."""
+        while batch:
+            try:
+                outcomes = await self._connection.run(batch.write)
+            except Exception as error:  # noqa: BLE001 - whatever failed, nothing was stored, and those who wait must hear it
+                self._not_stored(batch, error)
+                if self._stopping or not isinstance(error, sqlite3.OperationalError):
+                    log.critical("dropped a batch that cannot be stored: %d points, none of them acknowledged", batch.points_taken)
+                    return
+                if batch:
+                    await asyncio.sleep(self._limits.retry_seconds)
+            else:
+                self.failing = False
+                self.committed_at = time.monotonic()
+                for change, outcome in zip(batch.changes, outcomes, strict=True):
+                    change.settle(outcome)
+                for owner, mark in batch.waiting.items():
+                    owner.committed(mark)
+                return
+
+    def _not_stored(self, batch: Batch, error: Exception) -> None:
+        """Nothing is acknowledged: sessions end with 1013, callers hear it, rows stay in the batch to be tried again."""
+        log.error("cannot store: %s", error)
+        self.failing = True
+        for change in batch.changes + self._pending.changes:
+            change.settle(Refusal("storage_unavailable"))
+        for owner in [*batch.waiting, *self._pending.waiting]:
+            owner.not_stored()
+        for failed in (batch, self._pending):
+            failed.changes, failed.waiting = [], {}
+
+
+class Readers:
+    """A few connections that can only read, each query with a deadline."""
+
+    def __init__(self, connections: Iterable[Connection], limits: Limits) -> None:
+        self._free: asyncio.Queue[Connection] = asyncio.Queue()
+        self._seconds = limits.query_seconds
+        for connection in connections:
+            self._free.put_nowait(connection)
+
+    async def row(self, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
+        """The first row of a query, or None. Refusal: query_too_slow."""
+        return await self._run(self._fetch, sql, parameters)
+
+    async def exact(self, sql: str, parameters: Mapping[str, object]) -> bytes | None:
+        """The JSON text in the first column of the first row, its numbers shortened; or None. Refusal: query_too_slow."""
+        return await self._run(self._fetch_exact, sql, parameters)
+
+    async def _run(self, fetch: Callable[..., T], sql: str, parameters: Mapping[str, object]) -> T:
+        try:
+            async with asyncio.timeout(self._seconds):
+                connection = await self._free.get()
+        except TimeoutError as error:
+            raise Refusal("query_too_slow") from error
+        query = asyncio.ensure_future(connection.run(fetch, sql, parameters))
+        deadline = asyncio.get_running_loop().call_later(self._seconds, connection.interrupt_query)
+
+        def release(finished: asyncio.Future[Any]) -> None:
+            deadline.cancel()
+            self._free.put_nowait(connection)
+            if not finished.cancelled():
+                finished.exception()  # its caller may be gone
+
+        query.add_done_callback(release)
+        try:
+            return await asyncio.shield(query)
+        except sqlite3.OperationalError as error:
+            if "interrupted" in str(error):
+                raise Refusal("query_too_slow") from error
+            raise
+        except asyncio.CancelledError:
+            connection.interrupt_query()  # nobody wants the answer any more
+            raise
+
+    @staticmethod
+    def _fetch(connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
+        return cast("tuple[Any, ...] | None", connection.execute(sql, parameters).fetchone())
+
+    @classmethod
+    def _fetch_exact(cls, connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> bytes | None:
+        row = cls._fetch(connection, sql, parameters)
+        return None if row is None else shortened(row[0])
+
+
+def add_event(connection: sqlite3.Connection, device_id: int, at: int, kind: str, detail: Mapping[str, object]) -> None:
+    """One entry of a device's timeline."""
+    connection.execute(
+        "insert into event (tenant_id, device_id, at, kind, detail) select tenant_id, id, ?, ?, ? from device where id = ?",
+        (at, kind, orjson.dumps(detail).decode(), device_id),
+    )
+
+
+@attrs.frozen
+class NewSecret:
+    """A token or key about to be stored: its id, and the SHA-256 of its secret."""
+
+    id: str
+    secret_hash: bytes
+
+
+def tenant_id_of(connection: sqlite3.Connection, name: str) -> int:
+    row = connection.execute("select id from tenant where name = ?", (name,)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    return int(row[0])
+
+
+def has_operator_tokens(connection: sqlite3.Connection) -> bool:
+    return connection.execute("select 1 from operator_token limit 1").fetchone() is not None
+
+
+def insert_operator_token(
+    connection: sqlite3.Connection, tenant_id: int | None, new: NewSecret, name: str, role: str, expires_at: int | None = None
+) -> None:
+    connection.execute(
+        "insert into operator_token (id, tenant_id, name, role, secret_hash, created_at, expires_at) values (?, ?, ?, ?, ?, ?, ?)",
+        (new.id, tenant_id, name, role, new.secret_hash, now_ms(), expires_at),
+    )
+
+
+def insert_provisioning_key(
+    connection: sqlite3.Connection, tenant_id: int, new: NewSecret, expires_at: int | None = None, uses: int | None = None
+) -> None:
+    connection.execute(
+        "insert into provisioning_key (id, tenant_id, secret_hash, created_at, expires_at, uses_left) values (?, ?, ?, ?, ?, ?)",
+        (new.id, tenant_id, new.secret_hash, now_ms(), expires_at, uses),
+    )
+
+
+def insert_device(connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, detail: Mapping[str, object]) -> None:
+    """A device with its first token. Refusal: device_exists."""
+    now = now_ms()
+    row = connection.execute(
+        "insert into device (tenant_id, name, created_at) values (?, ?, ?) on conflict do nothing returning id", (tenant_id, name, now)
+    ).fetchone()
+    if row is None:
+        raise Refusal("device_exists")
+    connection.execute("insert into presence (device_id) values (?)", row)
+    connection.execute(
+        "insert into device_token (id, device_id, secret_hash, created_at) values (?, ?, ?, ?)", (new.id, row[0], new.secret_hash, now)
+    )
+    add_event(connection, row[0], now, "credentials", {"token": new.id, **detail})
+
+
+def use_provisioning_key(connection: sqlite3.Connection, key_id: str, secret_hash: bytes) -> int:
+    """Take one use of a key; its tenant. Refusal: unauthorized, whatever is wrong with the key."""
+    row = connection.execute(
+        """update provisioning_key set uses_left = uses_left - 1
+           where id = ? and (uses_left is null or uses_left > 0) and (expires_at is null or expires_at > ?)
+           returning tenant_id, secret_hash""",
+        (key_id, now_ms()),
+    ).fetchone()
+    if not hmac.compare_digest(row[1] if row else bytes(32), secret_hash) or row is None:
+        raise Refusal("unauthorized")
+    return int(row[0])
+
+
+@attrs.frozen
+class Opened:
+    """A session as the database has it: its number, the highest frame number on disk, the last time given to a sample
+    without one, and the known series by metric."""
+
+    session: int
+    seq: int
+    stamp: int
+    series: dict[str, str]
+
+
+def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, address: str, agent: str | None) -> Opened:
+    """Record that a device connected. Refusal: unauthorized when its token is gone by now."""
+    if connection.execute("select 1 from device_token where id = ? and device_id = ?", (token_id, device_id)).fetchone() is None:
+        raise Refusal("unauthorized")
+    now = now_ms()
+    session, seq, stamp = connection.execute(
+        """update presence set session = session + 1, connected = 1, connected_at = ?1, seen_at = ?1, address = ?2, agent = ?3
+           where device_id = ?4 returning session, seq, stamp""",
+        (now, address, agent, device_id),
+    ).fetchone()
+    add_event(connection, device_id, now, "connected", {"session": session, "address": address, "agent": agent})
+    (series,) = connection.execute(
+        "select json_group_object(metric, cast(id as text)) from series where device_id = ?", (device_id,)
+    ).fetchone()
+    return Opened(session, seq, stamp, orjson.loads(series))
+
+
+def close_crashed_sessions(connection: sqlite3.Connection) -> int:
+    """Close the sessions that a crash left open, at the last moment at which they are known to have lived."""
+    connection.execute(
+        """insert into event (tenant_id, device_id, at, kind, detail)
+           select tenant_id, device_id, coalesce(seen_at, connected_at), 'disconnected',
+                  json_object('session', session, 'reason', 'crashed', 'address', address)
+           from presence join device on device.id = device_id where connected"""
+    )
+    return connection.execute(
+        "update presence set connected = 0, disconnected_at = coalesce(seen_at, connected_at) where connected"
+    ).rowcount
+
+
+DEVICE_JSON: Final = f"""json_object(
+    'device', device.name, 'connected', json(iif(connected, 'true', 'false')),
+    'connected_at', {time_sql("connected_at")}, 'disconnected_at', {time_sql("disconnected_at")},
+    'seen_at', {time_sql("seen_at")}, 'created_at', {time_sql("device.created_at")}, 'agent', agent)"""
+
+LATEST_JSON: Final = f"""(select json_group_object(metric, json(point)) from (
+    select metric, (select json_object('time', {time_sql("ts")}, 'value', {exact_sql("value")})
+                    from telemetry where series_id = series.id order by ts desc limit 1) point
+    from series where device_id = device.id order by metric) where point is not null)"""
+
+# The series that a query is about, in the order asked: (id, metric), id null where the device has no such metric.
+WANTED_SQL: Final = """device_row as (select id from device where tenant_id = :tenant and name = :device),
+    wanted as (
+        select series.id, asked.value metric from json_each(:metrics) asked
+        left join series on metric = asked.value and device_id = (select id from device_row)
+        union all
+        select * from (select id, metric from series where :metrics is null and device_id = (select id from device_row) order by metric)),
+    page_size as (select max(1, min(:limit, :together / max(1, (select count(*) from wanted)))) points)"""
+
+
+@attrs.frozen
+class TelemetryRange:
+    """Which points: metrics (None: all), from `start` up to but without `stop`, in milliseconds, newest first if `descending`."""
+
+    metrics: tuple[str, ...] | None
+    start: int
+    stop: int
+    descending: bool = False
+
+
+class TelemetryReads:
+    """Queries over the readings of one device of one tenant."""
+
+    def __init__(self, readers: Readers, limits: Limits) -> None:
+        self._readers = readers
+        self._limits = limits
+
+    async def points(self, tenant: int, device: str, wanted: TelemetryRange, limit: int) -> bytes | None:
+        """One page of points as JSON, None if there is no such device.
+
+        A page is a stretch of time: it ends before the first point that would be one too many for some series, so that all
+        series are complete in it, and `next` is where the stretch after it starts.
+        """
+        order, most = ("desc", "max") if wanted.descending else ("asc", "min")
+        within = "ts > (select ts from cut)" if wanted.descending else "ts < (select ts from cut)"
+        return await self._json(
+            f"""with {WANTED_SQL},
+            cut as (select {most}(ts) ts from (
+                select (select ts from telemetry where series_id = wanted.id and ts >= :start and ts < :stop
+                        order by ts {order} limit 1 offset (select points from page_size)) ts from wanted) where ts is not null)
+            select json_object('device', :device, 'series', (
+                select json_group_array(json_object('metric', metric, 'points', json((
+                    select json_group_array(json_array({time_sql("ts")}, {exact_sql("value")})) from (
+                        select ts, value from telemetry where series_id = wanted.id and ts >= :start and ts < :stop
+                        and ((select ts from cut) is null or {within}) order by ts {order})))))
+                from wanted), 'next', (select {time_sql("ts + 1" if wanted.descending else "ts")} from cut))
+            from device_row""",
+            tenant, device, wanted, limit=limit,
+        )  # fmt: skip
+
+    async def buckets(
+        self, tenant: int, device: str, wanted: TelemetryRange, limit: int, every: int, aggregates: tuple[str, ...]
+    ) -> bytes | None:
+        """One page of buckets of `every` milliseconds as JSON, None if there is no such device; a bucket without points is
+        left out. A page spans at most `limit` buckets from the first point on; `next` is where points come after it."""
+        first, beyond = (
+            ("max", "exists (select 1 from telemetry where series_id = wanted.id and ts >= :start and ts < (select low from span))")
+            if wanted.descending
+            else ("min", "exists (select 1 from telemetry where series_id = wanted.id and ts >= (select high from span) and ts < :stop)")
+        )
+        span = (
+            "max(:start, ts / :every * :every + :every - :every * (select points from page_size)) low,"
+            " min(:stop, ts / :every * :every + :every) high"
+            if wanted.descending
+            else "max(:start, ts / :every * :every) low,"
+            " min(:stop, ts / :every * :every + :every * (select points from page_size)) high"
+        )
+        next_page = "low" if wanted.descending else "high"
+        return await self._json(
+            f"""with recursive {WANTED_SQL},
+            first as (select {first}(ts) ts from (
+                select (select {first}(ts) from telemetry where series_id = wanted.id and ts >= :start and ts < :stop) ts from wanted)),
+            span as (select {span} from first where ts is not null),
+            bucket (low, high) as (
+                select low, min(high, low / :every * :every + :every) from span
+                union all
+                select bucket.high, min(span.high, bucket.high + :every) from bucket, span where bucket.high < span.high)
+            select json_object('device', :device, 'series', (
+                select json_group_array(json_object('metric', metric, 'points', json((
+                    select json_group_array(json(point)) from (
+                        select ({self._bucket_sql(aggregates)}) point from bucket order by low {"desc" if wanted.descending else "asc"})
+                    where point is not null)))) from wanted),
+                'next', (select {time_sql(next_page)} from span where exists (select 1 from wanted where {beyond})))
+            from device_row""",
+            tenant, device, wanted, limit=limit, every=every,
+        )  # fmt: skip
+
+    @staticmethod
+    def _bucket_sql(aggregates: tuple[str, ...], *more: str) -> str:
+        """One bucket as JSON array, null if it is empty. Text counts, and may be last, but is no number."""
+        number = "filter (where typeof(value) <> 'text')"
+        inner = {
+            "avg": f"avg(value) {number}", "min": f"min(value) {number}", "max": f"max(value) {number}",
+            "sum": f"sum(cast(value as real)) {number}", "count": "count(*)", "last": "max(ts)",
+        }  # fmt: skip
+        last = "(select value from telemetry where series_id = wanted.id and ts = a_last)"
+        columns = ", ".join(f"{inner[name]} a_{name}" for name in dict.fromkeys(aggregates))
+        shown = [exact_sql(last if name == "last" else f"a_{name}") for name in aggregates]
+        return (
+            f"select json_array({', '.join([time_sql('bucket.low / :every * :every'), *more, *shown])})"
+            f" from (select count(*) n, {columns} from telemetry"
+            " where series_id = wanted.id and ts >= bucket.low and ts < bucket.high) where n > 0"
+        )
+
+    async def metrics(self, tenant: int, device: str, wanted: TelemetryRange) -> list[str] | None:
+        """The device's metrics among those wanted, None if there is no such device."""
+        text = await self._json(
+            f"with {WANTED_SQL} select (select json_group_array(metric) from wanted) from device_row", tenant, device, wanted
+        )
+        return None if text is None else cast("list[str]", orjson.loads(text))
+
+    async def point_rows(self, tenant: int, device: str, metric: str, wanted: TelemetryRange) -> tuple[bytes, int | None]:
+        """Rows `[time, metric, value]` of one metric as JSON, and from where to go on; None at the end."""
+        return await self._rows(
+            f"""with {WANTED_SQL}
+            select json_array(json(coalesce(json_group_array(json_array({time_sql("ts")}, :metric, {exact_sql("value")})), '[]')),
+                              iif(count(*) = :limit, max(ts) + 1, null))
+            from (select ts, value from telemetry where series_id = (select id from wanted) and ts >= :start and ts < :stop
+                  order by ts limit :limit)""",
+            tenant, device, metric, wanted,
+        )  # fmt: skip
+
+    async def bucket_rows(
+        self, tenant: int, device: str, metric: str, wanted: TelemetryRange, every: int, aggregates: tuple[str, ...]
+    ) -> tuple[bytes, int | None]:
+        """Rows `[time, metric, …aggregates]` of one metric as JSON, and from where to go on; None at the end."""
+        return await self._rows(
+            f"""with recursive {WANTED_SQL},
+            first as (select min(ts) ts from telemetry where series_id = (select id from wanted) and ts >= :start and ts < :stop),
+            span as (select max(:start, ts / :every * :every) low, min(:stop, ts / :every * :every + :every * :limit) high
+                     from first where ts is not null),
+            bucket (low, high) as (
+                select low, min(high, low / :every * :every + :every) from span
+                union all
+                select bucket.high, min(span.high, bucket.high + :every) from bucket, span where bucket.high < span.high)
+            select json_array(json((
+                select coalesce(json_group_array(json(line)), '[]') from (
+                    select ({self._bucket_sql(aggregates, ":metric")}) line from wanted, bucket order by low) where line is not null)),
+                (select high from span where high < :stop))""",
+            tenant, device, metric, wanted, every=every,
+        )  # fmt: skip
+
+    async def _rows(
+        self, sql: str, tenant: int, device: str, metric: str, wanted: TelemetryRange, **more: object
+    ) -> tuple[bytes, int | None]:
+        one = attrs.evolve(wanted, metrics=(metric,))
+        text = await self._readers.exact(sql, self._parameters(tenant, device, one, limit=self._limits.csv_rows, metric=metric, **more))
+        assert text is not None
+        rows, _, following = text[1:-1].rpartition(b",")
+        return rows, None if following == b"null" else int(following)
+
+    async def _json(self, sql: str, tenant: int, device: str, wanted: TelemetryRange, **more: object) -> bytes | None:
+        return await self._readers.exact(sql, self._parameters(tenant, device, wanted, **more))
+
+    def _parameters(self, tenant: int, device: str, wanted: TelemetryRange, **more: object) -> dict[str, object]:
+        metrics = None if wanted.metrics is None else orjson.dumps(wanted.metrics).decode()
+        return {
+            "tenant": tenant, "device": device, "metrics": metrics, "start": wanted.start, "stop": wanted.stop,
+            "limit": 1, "together": self._limits.points_together, **more,
+        }  # fmt: skip
+
+
+@attrs.frozen
+class DeviceToken:
+    """What a device token stands for."""
+
+    token_id: str
+    secret_hash: bytes
+    device_id: int
+    device: str
+    tenant_id: int
+    tenant: str
+
+
+@attrs.frozen
+class OperatorToken:
+    """What an operator token stands for; `tenant_id` None for the platform's own."""
+
+    token_id: str
+    secret_hash: bytes
+    name: str
+    role: str
+    tenant_id: int | None
+    tenant: str | None
+
+
+class Reads:
+    """Queries over a tenant's devices and keys: JSON text out, as it is sent."""
+
+    def __init__(self, readers: Readers, limits: Limits) -> None:
+        self._readers = readers
+        self.telemetry = TelemetryReads(readers, limits)
+
+    async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
+        return await self._list(
+            f"""select device.name position, {DEVICE_JSON} item from device join presence on device_id = device.id
+                where tenant_id = :tenant and device.name > :after and (:match is null or device.name glob :match)
+                and (:connected is null or connected = :connected) order by device.name""",
+            limit, tenant=tenant, after=after, match=match, connected=connected,
+        )  # fmt: skip
+
+    async def device(self, tenant: int, name: str) -> bytes | None:
+        return await self._readers.exact(
+            f"""select json_set({DEVICE_JSON}, '$.latest', json({LATEST_JSON})) from device join presence on device_id = device.id
+                where tenant_id = :tenant and name = :name""",
+            {"tenant": tenant, "name": name},
+        )
+
+    async def device_id(self, tenant: int, name: str) -> int | None:
+        row = await self._readers.row("select id from device where tenant_id = :tenant and name = :name", {"tenant": tenant, "name": name})
+        return None if row is None else int(row[0])
+
+    async def events(
+        self, tenant: int, device: str, limit: int, after: int, kinds: tuple[str, ...] | None, start: int, stop: int
+    ) -> str | None:
+        """A device's timeline, newest first; `after` is the id of the last entry seen."""
+        device_id = await self.device_id(tenant, device)
+        if device_id is None:
+            return None
+        return await self._list(
+            f"""select id position, json_patch(json_object('id', id, 'kind', kind, 'at', {time_sql("at")}), detail) item from event
+                where tenant_id = :tenant and device_id = :device_id and id < :after and at >= :start and at < :stop
+                and (:kinds is null or kind in (select value from json_each(:kinds))) order by id desc""",
+            limit, tenant=tenant, device_id=device_id, after=after, start=start, stop=stop,
+            kinds=None if kinds is None else orjson.dumps(kinds).decode(),
+        )  # fmt: skip
+
+    async def operator_tokens(self, tenant: int, limit: int, after: str) -> str:
+        return await self._list(
+            f"""select id position, json_object('id', id, 'name', name, 'role', role, 'created_at', {time_sql("created_at")},
+                       'expires_at', {time_sql("expires_at")}) item
+                from operator_token where tenant_id = :tenant and id > :after order by id""",
+            limit, tenant=tenant, after=after,
+        )  # fmt: skip
+
+    async def provisioning_keys(self, tenant: int, limit: int, after: str) -> str:
+        return await self._list(
+            f"""select id position, json_object('id', id, 'created_at', {time_sql("created_at")},
+                       'expires_at', {time_sql("expires_at")}, 'uses_left', uses_left) item
+                from provisioning_key where tenant_id = :tenant and id > :after order by id""",
+            limit, tenant=tenant, after=after,
+        )  # fmt: skip
+
+    async def device_token(self, token_id: str) -> DeviceToken | None:
+        row = await self._readers.row(
+            """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name
+               from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
+            {"id": token_id},
+        )
+        return None if row is None else DeviceToken(*row)
+
+    async def operator_token(self, token_id: str) -> OperatorToken | None:
+        row = await self._readers.row(
+            """select operator_token.id, secret_hash, operator_token.name, role, tenant_id, tenant.name
+               from operator_token left join tenant on tenant.id = tenant_id
+               where operator_token.id = :id and (expires_at is null or expires_at > :now)""",
+            {"id": token_id, "now": now_ms()},
+        )
+        return None if row is None else OperatorToken(*row)
+
+    async def _json(self, sql: str, **parameters: object) -> str | None:
+        row = await self._readers.row(sql, parameters)
+        return None if row is None else row[0]
+
+    async def _list(self, page_sql: str, limit: int, **parameters: object) -> str:
+        """A page of `page_sql`, which yields (position, item) in order; `next` is the position to go on after."""
+        text = await self._json(
+            f"""with page as materialized ({page_sql} limit :limit + 1)
+                select json_object('items', (select json_group_array(json(item)) from (select item from page limit :limit)),
+                    'next', iif((select count(*) from page) > :limit, (select position from page limit 1 offset :limit - 1), null))""",
+            limit=limit, **parameters,
+        )  # fmt: skip
+        return str(text)
+
+
+def delete_token(connection: sqlite3.Connection, table: str, tenant_id: int, token_id: str) -> None:
+    """Remove an operator token or provisioning key of a tenant. Refusal: not_found."""
+    if connection.execute(f"delete from {table} where tenant_id = ? and id = ?", (tenant_id, token_id)).rowcount == 0:
+        raise Refusal("not_found")
+
+
+class Store:
+    """The open database: `writer` for everything that changes, `read` for everything that is asked."""
+
+    def __init__(self, writer: Writer, readers: Readers, limits: Limits) -> None:
+        self.writer = writer
+        self.read = Reads(readers, limits)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, path: Path, limits: Limits) -> AsyncIterator[Store]:
+        """Open a prepared database, and close the sessions that a crash left open. StoreError when another server has it."""
+        async with AsyncExitStack() as stack:
+            stack.callback(lock_database(path).close)
+            busy = limits.storage_seconds / 3
+            connection = await Connection.open(
+                functools.partial(connect, path, checkpoint_pages=limits.checkpoint_pages, busy_seconds=busy)
+            )
+            stack.push_async_callback(connection.close)
+            crashed = await connection.run(cls._start)
+            if crashed:
+                log.warning("the last run did not end well: closed %d sessions that it left open", crashed)
+            (next_series,) = await connection.run(lambda c: c.execute("select coalesce(max(id), 0) + 1 from series").fetchone())
+            readers = []
+            for _ in range(limits.readers):
+                readers.append(await Connection.open(functools.partial(connect, path, query_only=True)))
+                stack.push_async_callback(readers[-1].close)
+            writer = Writer(connection, limits, next_series)
+            stack.push_async_callback(writer.close)
+            yield cls(writer, Readers(readers, limits), limits)
+
+    async def healthy(self, limits: Limits) -> bool:
+        """Whether a write committed lately, or can."""
+        if self.writer.failing or time.monotonic() - self.writer.committed_at > limits.healthy_seconds:
+            try:
+                await self.writer.change(lambda connection: connection.execute("select 1").fetchone())
+            except Refusal:
+                return False
+        return True
+
+    @staticmethod
+    def _start(connection: sqlite3.Connection) -> int:
+        with transaction(connection):
+            return close_crashed_sessions(connection)
+
+
+# ==== Identity ====
+# Owns: tokens and keys, what they look like and what they prove. Must not know: HTTP.
+
+TOKEN: Final = re.compile(r"iiot_(dev|op|prov)_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+# What a role may do besides its own: whatever the roles below it may. `platform` stands apart.
+RANKS: Final = MappingProxyType({"viewer": 1, "operator": 2, "admin": 3})
+
+
+@attrs.frozen
+class Secret:
+    """A token or key: `text` is shown once, `stored` is what the database keeps of it."""
+
+    text: str
+    stored: NewSecret
+
+
+def mint(kind: str) -> Secret:
+    """A new token or key: `kind` is dev, op or prov. The id is for look-up; the secret has 256 random bits."""
+    identifier, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+    return Secret(f"iiot_{kind}_{identifier}_{secret}", NewSecret(identifier, hashlib.sha256(secret.encode()).digest()))
+
+
+def take_apart(kind: str, text: str) -> NewSecret:
+    """The id and hash of a token that a peer shows. Refusal: unauthorized."""
+    found = TOKEN.fullmatch(text)
+    if found is None or found[1] != kind:
+        raise Refusal("unauthorized")
+    return NewSecret(found[2], hashlib.sha256(found[3].encode()).digest())
+
+
+@attrs.frozen
+class Principal:
+    """Who makes a request; `tenant_id` and `tenant` are None for the platform's own tokens."""
+
+    token_id: str
+    name: str
+    role: str
+    tenant_id: int | None
+    tenant: str | None
+
+    def may(self, role: str) -> bool:
+        """Whether the principal may do what `role` may; `any` is everybody with a token."""
+        return role in ("any", self.role) or RANKS.get(self.role, 0) >= RANKS.get(role, 99)
+
+
+class Identity:
+    """Says who holds a token. An unknown id and a wrong secret take the same path and get the same answer."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def operator(self, text: str) -> Principal:
+        """Refusal: unauthorized."""
+        shown = take_apart("op", text)
+        known = await self._store.read.operator_token(shown.id)
+        if not hmac.compare_digest(known.secret_hash if known else bytes(32), shown.secret_hash) or known is None:
+            raise Refusal("unauthorized")
+        return Principal(known.token_id, known.name, known.role, known.tenant_id, known.tenant)
+
+    async def device(self, text: str) -> DeviceToken:
+        """Refusal: unauthorized."""
+        shown = take_apart("dev", text)
+        known = await self._store.read.device_token(shown.id)
+        if not hmac.compare_digest(known.secret_hash if known else bytes(32), shown.secret_hash) or known is None:
+            raise Refusal("unauthorized")
+        return known
+
+    async def provision(self, key: str, device: str, address: str) -> Credentials:
+        """Register a device by a provisioning key. Refusal: unauthorized, device_exists (then no use of the key is taken)."""
+        shown = take_apart("prov", key)
+        token = mint("dev")
+
+        def register(connection: sqlite3.Connection) -> None:
+            tenant_id = use_provisioning_key(connection, shown.id, shown.secret_hash)
+            insert_device(connection, tenant_id, device, token.stored, {"key": shown.id, "address": address})
+
+        await self._store.writer.change(register)
+        return Credentials(device, token.text)
+
+
+# ==== Registry ====
+# Owns: which sockets are open and which session speaks for which device; the heartbeat. Must not know: SQL.
+
+
+def websocket_frame(opcode: int, payload: bytes) -> bytes:
+    """A frame of the server (RFC 6455, section 5.2): final, not masked."""
+    length = len(payload)
+    if length < 126:
+        return struct.pack("!BB", 0x80 | opcode, length) + payload
+    if length < 65_536:
+        return struct.pack("!BBH", 0x80 | opcode, 126, length) + payload
+    return struct.pack("!BBQ", 0x80 | opcode, 127, length) + payload
+
+
+class Live(Protocol):
+    """What the registry needs of a session."""
+
+    heard: float
+    pinged: bool
+
+    @property
+    def reading(self) -> bool:
+        """Whether the server takes what the device sends; if not, its silence is the server's."""
+
+    def send(self, payload: bytes) -> None: ...
+    def ping(self) -> None: ...
+    def end(self, code: str) -> None: ...
+    def abort(self, code: str) -> None: ...
+
+
+class Registry:
+    """All open device sockets, and the one live session of each device."""
+
+    def __init__(self) -> None:
+        self.sockets: set[Live] = set()
+        self._live: dict[int, Live] = {}
+
+    def take_over(self, device_id: int, session: Live) -> None:
+        """`session` speaks for the device from now on; the one before it is superseded."""
+        before = self._live.get(device_id)
+        self._live[device_id] = session
+        if before is not None:
+            before.end("superseded")
+
+    def leave(self, device_id: int, session: Live) -> None:
+        if self._live.get(device_id) is session:
+            del self._live[device_id]
+
+    def send(self, device_id: int, payload: bytes) -> bool:
+        """Send to a device; False when it is not connected."""
+        session = self._live.get(device_id)
+        if session is None:
+            return False
+        session.send(payload)
+        return True
+
+    def end(self, device_id: int, code: str) -> None:
+        """End a device's session, if there is one."""
+        session = self._live.get(device_id)
+        if session is not None:
+            session.end(code)
+
+    def end_all(self, code: str) -> None:
+        for session in list(self.sockets):
+            session.end(code)
+
+    def live(self) -> Iterable[tuple[int, Live]]:
+        return self._live.items()
+
+
+class Heartbeat:
+    """Pings devices that are silent and drops those that do not answer. One task for all sessions: timers of their own
+    would cost each of ten thousand more memory than the rest of it."""
+
+    def __init__(self, registry: Registry, writer: Writer, limits: Limits, seconds: float) -> None:
+        self._registry = registry
+        self._writer = writer
+        self._seconds = seconds
+        self._grace = seconds * 0.4  # with the step below it: offline within one and a half heartbeats
+        self._step = min(1.0, seconds / 20)
+        self._seen_seconds = limits.seen_seconds
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        last = recorded = loop.time()
+        while True:
+            await asyncio.sleep(self._step)
+            now = loop.time()
+            late, last = now - last - self._step, now
+            self._sweep(now, late if late > self._grace / 2 else 0.0)
+            if now - recorded >= self._seen_seconds:
+                self._record(now, recorded)
+                recorded = now
+
+    def _sweep(self, now: float, late: float) -> None:
+        """`late`: how long this process itself stood still; a device is not to blame for that."""
+        for session in list(self._registry.sockets):
+            session.heard += late
+            silent = now - session.heard
+            if silent < self._seconds or not session.reading:
+                session.pinged = False
+            elif not session.pinged:
+                session.pinged = True
+                session.ping()
+            elif silent >= self._seconds + self._grace:
+                session.abort("unresponsive")
+
+    def _record(self, now: float, since: float) -> None:
+        """Store when silent devices were last heard; those that send are stored with their frames."""
+        wall = now_ms()
+        seen = {device: wall - round((now - session.heard) * 1000) for device, session in self._registry.live() if session.heard > since}
+        if seen:
+            self._writer.seen(seen)
+
+
+# ==== Sessions ====
+# Owns: one device's WebSocket from hello to close. Must not know: other devices.
+
+CLOSED: Final = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
+
+
+class DeviceSocket(web.WebSocketResponse):
+    """The WebSocket of a device.
+
+    On a protocol error or a frame too big aiohttp closes it by itself, without a reason text and with bytes of the device
+    unread: then the kernel resets the connection and the close frame is lost. So first wait until the device has gone.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(
+            protocols=("iiot.v1",), autoclose=False, autoping=False, compress=False, decode_text=False, max_msg_size=limits.frame_bytes
+        )
+        self._close_seconds = limits.close_seconds
+        self.refused = ""  # the fault for which aiohttp closed it
+
+    async def close(self, *, code: int = 1000, message: bytes = b"", drain: bool = True) -> bool:
+        fault = next((fault for fault in FAULTS.values() if fault.close == code), None)
+        transport = self._req.transport if self._req is not None else None
+        if fault is not None and transport is not None and not self.closed:
+            self.refused = fault.code
+            transport.write(websocket_frame(WSMsgType.CLOSE, struct.pack("!H", code) + fault.message.encode()))
+            until = time.monotonic() + self._close_seconds
+            while not transport.is_closing() and time.monotonic() < until:  # noqa: ASYNC110 - nothing else tells of it
+                await asyncio.sleep(0.05)
+            transport.abort()
+        return await super().close(code=code, message=message, drain=drain)
+
+
+@attrs.frozen
+class Platform:
+    """What a session and a request work with."""
+
+    settings: Settings
+    limits: Limits
+    codec: Codec
+    store: Store
+    identity: Identity
+    registry: Registry
+
+
+class Session:
+    """One device's connection.
+
+    Rows go to the writer and are acknowledged when it says so; sends go straight to the transport and are never awaited.
+    A device that does not read what it is sent is dropped.
+    """
+
+    def __init__(self, platform: Platform, socket: DeviceSocket, transport: asyncio.Transport, address: str) -> None:
+        self._platform = platform
+        self._socket = socket
+        self._transport = transport
+        self._writer = platform.store.writer
+        self._address = address
+        self._device_id = 0
+        self._progress_key = ""
+        self._number = 0
+        self._series: dict[str, str] = {}
+        self._taken = 0  # the highest frame number handed to the writer, or refused
+        self._durable = 0  # the highest frame number on disk
+        self._frames = 0  # handed to the writer in this session
+        self._frames_stored = 0
+        self._stamp = 0  # the last time of receipt given to a sample without one
+        self._bad_frames = 0
+        self._bad_since = 0.0
+        self._room = asyncio.Event()
+        self._ended = ""  # why, once it has
+        self.reading = True
+        self.pinged = False
+        self.heard = asyncio.get_running_loop().time()
+
+    async def serve(self) -> None:
+        """From hello to close."""
+        registry, limits = self._platform.registry, self._platform.limits
+        registry.sockets.add(self)
+        try:
+            if len(registry.sockets) > limits.connections:
+                raise Refusal("too_many_connections")
+            async with asyncio.timeout(limits.hello_seconds):
+                token, hello = await self._handshake()
+            await self._open(token, hello)
+            await self._converse()
+        except TimeoutError:
+            self.end("handshake_timeout")
+        except Refusal as refusal:
+            self._refuse(refusal, None)
+            self.end(refusal.fault.code)
+        except Exception:  # a defect must not take the server with it
+            log.exception("session of %s failed", self._address)
+            self.end("server_fault")
+        finally:
+            await self._leave()
+
+    async def _handshake(self) -> tuple[DeviceToken, Hello]:
+        """Who is there. Refusal: bad_handshake, unauthorized, device_exists, or what is wrong with the frame."""
+        frame = await self._first_frame()
+        if isinstance(frame, Provision):
+            credentials = await self._platform.identity.provision(frame.key, frame.device, self._address)
+            self.send(encode(credentials))
+            frame = await self._first_frame()
+        if not isinstance(frame, Hello):
+            raise Refusal("bad_handshake")
+        return await self._platform.identity.device(frame.token), frame
+
+    async def _first_frame(self) -> Frame:
+        while True:
+            message = await self._socket.receive()
+            if message.type in CLOSED:
+                raise Refusal("closed_by_device")
+            if message.type == WSMsgType.PING:
+                self._send_frame(WSMsgType.PONG, message.data)
+            elif message.type != WSMsgType.PONG:
+                break
+        if message.type != WSMsgType.TEXT:
+            raise Refusal("bad_handshake")
+        if len(message.data) > self._platform.limits.hello_bytes:
+            raise Refusal("frame_too_big")
+        try:
+            return self._platform.codec.frame(cast(bytes, message.data))
+        except Refusal as refusal:
+            if refusal.fault.code == "invalid":
+                raise
+            raise Refusal("bad_handshake") from refusal
+
+    async def _open(self, token: DeviceToken, hello: Hello) -> None:
+        """Take the device over and welcome it, once all that its earlier session queued is on disk."""
+        self._device_id, self._progress_key = token.device_id, str(token.device_id)
+        self._platform.registry.take_over(token.device_id, self)
+        opened = await self._writer.change(
+            lambda connection: open_session(connection, token.device_id, token.token_id, self._address, hello.agent)
+        )
+        self._number, self._series, self._stamp = opened.session, opened.series, opened.stamp
+        self._taken = self._durable = opened.seq
+        if self._ended:  # superseded meanwhile
+            self._record_parting()
+        else:
+            self.send(encode(Welcome(
+                token.device, token.tenant, opened.session, opened.seq, format_time(now_ms()), self._platform.settings.heartbeat,
+            )))  # fmt: skip
+
+    async def _converse(self) -> None:
+        """Take frames until the socket closes. After our own close frame the rest is read and thrown away: a socket closed
+        with unread bytes is reset, and the device would never see the close code."""
+        receive, now, turn = self._socket.receive, asyncio.get_running_loop().time, self._platform.limits.frames_per_turn
+        most, taken = self._platform.limits.unacknowledged_frames, 0
+        while (message := await receive()).type not in CLOSED:
+            self.heard = now()
+            if self._ended:
+                continue
+            if message.type == WSMsgType.TEXT:
+                self._take(cast(bytes, message.data))
+            elif message.type == WSMsgType.PING:
+                self._send_frame(WSMsgType.PONG, message.data)
+            elif message.type == WSMsgType.BINARY:
+                self._bad_frame(Refusal("not_binary"), None)
+            taken += 1
+            if self._writer.full or self._frames - self._frames_stored >= most:
+                await self._wait_for_room()
+            elif taken >= turn:
+                taken = 0
+                await asyncio.sleep(0)
+        if message.type == WSMsgType.CLOSE:
+            self.end("closed_by_device")
+        else:
+            broken = isinstance(message.data, WebSocketError)
+            self._sign_off(self._socket.refused or ("protocol_error" if broken else "connection_lost"))
+
+    async def _wait_for_room(self) -> None:
+        """Read no more until the writer has caught up: the device's own sends come to a stand, and nothing is dropped."""
+        self.reading = False
+        try:
+            async with asyncio.timeout(self._platform.limits.storage_seconds):
+                await self._writer.room()
+                while self._frames - self._frames_stored >= self._platform.limits.unacknowledged_frames and not self._ended:
+                    self._room.clear()
+                    await self._room.wait()
+        except TimeoutError:
+            self.end("storage_unavailable")
+        finally:
+            self.reading = True
+            self.heard = asyncio.get_running_loop().time()
+
+    def _take(self, data: bytes) -> None:
+        """One text frame."""
+        try:
+            frame = self._platform.codec.frame(data)
+            if not isinstance(frame, Telemetry):
+                raise Refusal("unknown_type")
+            if frame.seq <= self._taken:
+                self._acknowledge_again(frame.seq)
+            else:
+                self._take_telemetry(frame)
+        except Refusal as refusal:
+            self._bad_frame(refusal, self._platform.codec.seq_of(data))
+
+    def _take_telemetry(self, frame: Telemetry) -> None:
+        """Hand the points to the writer. Refusal: too_many_series; then none of the frame is taken."""
+        series = self._series
+        if len(series) + sum(len(sample.values) for sample in frame.samples) > self._platform.limits.series_per_device:
+            self._check_series(frame)
+        now = now_ms()
+        rows, count = self._writer.points(), 0
+        for sample in frame.samples:
+            moment = sample.ts
+            if moment is None:  # always a new one: two samples of one series in one millisecond would be one point
+                self._stamp = stamp = max(now, self._stamp + 1)
+                ts = str(stamp)
+            else:
+                ts = str(moment)
+            for metric, value in sample.values.items():
+                number = series.get(metric)
+                if number is None:
+                    number = series[metric] = self._writer.add_series(self._device_id, metric)
+                points = rows.get(number)
+                if points is None:
+                    rows[number] = {ts: value}
+                else:
+                    points[ts] = value
+            count += len(sample.values)
+        self._frame_taken(frame.seq, now, count)
+
+    def _check_series(self, frame: Telemetry) -> None:
+        names = set(self._series).union(*(sample.values for sample in frame.samples))
+        if len(names) > self._platform.limits.series_per_device:
+            raise Refusal("too_many_series")
+
+    def _frame_taken(self, seq: int, now: int, points: int) -> None:
+        self._taken = seq
+        self._frames += 1
+        self._writer.frame_taken(self, self._progress_key, (seq, self._frames), now, self._stamp, points)
+
+    def _acknowledge_again(self, seq: int) -> None:
+        """A duplicate: on disk already, or about to be and acknowledged then."""
+        if seq <= self._durable:
+            self.send(encode_ack(self._durable))
+
+    def _bad_frame(self, refusal: Refusal, seq: int | None) -> None:
+        """Say what is wrong with a frame; it is consumed, so that the device does not send it for ever."""
+        self._refuse(refusal, seq)
+        if seq is not None and seq > self._taken:
+            self._frame_taken(seq, now_ms(), 0)
+        now = asyncio.get_running_loop().time()
+        if now - self._bad_since > 60:
+            self._bad_since, self._bad_frames = now, 0
+        self._bad_frames += 1
+        if self._bad_frames >= self._platform.limits.bad_frames_per_minute:
+            self.end("too_many_bad_frames")
+
+    def _refuse(self, refusal: Refusal, seq: int | None) -> None:
+        if refusal.fault.close != FAULTS["closed_by_device"].close:
+            self.send(encode(Error(refusal.fault.code, refusal.fault.message, seq, refusal.errors)))
+
+    def committed(self, mark: tuple[int, int]) -> None:
+        """The writer has every frame up to `mark` on disk."""
+        seq, self._frames_stored = mark
+        self._durable = seq
+        self._room.set()
+        self.send(encode_ack(seq))
+
+    def not_stored(self) -> None:
+        self.end("storage_unavailable")
+
+    def send(self, payload: bytes) -> None:
+        """Send a text frame, or drop the peer that has not read the ones before it."""
+        self._send_frame(WSMsgType.TEXT, payload)
+
+    def ping(self) -> None:
+        self._send_frame(WSMsgType.PING, b"")
+
+    def _send_frame(self, opcode: int, payload: bytes) -> None:
+        if (self._ended and opcode != WSMsgType.CLOSE) or self._transport.is_closing():
+            return
+        self._transport.write(websocket_frame(opcode, payload))
+        if self._transport.get_write_buffer_size() > self._platform.limits.outbox_bytes:
+            self.abort("too_slow")
+
+    def end(self, code: str) -> None:
+        """Close with a code and its reason; the device's answer to it is read in `_converse` or `_leave`."""
+        if self._ended:
+            return
+        self._sign_off(code)
+        fault = FAULTS[code]
+        self._send_frame(WSMsgType.CLOSE, struct.pack("!H", fault.close) + fault.message.encode())
+        asyncio.get_running_loop().call_later(self._platform.limits.close_seconds, self._transport.abort)
+
+    def abort(self, code: str) -> None:
+        """Break the connection: the peer does not read, or is gone."""
+        self._sign_off(code)
+        self._transport.abort()
+
+    def _sign_off(self, code: str) -> None:
+        """The session is over, from this moment and for this reason; the socket may take longer."""
+        if self._ended:
+            return
+        self._ended = code
+        self._room.set()
+        if self._device_id:
+            self._platform.registry.leave(self._device_id, self)
+        if self._number:
+            self._record_parting()
+
+    def _record_parting(self) -> None:
+        self._writer.session_ended(Parting(self._device_id, self._number, now_ms(), self._ended, self._address))
+
+    async def _leave(self) -> None:
+        """Wait for the device's close frame, if it owes one."""
+        self.end("shutting_down")  # cancelled, if it has not ended yet
+        self._platform.registry.sockets.discard(self)
+        while not self._socket.closed and (await self._socket.receive()).type not in CLOSED:
+            pass
+        self._transport.close()
+
+
+# ==== HTTP API ====
+# Owns: the route table and its handlers: a request in, JSON out. Must not know: SQL.
+
+Moment = NewType("Moment", int)
+Duration = NewType("Duration", int)
+Names = NewType("Names", tuple[str, ...])
+Aggregates = NewType("Aggregates", tuple[str, ...])
+PLATFORM: Final = web.AppKey("platform", Platform)
+JSON_TYPE: Final = "application/json"
+FUTURE: Final = Moment(253_402_300_799_999)  # the last moment of the year 9999
+
+
+@attrs.frozen
+class NoQuery:
+    """A route without parameters."""
+
+
+@attrs.frozen
+class ListQuery:
+    """A page of a list."""
+
+    limit: int | None = None
+    after: str | None = None
+
+
+@attrs.frozen
+class DeviceQuery:
+    """GET /iiot."""
+
+    limit: int | None = None
+    after: str | None = None
+    match: str | None = None
+    connected: bool | None = None
+
+
+@attrs.frozen
+class EventQuery:
+    """GET /iiot/{device}/events; `from` is part of the range, `to` is not. (A trailing _ is not part of a name.)"""
+
+    limit: int | None = None
+    after: int | None = None
+    kind: Names | None = None
+    from_: Moment = Moment(0)
+    to_: Moment = FUTURE
+
+
+@attrs.frozen
+class TelemetryQuery:
+    """GET /iiot/{device}/telemetry; `from` is part of the range, `to` is not."""
+
+    metric: Names | None = None
+    from_: Moment = Moment(0)
+    to_: Moment = FUTURE
+    every: Duration | None = None
+    agg: Aggregates | None = None
+    order: str = "asc"
+    limit: int | None = None
+    after: Moment | None = None
+    format: str = "json"
+
+
+def one_value(values: object) -> str:
+    if not isinstance(values, list) or len(values) != 1:
+        raise Invalid("is given more than once")
+    if "\0" in values[0] or len(values[0]) > 1024:
+        raise Invalid("is too long or holds a zero character")
+    return str(values[0])
+
+
+def query_integer(values: object, _: object) -> int:
+    text = one_value(values)
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise Invalid("is not a whole number")
+    return int(text)
+
+
+def query_boolean(values: object, _: object) -> bool:
+    text = one_value(values)
+    if text not in ("true", "false"):
+        raise Invalid("is neither true nor false")
+    return text == "true"
+
+
+def query_names(values: object, _: object) -> Names:
+    """A parameter that may be given more than once."""
+    return Names(tuple(one_value([value]) for value in cast("list[str]", values)))
+
+
+def query_aggregates(values: object, _: object) -> Aggregates:
+    names = tuple(one_value(values).split(","))
+    if not set(names) <= set(AGGREGATES):
+        raise Invalid(f"is not of {', '.join(AGGREGATES)}")
+    return Aggregates(names)
+
+
+def query_duration(values: object, _: object) -> Duration:
+    milliseconds = parse_duration(one_value(values))
+    if not 0 < milliseconds <= 3_660 * DAY:
+        raise Invalid("is not between 1ms and ten years")
+    return Duration(milliseconds)
+
+
+def make_query_converter() -> Converter:
+    """Makes query classes out of {name: [text, …]}."""
+    converter = Converter(forbid_extra_keys=True)
+    converter.register_structure_hook(str, lambda values, _: one_value(values))
+    converter.register_structure_hook(int, query_integer)
+    converter.register_structure_hook(bool, query_boolean)
+    converter.register_structure_hook(Moment, lambda values, _: Moment(parse_moment(one_value(values), now_ms())))
+    converter.register_structure_hook(Duration, query_duration)
+    converter.register_structure_hook(Names, query_names)
+    converter.register_structure_hook(Aggregates, query_aggregates)
+
+    def structure_query(cls: type[Any]) -> Callable[[Any, Any], Any]:
+        renames = {field.name: override(rename=field.name.rstrip("_")) for field in attrs.fields(cls)}
+        return make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True, **renames)  # type: ignore[arg-type]
+
+    converter.register_structure_hook_factory(attrs.has, structure_query)
+    return converter
+
+
+@attrs.frozen
+class Call:
+    """One request, its principal known, its query checked."""
+
+    request: web.Request
+    platform: Platform
+    principal: Principal
+    query: Any
+
+    @property
+    def tenant(self) -> int:
+        """The tenant within which everything happens. Refusal: forbidden, for the platform's own tokens."""
+        if self.principal.tenant_id is None:
+            raise Refusal("forbidden")
+        return self.principal.tenant_id
+
+    @property
+    def device(self) -> str:
+        return self.request.match_info["device"]
+
+    @property
+    def address(self) -> str:
+        return self.request.remote or ""
+
+    def page(self) -> int:
+        """Entries of a page. Refusal: bad_query."""
+        limits = self.platform.limits
+        return self.count(limits.page, limits.page_most)
+
+    def count(self, default: int, most: int) -> int:
+        wanted = default if self.query.limit is None else cast(int, self.query.limit)
+        if not 1 <= wanted <= most:
+            raise Refusal("bad_query", FieldError("limit", f"is not between 1 and {most}"))
+        return wanted
+
+    async def body(self, cls: type[T]) -> T:
+        return self.platform.codec.body(await self.request.read(), cls)
+
+
+def json_response(text: str | bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    body = text.encode() if isinstance(text, str) else text
+    return web.Response(body=body + b"\n", status=status, content_type=JSON_TYPE, headers=headers)
+
+
+def found(text: str | bytes | None) -> web.Response:
+    if text is None:
+        raise Refusal("not_found")
+    return json_response(text)
+
+
+def answer(value: object, status: int = 200) -> web.Response:
+    return json_response(orjson.dumps(value), status)
+
+
+def error_response(refusal: Refusal) -> web.Response:
+    fault = refusal.fault
+    error: dict[str, object] = {"code": fault.code, "message": fault.message}
+    if refusal.errors:
+        error["details"] = [attrs.asdict(field) for field in refusal.errors]
+    headers = {"WWW-Authenticate": "Bearer"} if fault.status == 401 else None
+    return json_response(orjson.dumps({"error": error}), fault.status, headers)
+
+
+async def list_devices(call: Call) -> web.StreamResponse:
+    query: DeviceQuery = call.query
+    read = call.platform.store.read
+    return json_response(await read.devices(call.tenant, call.page(), query.after or "", query.match, connected=query.connected))
+
+
+async def show_device(call: Call) -> web.StreamResponse:
+    return found(await call.platform.store.read.device(call.tenant, call.device))
+
+
+async def register_device(call: Call) -> web.StreamResponse:
+    tenant, token = call.tenant, mint("dev")
+    try:
+        name = check_device_name(call.device)
+    except Invalid as error:
+        raise Refusal("invalid", FieldError("device", str(error))) from error
+    await call.body(NoQuery)
+    by = {"by": call.principal.name, "address": call.address}
+    await call.platform.store.writer.change(lambda connection: insert_device(connection, tenant, name, token.stored, by))
+    return answer({"device": name, "token": token.text}, 201)
+
+
+async def list_events(call: Call) -> web.StreamResponse:
+    query: EventQuery = call.query
+    after = INTEGERS - 1 if query.after is None else query.after
+    read = call.platform.store.read
+    return found(await read.events(call.tenant, call.device, call.page(), after, query.kind, query.from_, query.to_))
+
+
+async def csv_pieces(
+    call: Call, wanted: TelemetryRange, metrics: Iterable[str], every: int | None, aggregates: tuple[str, ...]
+) -> AsyncIterator[bytes]:
+    telemetry = call.platform.store.read.telemetry
+    for metric in metrics:
+        start: int | None = wanted.start
+        while start is not None and start < wanted.stop:
+            rest = attrs.evolve(wanted, start=start)
+            if every is None:
+                rows, start = await telemetry.point_rows(call.tenant, call.device, metric, rest)
+            else:
+                rows, start = await telemetry.bucket_rows(call.tenant, call.device, metric, rest, every, aggregates)
+            yield csv_lines(rows)
+
+
+async def stream_csv(call: Call, wanted: TelemetryRange, every: int | None, aggregates: tuple[str, ...]) -> web.StreamResponse:
+    """The whole range, header line first, in pieces of bounded size; metric by metric, each by time."""
+    for name in ("limit", "after"):
+        if getattr(call.query, name) is not None:
+            raise Refusal("bad_query", FieldError(name, "is not for format=csv, which is the whole range"))
+    if wanted.descending:
+        raise Refusal("bad_query", FieldError("order", "of format=csv is asc"))
+    telemetry = call.platform.store.read.telemetry
+    metrics = await telemetry.metrics(call.tenant, call.device, wanted)
+    if metrics is None:
+        raise Refusal("not_found")
+    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "text/csv; charset=utf-8"})
+    await response.prepare(call.request)
+    try:
+        header = ("time", "metric", *(("value",) if every is None else aggregates))
+        await response.write(",".join(header).encode() + b"\n")
+        async for lines in csv_pieces(call, wanted, metrics, every, aggregates):
+            async with asyncio.timeout(call.platform.limits.query_seconds):
+                await response.write(lines)
+    except ConnectionError:
+        return response  # the client has gone
+    except BaseException:
+        if call.request.transport is not None:
+            call.request.transport.abort()  # the client must see that this is not the end of the file
+        raise
+    await response.write_eof()
+    return response
+
+
+async def show_telemetry(call: Call) -> web.StreamResponse:
+    query: TelemetryQuery = call.query
+    limits, telemetry = call.platform.limits, call.platform.store.read.telemetry
+    if query.order not in ("asc", "desc"):
+        raise Refusal("bad_query", FieldError("order", "is neither asc nor desc"))
+    if query.format not in ("json", "csv"):
+        raise Refusal("bad_query", FieldError("format", "is neither json nor csv"))
+    if query.agg and query.every is None:
+        raise Refusal("bad_query", FieldError("agg", "needs every"))
+    wanted = TelemetryRange(query.metric, query.from_, query.to_, query.order == "desc")
+    aggregates = query.agg or Aggregates(("avg",))
+    if query.format == "csv":
+        return await stream_csv(call, wanted, query.every, aggregates)
+    if query.after is not None:
+        wanted = attrs.evolve(wanted, stop=query.after) if wanted.descending else attrs.evolve(wanted, start=query.after)
+    limit = call.count(limits.points, limits.points_most)
+    if query.every is None:
+        return found(await telemetry.points(call.tenant, call.device, wanted, limit))
+    return found(await telemetry.buckets(call.tenant, call.device, wanted, limit, query.every, aggregates))
+
+
+async def ask_report(call: Call) -> web.StreamResponse:
+    body = await call.body(ReportRequest)
+    if body.what not in ("telemetry", "state"):
+        raise Refusal("invalid", FieldError("what", "is neither telemetry nor state"))
+    device_id = await call.platform.store.read.device_id(call.tenant, call.device)
+    if device_id is None:
+        raise Refusal("not_found")
+    if not call.platform.registry.send(device_id, encode(Report(body.what))):
+        raise Refusal("device_offline")
+    return answer({"device": call.device, "what": body.what}, 202)
+
+
+async def list_keys(call: Call) -> web.StreamResponse:
+    return json_response(await call.platform.store.read.provisioning_keys(call.tenant, call.page(), call.query.after or ""))
+
+
+async def create_key(call: Call) -> web.StreamResponse:
+    tenant, key, body = call.tenant, mint("prov"), await call.body(NewProvisioningKey)
+    if body.uses is not None and body.uses < 1:
+        raise Refusal("invalid", FieldError("uses", "is not at least 1"))
+    await call.platform.store.writer.change(
+        lambda connection: insert_provisioning_key(connection, tenant, key.stored, body.expires_at, body.uses)
+    )
+    return answer({"id": key.stored.id, "key": key.text}, 201)
+
+
+async def delete_key(call: Call) -> web.StreamResponse:
+    tenant, key_id = call.tenant, call.request.match_info["id"]
+    await call.platform.store.writer.change(lambda connection: delete_token(connection, "provisioning_key", tenant, key_id))
+    return web.Response(status=204)
+
+
+async def list_tokens(call: Call) -> web.StreamResponse:
+    return json_response(await call.platform.store.read.operator_tokens(call.tenant, call.page(), call.query.after or ""))
+
+
+async def create_token(call: Call) -> web.StreamResponse:
+    tenant, token, body = call.tenant, mint("op"), await call.body(NewToken)
+    if body.role not in RANKS:
+        raise Refusal("invalid", FieldError("role", f"is not one of {', '.join(RANKS)}"))
+    await call.platform.store.writer.change(
+        lambda connection: insert_operator_token(connection, tenant, token.stored, body.name, body.role, body.expires_at)
+    )
+    return answer({"id": token.stored.id, "name": body.name, "role": body.role, "token": token.text}, 201)
+
+
+async def revoke_token(call: Call) -> web.StreamResponse:
+    tenant, token_id = call.tenant, call.request.match_info["id"]
+    await call.platform.store.writer.change(lambda connection: delete_token(connection, "operator_token", tenant, token_id))
+    return web.Response(status=204)
+
+
+async def whoami(call: Call) -> web.StreamResponse:
+    who = call.principal
+    return answer({"id": who.token_id, "name": who.name, "role": who.role, "tenant": who.tenant})
+
+
+async def show_health(call: Call) -> web.StreamResponse:
+    if not await call.platform.store.healthy(call.platform.limits):
+        raise Refusal("storage_unavailable")
+    return answer({"status": "ok", "version": VERSION})
+
+
+async def hold_device(call: Call) -> web.StreamResponse:
+    """GET /device: a device's WebSocket for as long as it lasts."""
+    if call.request.headers.get(hdrs.UPGRADE, "").lower() != "websocket":
+        raise Refusal("bad_handshake")
+    socket = DeviceSocket(call.platform.limits)
+    try:
+        await socket.prepare(call.request)
+    except web.HTTPBadRequest as error:
+        raise Refusal("bad_handshake") from error
+    transport = call.request.transport
+    if transport is not None:
+        await Session(call.platform, socket, transport, call.address).serve()
+    return socket
+
+
+Handler = Callable[[Call], Awaitable[web.StreamResponse]]
+
+
+@attrs.frozen
+class Route:
+    """A method and path, the least role that may use it (`public`: everybody, `any`: every token), and what answers."""
+
+    method: str
+    path: str
+    role: str
+    handler: Handler
+    query: type[Any] = NoQuery
+
+
+ROUTES: Final = (
+    Route("GET", "/iiot", "viewer", list_devices, DeviceQuery),
+    Route("GET", "/iiot/{device}", "viewer", show_device),
+    Route("PUT", "/iiot/{device}", "admin", register_device),
+    Route("GET", "/iiot/{device}/events", "viewer", list_events, EventQuery),
+    Route("GET", "/iiot/{device}/telemetry", "viewer", show_telemetry, TelemetryQuery),
+    Route("POST", "/iiot/{device}/report", "operator", ask_report),
+    Route("GET", "/provisioning-keys", "admin", list_keys, ListQuery),
+    Route("POST", "/provisioning-keys", "admin", create_key),
+    Route("DELETE", "/provisioning-keys/{id}", "admin", delete_key),
+    Route("GET", "/tokens", "admin", list_tokens, ListQuery),
+    Route("POST", "/tokens", "admin", create_token),
+    Route("DELETE", "/tokens/{id}", "admin", revoke_token),
+    Route("GET", "/whoami", "any", whoami),
+    Route("GET", "/healthz", "public", show_health),
+    Route("GET", "/device", "public", hold_device),
+)
+
+NOBODY: Final = Principal("", "", "public", None, None)
+
+
+def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """A route as aiohttp calls it: who is it, may they, is the query right; then the handler."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        platform = request.app[PLATFORM]
+        principal = NOBODY
+        if route.role != "public":
+            scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+            principal = await platform.identity.operator(token.strip() if scheme.lower() == "bearer" else "")
+            if not principal.may(route.role):
+                raise Refusal("forbidden")
+        try:
+            query = converter.structure({name: request.query.getall(name) for name in request.query}, route.query)
+        except Exception as error:
+            wrong = islice(field_errors(error), platform.limits.field_errors)
+            raise Refusal("bad_query", *(attrs.evolve(field, path=field.path.rstrip("_")) for field in wrong)) from error
+        return await route.handler(Call(request, platform, principal, query))
+
+    return handle
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """Every refusal and failure as the JSON of the contract; what an exception says goes to the log alone."""
+    try:
+        return await handler(request)
+    except Refusal as refusal:
+        return error_response(refusal)
+    except web.HTTPException as error:
+        known = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+        response = error_response(Refusal(known.get(error.status, "invalid")))
+        if hdrs.ALLOW in error.headers:
+            response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
+        return response
+    except ConnectionError:  # the client went away
+        raise
+    except Exception:  # the boundary: whatever a handler did wrong, the next request is answered
+        log.exception("%s %s failed", request.method, request.rel_url.path)
+        return error_response(Refusal("server_fault"))
+
+
+class PlainRequestHandler(web.RequestHandler):
+    """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract."""
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer is under way already")
+        log.log(logging.ERROR if status == 500 else logging.DEBUG, "cannot serve %s: %s", request.remote, message, exc_info=exc)
+        response = error_response(Refusal("server_fault" if status == 500 else "bad_request"))
+        response.force_close()
+        return response
+
+
+class PlainServer(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return PlainRequestHandler(self, loop=self._loop, **self._kwargs)
+
+
+class PlainRunner(web.AppRunner):
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return PlainServer(made.request_handler, request_factory=made.request_factory, **self._kwargs)
+
+
+# ==== Application ====
+# Owns: how the parts are put together, started in order and stopped in the opposite one.
+
+
+async def run_platform(app: web.Application, settings: Settings, limits: Limits) -> AsyncIterator[None]:
+    """Open the store, then what stands on it; close them the other way round."""
+    async with Store.open(Path(settings.db), limits) as store:
+        registry = Registry()
+        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, Identity(store), registry)
+        heartbeat = asyncio.create_task(Heartbeat(registry, store.writer, limits, settings.heartbeat).run(), name="heartbeat")
+        try:
+            yield
+        finally:
+            heartbeat.cancel()
+            await asyncio.gather(heartbeat, return_exceptions=True)
+
+
+async def end_sessions(app: web.Application) -> None:
+    app[PLATFORM].registry.end_all("shutting_down")
+
+
+def make_app(settings: Settings, limits: Limits | None = None) -> web.Application:
+    """The server as an aiohttp application. The database file must have been prepared."""
+    bounds = limits or Limits()
+    app = web.Application(middlewares=[answer_errors], client_max_size=bounds.body_bytes)
+    converter = make_query_converter()
+    for route in ROUTES:
+        app.router.add_route(route.method, route.path, endpoint(route, converter))
+    app.cleanup_ctx.append(lambda running: run_platform(running, settings, bounds))
+    app.on_shutdown.append(end_sessions)
+    return app
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """What HTTPS needs, None without a certificate. OSError with the name of the file that cannot be used."""
+    if not settings.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None)
+    except OSError as error:
+        raise OSError(f"cannot use {settings.tls_cert} {settings.tls_key}: {error}") from error
+    return context
+
+
+@asynccontextmanager
+async def serving(settings: Settings, limits: Limits | None = None) -> AsyncIterator[str]:
+    """The running server; yields its address. OSError when it cannot listen there."""
+    context = tls_context(settings)
+    runner = PlainRunner(make_app(settings, limits), access_log=None, keepalive_timeout=75, shutdown_timeout=10)
+    try:
+        await runner.setup()
+        site = web.TCPSite(runner, settings.host, settings.port, ssl_context=context, backlog=4096, reuse_address=True)
+        try:
+            await site.start()
+        except OSError as error:
+            raise OSError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}") from error
+        host, port = runner.addresses[0][:2]
+        shown = f"[{host}]" if ":" in host else host
+        yield f"{'https' if context else 'http'}://{shown}:{port}"
+    finally:
+        await runner.cleanup()
+
+
+# ==== Agent ====
+# Owns: the reference device: this machine's readings or a recorded file, sent as any third-party device would.
+# Must not know: the server's insides; it speaks only the wire contract.
+
+INTEGER: Final = re.compile(r"[+-]?[0-9]{1,40}")
+REAL: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
+FURTHEST: Final = 1e11  # seconds: the fifth millennium
+REPLAY_ROWS: Final = 50  # of a recorded file in one frame
+PERMANENT: Final = (4400, 4401, 4403)  # close codes after which trying again is of no use
+
+
+class AgentError(Exception):
+    """The agent cannot go on; the text is for the person who started it."""
+
+
+@attrs.frozen
+class AgentOptions:
+    """What `python iiot.py device` is told. One of `key` and `token` is needed until the token file is there."""
+
+    url: str = setting(
+        "http://127.0.0.1:8080", "address of the server", lambda url: re.fullmatch(r"(http|ws)s?://\S+", url), "http://… or https://…"
+    )
+    key: str = setting("", "provisioning key, for the first start")
+    name: str = setting("", "name to be provisioned under (this machine's host name)")
+    token: str = setting("", "device token, instead of a key")
+    token_file: str = setting("", "where the token is kept, mode 0600 (NAME.token in this folder)")
+    interval: float = setting(5.0, "seconds between two readings", positive, "above 0")
+    spool: int = setting(10_000, "frames kept while offline; then the oldest are dropped", positive, "at least 1")
+    replay: str = setting("", "send a recorded CSV instead: first column a time, the rest metrics; comma or semicolon")
+    speed: float = setting(
+        0.0,
+        "of --replay: 1 is the recording's own pace, 10 ten times it, 0 as fast as the server acknowledges",
+        lambda speed: 0 <= speed < float("inf"),
+        "0 or above",
+    )
+
+
+class Spool:
+    """Frames from their making until the server has them on disk; bounded. A frame is numbered when it is first sent."""
+
+    def __init__(self, most: int) -> None:
+        self._frames: deque[dict[str, Any]] = deque()
+        self._most = most
+        self._sent = 0
+        self._seq = 0
+        self._changed = asyncio.Condition()
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    async def put(self, frame: dict[str, Any]) -> None:
+        """Keep a frame; where there is no room, let go of the oldest."""
+        async with self._changed:
+            if len(self._frames) >= self._most:
+                self._frames.popleft()
+                self._sent = max(0, self._sent - 1)
+                self.dropped += 1
+            self._frames.append(frame)
+            self._changed.notify_all()
+
+    async def next(self) -> dict[str, Any]:
+        """The next frame to send, numbered."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._sent < len(self._frames))
+            frame = self._frames[self._sent]
+            self._sent += 1
+            if "seq" not in frame:
+                self._seq += 1
+                frame["seq"] = self._seq
+            return frame
+
+    async def acknowledge(self, seq: int) -> int:
+        """Let go of every frame up to `seq`; how many samples were in them."""
+        samples = 0
+        async with self._changed:
+            while self._frames and self._frames[0].get("seq", seq + 1) <= seq:
+                samples += len(self._frames.popleft()["samples"])
+                self._sent = max(0, self._sent - 1)
+            self._changed.notify_all()
+        return samples
+
+    async def refuse(self, seq: int) -> int:
+        """The server does not take this frame; how many samples are lost with it."""
+        async with self._changed:
+            frame = next((frame for frame in self._frames if frame.get("seq") == seq), {})
+            lost, frame["samples"] = len(frame.get("samples", ())), []
+            return lost
+
+    async def resume(self, seq: int) -> int:
+        """A new session: what lies above the server's `seq` is sent again, and numbering goes on above it. How many samples
+        turn out to be stored."""
+        samples = await self.acknowledge(seq)
+        self._seq = max(self._seq, seq)
+        self._sent = 0
+        return samples
+
+    async def at_most(self, frames: int) -> None:
+        """Wait until no more than so many frames are kept."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._frames) <= frames)
+
+
+def read_numbers(path: str) -> list[int]:
+    """The first line's numbers of a file of /proc or /sys; none where the system has no such file."""
+    try:
+        return [int(word) for word in Path(path).read_text().splitlines()[0].split() if word.lstrip("-").isdigit()]
+    except (OSError, IndexError):
+        return []
+
+
+def read_table(path: str) -> dict[str, list[str]]:
+    """Lines `name: words…` of a file of /proc."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): words.split() for name, colon, words in (line.partition(":") for line in lines) if colon}
+
+
+class Readings:
+    """This machine's own readings, as far as its system tells them."""
+
+    def __init__(self) -> None:
+        self._processor = read_numbers("/proc/stat")
+
+    def take(self) -> dict[str, float | int]:
+        values: dict[str, float | int] = {}
+        with suppress(OSError, AttributeError):
+            values["load_1m"] = round(os.getloadavg()[0], 2)
+        with suppress(OSError):
+            disk = shutil.disk_usage("/")
+            values["disk_used_percent"] = round(100 * disk.used / disk.total, 2)
+        return values | self._processor_use() | self._memory() | self._network() | self._temperatures()
+
+    def _processor_use(self) -> dict[str, float | int]:
+        before, self._processor = self._processor, read_numbers("/proc/stat")
+        spent = [now - then for now, then in zip(self._processor, before, strict=False)]
+        if len(spent) < 5 or sum(spent[:8]) <= 0:
+            return {}
+        idle = spent[3] + spent[4]  # idle and waiting for input or output: proc(5)
+        return {"cpu_percent": round(100 * (1 - idle / sum(spent[:8])), 1)}
+
+    def _memory(self) -> dict[str, float | int]:
+        table = read_table("/proc/meminfo")
+        if "MemTotal" not in table or "MemAvailable" not in table:
+            return {}
+        total, available = int(table["MemTotal"][0]), int(table["MemAvailable"][0])
+        return {"memory_used_percent": round(100 * (1 - available / total), 2), "memory_available_bytes": available * 1024}
+
+    def _network(self) -> dict[str, float | int]:
+        links = [words for name, words in read_table("/proc/net/dev").items() if name != "lo" and len(words) > 8]
+        if not links:
+            return {}
+        return {
+            "network_received_bytes": sum(int(words[0]) for words in links),
+            "network_sent_bytes": sum(int(words[8]) for words in links),
+        }
+
+    def _temperatures(self) -> dict[str, float | int]:
+        zones = sorted(Path("/sys/class/thermal").glob("thermal_zone*"))
+        read = {zone.name.removeprefix("thermal_zone"): read_numbers(f"{zone}/temp") for zone in zones}
+        return {f"temperature_{zone}_celsius": numbers[0] / 1000 for zone, numbers in read.items() if numbers}
+
+
+def parse_cell(text: str) -> Value | None:
+    """A value of a recorded file: integer, real or text; None for an empty cell, or a number that has no value."""
+    text = text.strip()
+    if INTEGER.fullmatch(text):
+        whole = int(text)
+        return whole if -INTEGERS <= whole < INTEGERS else None
+    if REAL.fullmatch(text):
+        real = float(text)
+        return real if abs(real) < float("inf") else None
+    return text or None
+
+
+def parse_recorded_time(text: str) -> int:
+    """Milliseconds of a recorded time: ISO 8601 (UTC where it names no zone) or seconds since 1970. ValueError."""
+    text = text.strip()
+    if REAL.fullmatch(text):
+        seconds = float(text)
+        if not abs(seconds) < FURTHEST:
+            raise ValueError(f"{text} is no time")
+        return round(seconds * 1000)
+    moment = datetime.fromisoformat(text)
+    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+class Recording:
+    """A recorded CSV file, row by row."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with path.open("rb") as file:
+                self.rows = max(0, sum(1 for line in file if line.strip()) - 1)
+        except OSError as error:
+            raise AgentError(f"cannot read {path}: {error.strerror}") from error
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Samples in the file's order. AgentError at the line where the file breaks off or is not as its header says."""
+        line = 1
+        try:
+            with self._path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+                first = file.readline()
+                delimiter = ";" if first.count(";") > first.count(",") else ","
+                header = self._header(next(csv.reader([first], delimiter=delimiter), []))
+                rows = csv.reader(file, delimiter=delimiter, strict=True)
+                while True:
+                    line = rows.line_num + 2
+                    row = next(rows, None)
+                    if row is None:
+                        return
+                    line = rows.line_num + 1
+                    if row:
+                        yield self._sample(header, row)
+        except (ValueError, csv.Error) as error:
+            raise AgentError(f"{self._path}: line {line}: {error}") from error
+
+    @staticmethod
+    def _header(names: list[str]) -> list[str]:
+        metrics = [name.strip() for name in names[1:]]
+        if not metrics or not all(metrics) or len(set(metrics)) < len(metrics):
+            raise ValueError("needs a time column and one or more metrics, each with a name of its own")
+        return metrics
+
+    @staticmethod
+    def _sample(header: list[str], row: list[str]) -> dict[str, Any]:
+        if len(row) != len(header) + 1:
+            raise ValueError(f"{len(row)} columns where the header has {len(header) + 1}")
+        if any("\udc80" <= mark <= "\udcff" for cell in row for mark in cell):
+            raise ValueError("is not UTF-8")
+        values = {name: parse_cell(cell) for name, cell in zip(header, row[1:], strict=True)}
+        return {"ts": parse_recorded_time(row[0]), "values": {name: value for name, value in values.items() if value is not None}}
+
+
+class TokenFile:
+    """Where the agent keeps its token, for its own eyes only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> str:
+        """The token, empty without a file. AgentError when the file cannot be used."""
+        try:
+            return self._path.read_text().strip()
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError) as error:
+            raise AgentError(f"cannot read {self._path}: {error}") from error
+
+    def check(self) -> None:
+        """AgentError when no token could be kept: to be asked before one is minted, for it is shown but once."""
+        self._write("").unlink()
+
+    def write(self, token: str) -> None:
+        """Written beside and moved into place, so that a crash leaves the whole file or none."""
+        self._write(token).replace(self._path)
+
+    def _write(self, token: str) -> Path:
+        beside = self._path.with_name(self._path.name + ".new")
+        try:
+            beside.unlink(missing_ok=True)
+            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(token + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise AgentError(f"cannot keep a token in {self._path}: {error.strerror}") from error
+        return beside
+
+
+class Agent:
+    """Holds a session to the server, and comes back when it breaks."""
+
+    def __init__(self, options: AgentOptions) -> None:
+        self._options = options
+        host = re.sub(r"[^A-Za-z0-9._:-]", "-", socket.gethostname())[:64]
+        self._name = options.name or host or "device"
+        self._token_file = TokenFile(Path(options.token_file or f"{self._name}.token"))
+        self._token = options.token or self._token_file.read()
+        self._spool = Spool(options.spool)
+        self._report = asyncio.Event()
+        self._delivered = 0
+        self._refused = 0
+        if not self._token and not options.key:
+            raise AgentError("needs --key (a provisioning key) or --token for the first start")
+
+    async def run(self) -> None:
+        """Until the recording is delivered, or for ever. AgentError when the server refuses the device."""
+        source = asyncio.create_task(self._replay() if self._options.replay else self._observe(), name="source")
+        link = asyncio.create_task(self._stay_connected(), name="link")
+        try:
+            await asyncio.wait((source, link), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (source, link):
+                task.cancel()
+            outcomes = await asyncio.gather(source, link, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    async def _observe(self) -> None:
+        """A reading now, at every interval, and when the server asks."""
+        readings = Readings()
+        while True:
+            self._report.clear()
+            await self._spool.put({"type": "telemetry", "samples": [{"ts": now_ms(), "values": readings.take()}]})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._options.interval):
+                    await self._report.wait()
+
+    async def _replay(self) -> None:
+        """Send the recording, and return when the server has all of it. AgentError when some of it could not be sent."""
+        recording = Recording(Path(self._options.replay))
+        progress = asyncio.create_task(self._show_progress(recording.rows), name="progress")
+        broken: AgentError | None = None
+        try:
+            await self._send_samples(recording)
+        except AgentError as error:
+            broken = error  # what came before it is good
+        await self._spool.at_most(0)
+        progress.cancel()
+        await asyncio.gather(progress, return_exceptions=True)
+        print(f"\rreplayed {self._delivered} of {recording.rows} rows", file=sys.stderr)
+        if broken:
+            raise broken
+        if self._refused:
+            raise AgentError(f"the server refused {self._refused} rows")
+
+    async def _send_samples(self, recording: Recording) -> None:
+        waiting: list[dict[str, Any]] = []
+        before: int | None = None
+        try:
+            for sample in recording.samples():
+                if self._options.speed > 0 and before is not None:
+                    await asyncio.sleep(max(0, sample["ts"] - before) / 1000 / self._options.speed)
+                before = sample["ts"]
+                waiting.append(sample)
+                if len(waiting) >= REPLAY_ROWS or self._options.speed > 0:
+                    await self._send_rows(waiting)
+                    waiting = []
+        finally:
+            await self._send_rows(waiting)
+
+    async def _send_rows(self, samples: list[dict[str, Any]]) -> None:
+        """Unlike readings, rows wait for room."""
+        if samples:
+            await self._spool.at_most(min(100, self._options.spool - 1))
+            await self._spool.put({"type": "telemetry", "samples": samples})
+
+    async def _show_progress(self, rows: int) -> None:
+        while True:
+            print(f"\r{self._delivered} of {rows} rows acknowledged", end="", file=sys.stderr, flush=True)
+            await asyncio.sleep(0.5)
+
+    async def _stay_connected(self) -> None:
+        attempt = 0
+        async with ClientSession(timeout=ClientTimeout(total=None, sock_connect=10)) as client:
+            while True:
+                started = time.monotonic()
+                try:
+                    await self._hold_session(client)
+                except (ClientError, OSError, TimeoutError) as error:
+                    log.warning("no session: %s", error or type(error).__name__)
+                attempt = 0 if time.monotonic() - started > 30 else attempt + 1
+                await asyncio.sleep(backoff(attempt, 60.0, random.random()))  # noqa: S311 - no secret
+
+    async def _hold_session(self, client: ClientSession) -> None:
+        """One session from hello to close."""
+        url = re.sub("^http", "ws", self._options.url.rstrip("/")) + "/device"
+        async with client.ws_connect(url, protocols=("iiot.v1",), heartbeat=30, max_msg_size=4 * 1024 * 1024) as link:
+            if not self._token:
+                self._token_file.check()
+                await link.send_json({"type": "provision", "key": self._options.key, "device": self._name})
+                self._token = (await self._expect(link, "credentials"))["token"]
+                self._token_file.write(self._token)
+                log.info("provisioned as %s", self._name)
+            await link.send_json({"type": "hello", "token": self._token, "agent": f"iiot-agent/{VERSION}", "time": now_ms()})
+            welcome = await self._expect(link, "welcome")
+            log.info("connected as %s, session %s", welcome["device"], welcome["session"])
+            self._delivered += await self._spool.resume(welcome["seq"])
+            sender = asyncio.create_task(self._send(link), name="sender")
+            try:
+                await self._receive(link)
+            finally:
+                sender.cancel()
+                await asyncio.gather(sender, return_exceptions=True)
+
+    async def _expect(self, link: ClientWebSocketResponse, kind: str) -> dict[str, Any]:
+        """The server's answer to a step of the handshake."""
+        async with asyncio.timeout(30):
+            message = await link.receive()
+        if message.type == WSMsgType.TEXT:
+            frame = cast("dict[str, Any]", json.loads(message.data))
+            if frame.get("type") == kind:
+                return frame
+            if frame.get("type") == "error":
+                await self._closed(link, frame.get("message", ""))
+        await self._closed(link, str(message.extra or ""))
+        raise ClientError("the server did not answer the handshake")
+
+    async def _closed(self, link: ClientWebSocketResponse, reason: str) -> None:
+        """The server is closing: AgentError if for good."""
+        if not link.closed:
+            async with asyncio.timeout(10):
+                while (message := await link.receive()).type not in CLOSED:
+                    pass
+                reason = reason or str(message.extra or "")
+        if link.close_code in PERMANENT:
+            raise AgentError(f"the server refuses this device ({link.close_code}): {reason}")
+        raise ClientError(f"closed by the server ({link.close_code}): {reason}")
+
+    async def _send(self, link: ClientWebSocketResponse) -> None:
+        while True:
+            frame = await self._spool.next()
+            await link.send_str(json.dumps(frame, separators=(",", ":")))
+
+    async def _receive(self, link: ClientWebSocketResponse) -> None:
+        while (message := await link.receive()).type not in CLOSED:
+            if message.type != WSMsgType.TEXT:
+                continue
+            frame = json.loads(message.data)
+            if frame["type"] == "ack":
+                self._delivered += await self._spool.acknowledge(frame["seq"])
+            elif frame["type"] == "error":
+                log.warning("the server refused a frame: %s %s", frame.get("message"), frame.get("errors", ""))
+                self._refused += await self._spool.refuse(frame.get("seq", 0))
+            elif frame["type"] == "report":
+                self._report.set()
+        await self._closed(link, str(message.extra or ""))
+
+
+# ==== Command line ====
+# Owns: arguments, variables of the environment, what is printed where: results to standard output, the rest to standard error.
+
+
+def parse_option(field: attrs.Attribute[Any], text: str) -> Any:
+    """An option's value. ArgumentTypeError, which argparse shows with the flag's name."""
+    kind: Callable[[str], Any] = type(field.default)
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a number' if kind is float else 'a whole number'}") from None
+    if field.metadata["good"] and not field.metadata["good"](value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {field.metadata['rule']}")
+    return value
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type[Any], names: Iterable[str] = ()) -> None:
+    """A flag for every field of an options class, or for those named; its default from IIOT_NAME where that is set."""
+    for field in attrs.fields(cls):
+        if names and field.name not in names:
+            continue
+        variable = f"IIOT_{field.name.upper()}"
+        default = field.default
+        if variable in os.environ:
+            try:
+                default = parse_option(field, os.environ[variable])
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"{variable}: {error}")
+        shown = f" ({field.default})" if field.default not in ("", 0.0) else ""
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=functools.partial(parse_option, field), default=default, help=field.metadata["help"] + shown)
+
+
+def whole_number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def options(arguments: argparse.Namespace, cls: type[T]) -> T:
+    names = attrs.fields_dict(cast("type[attrs.AttrsInstance]", cls))
+    return cls(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="iiot.py", description="Industrial-IoT platform in one process.")
+    parser.add_argument("--version", action="version", version=VERSION)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="run the server (the default)")
+    add_options(serve, Settings)
+    token = commands.add_parser("token", help="mint an operator token from the database file; prints it alone")
+    token.add_argument("--role", required=True, choices=(*RANKS, "platform"))
+    token.add_argument("--name", default="command line", help="what the token is called")
+    key = commands.add_parser("provisioning-key", help="mint a provisioning key from the database file; prints it alone")
+    key.add_argument("--uses", type=whole_number, default=None, help="how many devices it may provision (any number)")
+    for command in (token, key):
+        command.add_argument("--tenant", default="default", help="whose it is (default)")
+        add_options(command, Settings, ("db",))
+    device = commands.add_parser("device", help="run this machine as a device")
+    add_options(device, AgentOptions)
+    add_options(device, Settings, ("log_level",))
+    return parser
+
+
+def change_database(path: Path, function: Callable[[sqlite3.Connection], T]) -> T:
+    """One change of a database file from the command line, beside a running server too. StoreError when it is not there."""
+    with named_errors(path):
+        if is_new(path):
+            raise StoreError(f"there is no database {path}; start the server first")
+        with closing(connect(path)) as connection:
+            if schema_version(connection, path) < SCHEMA_VERSION:
+                raise StoreError(f"{path} was written by an older version of this program; start the server first")
+            with transaction(connection):
+                return function(connection)
+
+
+def named_tenant(connection: sqlite3.Connection, name: str) -> int:
+    try:
+        return tenant_id_of(connection, name)
+    except Refusal as refusal:
+        raise StoreError(f"there is no tenant {name}") from refusal
+
+
+def mint_token(arguments: argparse.Namespace) -> None:
+    token = mint("op")
+
+    def add(connection: sqlite3.Connection) -> None:
+        tenant = None if arguments.role == "platform" else named_tenant(connection, arguments.tenant)
+        insert_operator_token(connection, tenant, token.stored, arguments.name, arguments.role)
+
+    change_database(Path(arguments.db), add)
+    print(token.text)
+
+
+def mint_key(arguments: argparse.Namespace) -> None:
+    key = mint("prov")
+
+    def add(connection: sqlite3.Connection) -> None:
+        insert_provisioning_key(connection, named_tenant(connection, arguments.tenant), key.stored, uses=arguments.uses)
+
+    change_database(Path(arguments.db), add)
+    print(key.text)
+
+
+def first_credentials(path: Path) -> tuple[Secret, Secret] | None:
+    """An admin token and a provisioning key for a database that has no operator token yet."""
+    token, key = mint("op"), mint("prov")
+
+    def add(connection: sqlite3.Connection) -> bool:
+        if has_operator_tokens(connection):
+            return False
+        tenant = tenant_id_of(connection, "default")
+        insert_operator_token(connection, tenant, token.stored, "first start", "admin")
+        insert_provisioning_key(connection, tenant, key.stored)
+        return True
+
+    return (token, key) if change_database(path, add) else None
+
+
+async def serve(settings: Settings) -> None:
+    """Run the server until SIGINT or SIGTERM."""
+    path = Path(settings.db)
+    prepare_database(path)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(NotImplementedError):  # Windows: there the KeyboardInterrupt ends asyncio.run
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with serving(settings) as url:
+        print(f"listening on {url}", flush=True)
+        first = first_credentials(path)
+        if first is not None:
+            token, key = first
+            print(
+                f"\nFirst start. Shown once, keep them:\n  admin token       {token.text}\n  provisioning key  {key.text}\n"
+                f"\nThis machine as a device:\n  python iiot.py device --url {url} --key {key.text}\n"
+                f"The list of devices:\n  curl -H 'Authorization: Bearer {token.text}' {url}/iiot",
+                flush=True,
+            )
+        await stop.wait()
+        log.info("stopping")
+
+
+async def run_device(agent_options: AgentOptions) -> None:
+    await Agent(agent_options).run()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; `python iiot.py` alone serves."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+        words = ["serve", *words]
+    arguments = make_parser().parse_args(words)
+    level = getattr(arguments, "log_level", "info").upper()
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        match arguments.command:
+            case "serve":
+                asyncio.run(serve(options(arguments, Settings)))
+            case "token":
+                mint_token(arguments)
+            case "provisioning-key":
+                mint_key(arguments)
+            case "device":
+                asyncio.run(run_device(options(arguments, AgentOptions)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Refusal as refusal:
+        sys.exit(f"iiot.py: {refusal.fault.message}")
+    except (StoreError, AgentError, OSError, sqlite3.Error) as error:
+        sys.exit(f"iiot.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""python tests/bench.py: what this machine does, in one run, beside what it is compared with.
+
+Every server is a process of its own on a fresh database; the load comes from a second process with frames built beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from load import Worker, connect_and_wait, send_at_full_speed, send_steadily
+
+import iiot
+
+FIRST_TS = 1_735_689_600_000  # 2025-01-01
+HISTORY_POINTS = 1_000_000
+
+
+class Server:
+    """A server on a fresh database with so many devices."""
+
+    def __init__(self, folder: Path, devices: int) -> None:
+        self.database = folder / "iiot.db"
+        iiot.prepare_database(self.database)
+        self.tokens: list[str] = []
+        operator = iiot.mint("op")
+        with closing(iiot.connect(self.database)) as connection, iiot.transaction(connection):
+            tenant = iiot.tenant_id_of(connection, "default")
+            iiot.insert_operator_token(connection, tenant, operator.stored, "bench", "admin")
+            for number in range(devices):
+                token = iiot.mint("dev")
+                iiot.insert_device(connection, tenant, f"device-{number:05}", token.stored, {})
+                self.tokens.append(token.text)
+        self._operator = operator.text
+        self._process: subprocess.Popen[str] | None = None
+        self.host, self.port = "127.0.0.1", 0
+
+    def add_history(self, points: int) -> None:
+        """A device with one long series, a point a second."""
+        with closing(iiot.connect(self.database)) as connection, iiot.transaction(connection):
+            tenant = iiot.tenant_id_of(connection, "default")
+            iiot.insert_device(connection, tenant, "history", iiot.mint("dev").stored, {})
+            connection.execute("insert into series (device_id, metric) select id, 'level' from device where name = 'history'")
+            connection.execute(
+                """insert into telemetry with recursive n(i) as (select 0 union all select i + 1 from n where i < ? - 1)
+                   select series.id, ? + i * 1000, (i * 7919 % 1000003) / 1000.0 from n, series where metric = 'level'""",
+                (points, FIRST_TS),
+            )
+
+    def start(self) -> None:
+        command = [sys.executable, str(Path(iiot.__file__)), "--port", "0", "--db", str(self.database)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        found = re.search(r":(\d+)$", self._process.stdout.readline().strip())
+        assert found is not None
+        self.port = int(found[1])
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait(60)
+
+    def memory(self) -> float:
+        """Resident memory in MB."""
+        assert self._process is not None
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1000
+
+    def get(self, path: str) -> bytes:
+        request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", headers={"Authorization": f"Bearer {self._operator}"})
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return bytes(response.read())
+
+
+@contextmanager
+def server(devices: int, history: int = 0) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
+        running = Server(Path(folder), devices)
+        if history:
+            running.add_history(history)
+        running.start()
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+def raw_insert(devices: int, frames: int, samples: int) -> float:
+    """Points a second of `executemany`, 1,000 a commit, of the rows that the fleet sends, in the order in which it does."""
+    rows = [
+        (device * 2 + metric + 1, FIRST_TS + (frame * samples + sample) * 100, (frame * 31 + sample * 7 + metric) % 9973 / 8)
+        for frame in range(frames)
+        for device in range(devices)
+        for sample in range(samples)
+        for metric in range(2)
+    ]
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
+        path = Path(folder) / "raw.db"
+        iiot.prepare_database(path)
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("pragma journal_mode = wal")
+            connection.execute("pragma synchronous = full")
+            started = time.perf_counter()
+            for at in range(0, len(rows), 1000):
+                connection.execute("begin immediate")
+                connection.executemany("insert into telemetry (series_id, ts, value) values (?, ?, ?)", rows[at : at + 1000])
+                connection.execute("commit")
+            return len(rows) / (time.perf_counter() - started)
+
+
+def ingest(devices: int, frames: int, samples: int) -> float:
+    """Frames a second, from the first byte to the last ack; every point is counted in the database afterwards."""
+    with server(devices) as running:
+        worker = Worker(send_at_full_speed, running.host, running.port, running.tokens, frames, samples, FIRST_TS)
+        worker.receive()
+        worker.send()
+        seconds = float(worker.receive())
+        worker.join()
+        with closing(sqlite3.connect(running.database)) as connection:
+            stored = connection.execute("select count(*) from telemetry").fetchone()[0]
+        assert stored == devices * frames * samples * 2, stored
+        return devices * frames / seconds
+
+
+def throughput(devices: int, frames: int, samples: int) -> None:
+    points = samples * 2
+    rate = ingest(devices, frames, samples)
+    raw = raw_insert(devices, frames, samples)
+    print(
+        f"frames of {points} points, {devices} devices: {rate:,.0f} frames/s, {rate * points:,.0f} points/s on disk and acknowledged; "
+        f"raw executemany of the same {devices * frames * points:,} rows: {raw:,.0f} points/s; ratio {rate * points / raw:.2f}",
+        flush=True,
+    )
+
+
+def latency(devices: int, rate: float, seconds: float) -> None:
+    with server(devices) as running:
+        worker = Worker(send_steadily, running.host, running.port, running.tokens, rate, seconds, FIRST_TS)
+        times = sorted(worker.receive())
+        worker.join()
+    p50, p99 = times[len(times) // 2] * 1000, times[len(times) * 99 // 100] * 1000
+    longest = times[-1] * 1000
+    print(f"ack at {rate:,.0f} frames/s, {devices} devices: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {longest:.1f} ms", flush=True)
+
+
+def idle_devices(devices: int) -> None:
+    with server(devices) as running:
+        before = running.memory()
+        worker = Worker(connect_and_wait, running.host, running.port, running.tokens)
+        seconds = float(worker.receive())
+        time.sleep(2)
+        after = running.memory()
+        answered = json.loads(running.get("/iiot?connected=true&limit=1"))
+        assert answered["items"], answered
+        worker.send()
+        worker.join()
+    print(
+        f"connects: {devices / seconds:,.0f} a second; memory with {devices:,} connected devices: {after:,.0f} MB "
+        f"({before:,.0f} MB without, {(after - before) * 1000 / devices:.1f} KB each)",
+        flush=True,
+    )
+
+
+def queries(points: int, devices: int, frames: int) -> None:
+    """A bucket query over a long series, on an idle server and beside a writer under full load."""
+    path = f"/iiot/history/telemetry?metric=level&every={points // 1000}s&agg=avg,min,max&limit=2000"
+    with server(devices, history=points) as running:
+
+        def timed() -> float:
+            started = time.perf_counter()
+            body = json.loads(running.get(path))
+            assert len(body["series"][0]["points"]) >= 1000, body
+            return time.perf_counter() - started
+
+        idle = [timed() for _ in range(5)]
+        worker = Worker(send_at_full_speed, running.host, running.port, running.tokens, frames, 1, FIRST_TS)
+        worker.receive()
+        worker.send()
+        time.sleep(1)
+        loaded = []
+        while not worker.pipe.poll():
+            loaded.append(timed())
+        worker.receive()
+        worker.join()
+    print(
+        f"buckets of {points:,} points into 1,000: {statistics.median(idle) * 1000:.0f} ms idle, beside a writer under full load "
+        f"{statistics.median(loaded) * 1000:.0f} ms (longest {max(loaded) * 1000:.0f} ms, {len(loaded)} queries)",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("ingest", "latency", "idle", "queries"), help="one part alone")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the frames and devices, for a quick look")
+    arguments = parser.parse_args()
+    scale, only = arguments.scale, arguments.only
+    print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}", flush=True)
+    if only in (None, "ingest"):
+        throughput(200, int(3000 * scale), 1)
+        throughput(int(2000 * scale), 40, 25)
+    if only in (None, "latency"):
+        latency(200, 5000.0, 10 * scale)
+    if only in (None, "idle"):
+        idle_devices(int(10_000 * scale))
+    if only in (None, "queries"):
+        queries(HISTORY_POINTS, 200, int(3000 * scale))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Fixtures: a server of its own for every test that asks for one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import plant as plants
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="how often the server is killed under load (20)")
+
+
+@pytest.fixture
+async def plant(tmp_path: Path) -> AsyncIterator[plants.Plant]:
+    """A running server with the limits of a real one."""
+    async with plants.plant(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+async def process(tmp_path: Path) -> AsyncIterator[plants.Process]:
+    """A server in a process of its own."""
+    server = plants.Process(tmp_path)
+    try:
+        yield server
+    finally:
+        if server.url:
+            await server.stop()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A skipped test is no passed one: where everything must have been installed, it fails the run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped") and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

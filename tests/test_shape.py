@@ -1,0 +1,387 @@
+"""The shape of the program itself: what the reader is promised about the order and the size of its parts, over the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import symtable
+import tomllib
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import attrs
+import pytest
+from plant import ROOT
+
+import iiot
+
+SOURCE = (ROOT / "iiot.py").read_text(encoding="utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+TOP = "Top of the file"
+BANNER = re.compile(r"# ==== (.+) ====")
+FUNCTION_LINES = 60
+CLASS_LINES = 300
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+# Statements, not English: "Select a device from the list" is none, and neither is "update".
+SQL = re.compile(
+    r"""\s*(
+        (with\s.+?\)\s*)?select\s(?!a\b|an\b|the\b) | insert\s+(or\s+\w+\s+)?into\s | replace\s+into\s
+        | update\s+\w+\s+set\s | delete\s+from\s | pragma\s+\w+
+        | (create|drop|alter)\s+(virtual\s+|temp\s+|unique\s+)*(table|index|trigger|view)\s
+        | begin(\s+(immediate|exclusive|deferred))?\s*;?$ | commit\s*;?$ | rollback\b(\s+to\s.*)?;?$ | (savepoint|release)\s+\w+\s*;?$
+        | vacuum\b | attach\s+database\s )""",
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
+RUNS_SQL = {"execute", "executemany", "executescript", "execute_fetchall", "execute_insert"}
+
+
+@attrs.frozen
+class Section:
+    """A part of the file under its own banner; `start` is the banner's line."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def find_sections(lines: list[str]) -> list[Section]:
+    """The sections of a file, what stands above the first banner among them."""
+    banners = [(found[1], number) for number, line in enumerate(lines, 1) if (found := BANNER.fullmatch(line))]
+    starts = [(TOP, 1), *banners]
+    stops = [number for _, number in banners] + [len(lines) + 1]
+    return [Section(name, start, stop) for (name, start), stop in zip(starts, stops, strict=True)]
+
+
+SECTIONS = find_sections(LINES)
+EVERY_SECTION = pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+
+
+def definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Definition]]:
+    """Every function and class below a node, by its qualified name."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, DEFINITIONS):
+            yield prefix + child.name, child
+            yield from definitions(child, f"{prefix}{child.name}.")
+        else:
+            yield from definitions(child, prefix)
+
+
+def length(node: Definition) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def too_long(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Functions and classes beyond their bound, with their line."""
+    for name, node in definitions(tree):
+        if length(node) > (CLASS_LINES if isinstance(node, ast.ClassDef) else FUNCTION_LINES):
+            yield node.lineno, f"{name} has {length(node)} lines"
+
+
+def defined_names(tree: ast.Module) -> dict[str, int]:
+    """The names of the top level, and where each is first bound."""
+    names: dict[str, int] = {}
+    for node in tree.body:
+        if isinstance(node, DEFINITIONS):
+            names.setdefault(node.name, node.lineno)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                for leaf in ast.walk(target):
+                    if isinstance(leaf, ast.Name):
+                        names.setdefault(leaf.id, node.lineno)
+    return names
+
+
+def global_uses(table: symtable.SymbolTable) -> Iterator[tuple[int, str]]:
+    """Names of the top level used in this scope and those within it, with the scope's first line; locals are none."""
+    for symbol in table.get_symbols():
+        if symbol.is_global() and symbol.is_referenced():
+            yield table.get_lineno(), symbol.get_name()
+    for child in table.get_children():
+        yield from global_uses(child)
+
+
+def annotation_uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Names used in annotations, which the symbol table leaves out."""
+    for node in ast.walk(tree):
+        for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if isinstance(part, ast.expr):
+                yield from ((leaf.lineno, leaf.id) for leaf in ast.walk(part) if isinstance(leaf, ast.Name))
+
+
+@functools.cache
+def forward_uses(source: str) -> tuple[tuple[int, str], ...]:
+    """Uses of a top-level name by a definition that ends above that name's own."""
+    tree = ast.parse(source)
+    names = defined_names(tree)
+    ends = {node.lineno: node.end_lineno or node.lineno for node in tree.body}
+    starts = sorted(ends)
+    table = symtable.symtable(source, "iiot.py", "exec")
+    uses = [use for child in table.get_children() for use in global_uses(child)] + list(annotation_uses(tree))
+    return tuple(
+        (line, f"uses {name}, which is defined lower down, at line {names[name]}")
+        for line, name in sorted(set(uses))
+        if names.get(name, 0) > ends[max(start for start in starts if start <= line)]
+    )
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    """The identities of the nodes that are docstrings."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, *DEFINITIONS)) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                found.add(id(first.value))
+    return found
+
+
+def sql_uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Strings that are SQL statements, and calls that run one."""
+    prose = docstrings(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose and SQL.match(node.value):
+            yield node.lineno, f"holds SQL: {node.value[:60]!r}"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in RUNS_SQL:
+            yield node.lineno, f"runs SQL: .{node.func.attr}()"
+
+
+def is_broad(kind: ast.expr | None) -> bool:
+    """Whether a handler takes everything: bare, Exception or BaseException, alone or among others."""
+    kinds = kind.elts if isinstance(kind, ast.Tuple) else [kind]
+    return any(one is None or (isinstance(one, ast.Name) and one.id in ("Exception", "BaseException")) for one in kinds)
+
+
+def says_why(line: str) -> bool:
+    """Whether a line ends with a comment that is more than an instruction to a checker."""
+    _, mark, comment = line.partition("#")
+    reason = re.sub(r"(noqa|type: ignore|fmt: \w+)[\w:\[\], -]*?(?=( - )|$)", "", comment)
+    return bool(mark) and len(re.findall(r"[A-Za-z]{2,}", reason)) >= 3
+
+
+def broad_handlers(source: str) -> Iterator[tuple[int, str]]:
+    """`except Exception` and its like, neither explained on its line nor raised again."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler):
+            broad = is_broad(node.type) and not isinstance(node.body[-1], ast.Raise)
+        elif isinstance(node, ast.Call):
+            broad = getattr(node.func, "id", getattr(node.func, "attr", "")) == "suppress" and any(map(is_broad, node.args))
+        else:
+            continue
+        if broad and not says_why(lines[node.lineno - 1]):
+            yield node.lineno, "takes every exception and does not say why"
+
+
+def within(section: Section, offenders: Iterable[tuple[int, str]]) -> list[str]:
+    """The offenders of one section."""
+    return [f"iiot.py:{line}: {text}" for line, text in sorted(offenders) if section.start <= line < section.stop]
+
+
+def expect_none(section: Section, offenders: Iterable[tuple[int, str]]) -> None:
+    """Fail with every offender of a section by name."""
+    found = within(section, offenders)
+    assert not found, "\n".join(["", *found])
+
+
+def promised_sections() -> list[str]:
+    """The sections that the module's own docstring names, in its order."""
+    return [found[1] for line in (ast.get_docstring(TREE) or "").splitlines() if (found := re.fullmatch(r" {4}(\S.*?) {2,}\S.*", line))]
+
+
+def test_the_sections_are_those_of_the_docstring_in_its_order() -> None:
+    assert len(promised_sections()) >= 12
+    assert [section.name for section in SECTIONS[1:]] == promised_sections()
+
+
+@pytest.mark.parametrize("section", SECTIONS[1:], ids=lambda section: section.name)
+def test_a_section_says_under_its_banner_what_it_owns(section: Section) -> None:
+    comment = []
+    for line in LINES[section.start :]:
+        if not line.startswith("#"):
+            break
+        comment.append(line)
+    assert 1 <= len(comment) <= 6
+    assert comment[0].startswith("# Owns: ")
+    assert LINES[section.start + len(comment)] == "", "an empty line sets the comment off from the first definition"
+
+
+@EVERY_SECTION
+def test_nothing_uses_a_name_that_is_defined_lower_down(section: Section) -> None:
+    expect_none(section, forward_uses(SOURCE))
+
+
+@pytest.mark.parametrize("section", [section for section in SECTIONS if section.name != "Store"], ids=lambda section: section.name)
+def test_sql_stands_in_the_store_alone(section: Section) -> None:
+    expect_none(section, sql_uses(TREE))
+
+
+def test_the_store_is_where_sql_is_found() -> None:
+    store = next(section for section in SECTIONS if section.name == "Store")
+    assert len(within(store, sql_uses(TREE))) > 30
+
+
+@EVERY_SECTION
+def test_functions_and_classes_stay_within_their_length(section: Section) -> None:
+    expect_none(section, too_long(TREE))
+
+
+@EVERY_SECTION
+def test_a_broad_except_says_why_or_raises_again(section: Section) -> None:
+    expect_none(section, broad_handlers(SOURCE))
+
+
+def owned_globals() -> dict[str, Any]:
+    """What the module binds at its top level, apart from what it imports or defines as function or class."""
+    names = defined_names(TREE)
+    kinds = (type, types.FunctionType)
+    return {name: value for name, value in vars(iiot).items() if name in names and not isinstance(value, kinds)}
+
+
+@pytest.mark.parametrize("name", sorted(owned_globals()))
+def test_no_global_is_mutable(name: str) -> None:
+    assert not mutable_parts(getattr(iiot, name))
+
+
+def mutable_parts(value: object) -> list[object]:
+    """Whatever in a value can be changed in place, as deep as tuples and read-only mappings go."""
+    if isinstance(value, tuple | frozenset):
+        return [part for item in value for part in mutable_parts(item)]
+    if isinstance(value, types.MappingProxyType):
+        return [part for item in value.values() for part in mutable_parts(item)]
+    if attrs.has(type(value)):
+        return mutable_parts(tuple(getattr(value, name) for name in names_of(value))) if is_frozen(value) else [value]
+    changes = ("append", "add", "update", "extend", "__setitem__", "put_nowait", "set_result")
+    return [value] if not isinstance(value, type) and any(hasattr(value, change) for change in changes) else []
+
+
+def names_of(value: Any) -> list[str]:
+    return [field.name for field in attrs.fields(type(value))]
+
+
+def is_frozen(value: object) -> bool:
+    """Whether an object of an attrs class refuses assignment."""
+    try:
+        for name in names_of(value):
+            setattr(value, name, getattr(value, name))
+    except attrs.exceptions.FrozenInstanceError:
+        return True
+    return not names_of(value)
+
+
+@EVERY_SECTION
+def test_no_function_rebinds_a_global(section: Section) -> None:
+    rebinding = ((node.lineno, f"global {', '.join(node.names)}") for node in ast.walk(TREE) if isinstance(node, ast.Global))
+    expect_none(section, rebinding)
+
+
+STATEMENTS = [
+    "select 1",
+    "  SELECT id FROM device",
+    "with page as (select 1) select * from page",
+    "insert into t values (1)",
+    "insert or replace into t values (1)",
+    "update presence set seq = 1",
+    "delete from {table} where id = ?",
+    "delete from ",
+    "pragma user_version = ",
+    "create table x (y)",
+    "begin immediate",
+    "commit",
+    "rollback to change",
+    "begin",
+]
+PROSE = [
+    "update the server before the devices",
+    "Select a device from the list.",
+    "delete the file",
+    "insert",
+    "committed",
+    "beginning",
+    "with care",
+]
+
+
+@pytest.mark.parametrize("text", STATEMENTS)
+def test_the_guard_knows_a_statement(text: str) -> None:
+    assert list(sql_uses(ast.parse(f"x = {text!r}")))
+    assert not list(sql_uses(ast.parse(f"def f():\n    {text!r}"))), "a docstring is prose"
+
+
+@pytest.mark.parametrize("text", PROSE)
+def test_the_guard_knows_prose(text: str) -> None:
+    assert not list(sql_uses(ast.parse(f"x = {text!r}")))
+
+
+def test_the_guard_sees_sql_in_an_f_string_and_in_a_call() -> None:
+    assert len(list(sql_uses(ast.parse("f'delete from {table}'")))) == 1
+    assert len(list(sql_uses(ast.parse("connection.execute(text)")))) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "offenders"),
+    [
+        ("def a():\n    return b()\n\ndef b(): ...\n", 1),
+        ("def b(): ...\n\ndef a():\n    return b()\n", 0),
+        ("def a(b):\n    return b\n\ndef b(): ...\n", 0),
+        ("def a():\n    b = 1\n    return b\n\nb = 2\n", 0),
+        ("class A:\n    def f(self) -> A:\n        return A()\n", 0),
+        ("def a(x: B): ...\n\nclass B: ...\n", 1),
+        ("def a():\n    return [B for _ in ()]\n\nB = 1\n", 1),
+        ("class A:\n    def f(self):\n        def g():\n            return B\n        return g\n\nB: int = 1\n", 1),
+    ],
+)
+def test_the_guard_sees_forward_uses(source: str, offenders: int) -> None:
+    assert len(list(forward_uses("from __future__ import annotations\n" + source))) == offenders
+
+
+@pytest.mark.parametrize(
+    ("handler", "offenders"),
+    [
+        ("except Exception:\n    pass", 1),
+        ("except:\n    pass", 1),
+        ("except (ValueError, BaseException) as error:\n    print(error)", 1),
+        ("except Exception:  # noqa: BLE001\n    pass", 1),
+        ("except Exception:  # noqa: BLE001 - whatever failed, nothing was stored\n    pass", 0),
+        ("except Exception:  # the boundary: the next request is answered\n    pass", 0),
+        ("except Exception:\n    undo()\n    raise", 0),
+        ("except ValueError:\n    pass", 0),
+    ],
+)
+def test_the_guard_sees_broad_handlers(handler: str, offenders: int) -> None:
+    assert len(list(broad_handlers(f"try:\n    f()\n{handler}\n"))) == offenders
+
+
+def test_the_guard_sees_what_is_too_long() -> None:
+    assert not list(too_long(ast.parse("def f():\n" + "    x = 1\n" * (FUNCTION_LINES - 1))))
+    assert list(too_long(ast.parse("def f():\n" + "    x = 1\n" * FUNCTION_LINES)))
+    assert list(too_long(ast.parse("class C:\n" + "    x = 1\n" * CLASS_LINES)))
+
+
+@pytest.mark.parametrize("value", [[], {}, set(), bytearray(), ([],), types.MappingProxyType({"a": []})], ids=repr)
+def test_the_guard_sees_what_is_mutable(value: object) -> None:
+    assert mutable_parts(value)
+
+
+def project() -> dict[str, Any]:
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return table
+
+
+def script_header() -> dict[str, Any]:
+    """The metadata in the program's first comment, as PEP 723 reads it."""
+    found = re.findall(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", SOURCE)
+    assert [kind for kind, *_ in found] == ["script"]
+    return tomllib.loads("".join(line[2:] if line.startswith("# ") else line[1:] for line in found[0][1].splitlines(keepends=True)))
+
+
+def test_the_script_header_asks_for_what_the_project_asks_for() -> None:
+    assert script_header() == {"requires-python": project()["requires-python"], "dependencies": project()["dependencies"]}
+
+
+def test_the_version_is_the_projects() -> None:
+    assert project()["version"] == iiot.VERSION
