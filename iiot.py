@@ -37,9 +37,11 @@ import hmac
 import json
 import logging
 import os
+import platform as host
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -48,6 +50,7 @@ import ssl
 import struct
 import sys
 import sysconfig
+import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -73,6 +76,7 @@ from cattrs.gen import make_dict_structure_fn, override
 
 if sys.platform != "win32":
     import fcntl
+    import resource
 
 T = TypeVar("T")
 VERSION: Final = "0.1.0"
@@ -118,7 +122,8 @@ class Settings:
 class Limits:
     """The bounds of the server, each with its reason. Tests lower them; an installation has no need to."""
 
-    # The handshake: a peer that has not proved who it is may cost neither time nor memory.
+    # The handshake: a peer that has not proved who it is may cost little time. What it may cost in memory is one frame of
+    # `frame_bytes`, for aiohttp puts a frame together before it can be looked at.
     hello_seconds: float = 10.0
     hello_bytes: int = 4 * 1024
     # A frame of a thousand samples of eight metrics is about 200 KiB; a whole frame is held in memory several times over.
@@ -128,12 +133,17 @@ class Limits:
     # Names appear in every answer, and string values are states ("running"), not documents.
     metric_characters: int = 128
     text_characters: int = 1024
+    # Documents of state and configuration: read by people, and kept whole for every change.
+    document_bytes: int = 64 * 1024
+    document_depth: int = 10
     # A device's metric names are held in memory for the length of its session.
     series_per_device: int = 2_000
     # Frames of one session that wait for their commit: then its socket is not read until they are on disk.
     unacknowledged_frames: int = 4_096
-    # Points that wait in the writer: then no socket is read. A waiting point costs about 200 bytes.
+    # Points, and bytes of frames, that wait in the writer: then no socket is read. A waiting number costs about 200 bytes,
+    # a text up to eight times its frame's.
     pending_points: int = 200_000
+    pending_bytes: int = 32 * 1024 * 1024
     # How long a session waits for the writer before it gives up with 1013. Devices keep what was not acknowledged.
     storage_seconds: float = 15.0
     # What may lie unsent for one session: then its peer is too slow and is dropped.
@@ -146,8 +156,9 @@ class Limits:
     connections: int = 15_000
     # How long a peer is given to answer a close frame.
     close_seconds: float = 5.0
-    # A session that always has frames at hand lets the others run after so many.
+    # A session that always has frames at hand lets the others run after so many; a long one counts for several.
     frames_per_turn: int = 64
+    frame_bytes_per_turn: int = 4 * 1024
     # Between two records of `seen_at` for devices that are connected and send nothing.
     seen_seconds: float = 30.0
     # A query beyond this is interrupted: it holds one of the few readers.
@@ -161,6 +172,17 @@ class Limits:
     points_together: int = 200_000
     # Rows of a streamed CSV that are in memory at one time.
     csv_rows: int = 10_000
+    # A push may ask for its own time until `timed_out`, up to a day; an answer may be waited for by HTTP for so long.
+    config_seconds: float = 60.0
+    config_seconds_most: float = 86_400.0
+    wait_seconds_most: float = 60.0
+    # Between two looks for verdicts that did not come.
+    clock_seconds: float = 0.5
+    # A live feed sends a comment after so long without an event, so that both ends notice a broken connection.
+    feed_seconds: float = 15.0
+    feed_events: int = 500
+    # Readings of removed devices that one transaction deletes, between those of devices that are there.
+    removed_points: int = 5_000
     # Before a failed commit is tried again.
     retry_seconds: float = 1.0
     # The write-ahead log is copied into the database file whenever it has grown by so many pages (4 KiB each).
@@ -199,6 +221,7 @@ FAULTS: Final = fault_table(
     ("device_exists",        409, 4400, "A device of this name is registered already."),
     ("device_offline",       409, 4400, "The device is not connected."),
     ("device_removed",       403, 4403, "The device was removed."),
+    ("document_too_large",   422, 4400, "The document would be larger or deeper than it may."),
     ("forbidden",            403, 4403, "The token's role does not allow this."),
     ("frame_too_big",        413, 1009, "The frame is too big."),
     ("handshake_timeout",    408, 4408, "No hello came in time."),
@@ -208,6 +231,7 @@ FAULTS: Final = fault_table(
     ("not_binary",           400, 4400, "Binary frames belong to an open tunnel."),
     ("not_found",            404, 4400, "There is no such resource."),
     ("not_json",             400, 4400, "The content is not JSON."),
+    ("precondition_failed",  412, 4400, "The configuration has another version by now."),
     ("protocol_error",       400, 1002, "The peer does not keep to the WebSocket protocol."),
     ("query_too_slow",       503, 1013, "The query took too long; ask for less."),
     ("server_fault",         500, 1011, "The server failed; its log says why."),
@@ -222,6 +246,7 @@ FAULTS: Final = fault_table(
     ("too_slow",             408, 1013, "The peer did not read what was sent to it."),
     ("unauthorized",         401, 4401, "A valid token is needed."),
     ("unknown_type",         400, 4400, "There is no frame of this type."),
+    ("unknown_version",      404, 4400, "No configuration of this version was sent to the device."),
     ("unresponsive",         408, 1006, "The device did not answer a ping."),
 )  # fmt: skip
 
@@ -258,13 +283,18 @@ class Invalid(ValueError):  # noqa: N818 - the project's word for it
 Seq = NewType("Seq", int)
 Timestamp = NewType("Timestamp", int)
 Expiry = NewType("Expiry", int)
+Clock = NewType("Clock", int)
 DeviceName = NewType("DeviceName", str)
 Value = float | int | str
 Values = NewType("Values", dict[str, Value])
+Document = NewType("Document", dict[str, Any])
+Mode = NewType("Mode", str)
+Verdict = NewType("Verdict", str)
 
 DEVICE_NAME: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 RFC3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 EARLIEST: Final = 946_684_800_000  # 2000-01-01: a device without a clock starts in 1970
+LATEST: Final = 253_402_300_799_999  # the end of the year 9999, and of RFC 3339
 DAY: Final = 86_400_000
 INTEGERS: Final = 2**63  # SQLite's integers, and every JSON parser's that matters
 
@@ -283,7 +313,7 @@ class Hello:
 
     token: str
     agent: str | None = None
-    time: Timestamp | None = None
+    time: Clock | None = None
 
 
 @attrs.frozen
@@ -302,9 +332,38 @@ class Telemetry:
     samples: tuple[Sample, ...]
 
 
-Frame = Provision | Hello | Telemetry
+@attrs.frozen
+class State:
+    """What the device is; `mode` merge applies `reported` as a merge patch (RFC 7396), replace puts it in place of all before."""
+
+    seq: Seq
+    reported: Document
+    mode: Mode = Mode("merge")
+
+
+@attrs.frozen
+class ConfigError:
+    """Why a device does not take a part of its configuration."""
+
+    path: str
+    code: str
+    message: str
+
+
+@attrs.frozen
+class ConfigStatus:
+    """What became of a configuration: `status` is applied, rejected or in_progress."""
+
+    seq: Seq
+    version: Seq
+    status: Verdict
+    message: str | None = None
+    errors: tuple[ConfigError, ...] = ()
+
+
+Frame = Provision | Hello | Telemetry | State | ConfigStatus
 FRAMES: Final[Mapping[str, type[Frame]]] = MappingProxyType(
-    {"provision": Provision, "hello": Hello, "telemetry": Telemetry},
+    {"provision": Provision, "hello": Hello, "telemetry": Telemetry, "state": State, "config_status": ConfigStatus},
 )
 
 
@@ -317,8 +376,16 @@ class Credentials:
 
 
 @attrs.frozen
+class Config:
+    """A configuration that the device is to apply and answer by `config_status`."""
+
+    version: int
+    document: Document
+
+
+@attrs.frozen
 class Welcome:
-    """Answer to `hello`: `seq` is the highest frame number on disk, `heartbeat` in seconds."""
+    """Answer to `hello`: `seq` is the highest frame number on disk, `heartbeat` in seconds, `config` the one that is owed."""
 
     device: str
     tenant: str
@@ -326,7 +393,7 @@ class Welcome:
     seq: int
     time: str
     heartbeat: float
-    config: None = None
+    config: Config | None = None
 
 
 @attrs.frozen
@@ -364,13 +431,28 @@ class NewToken:
 
 
 @attrs.frozen
+class Push:
+    """Body of POST /iiot: one configuration for every device whose name matches."""
+
+    match: str
+    config: Document
+
+
+@attrs.frozen
+class Rollback:
+    """Body of POST /iiot/{device}/config/rollback."""
+
+    version: Seq
+
+
+@attrs.frozen
 class ReportRequest:
     """Body of POST /iiot/{device}/report."""
 
     what: str
 
 
-def encode(frame: Credentials | Welcome | Error | Report) -> bytes:
+def encode(frame: Credentials | Welcome | Error | Report | Config) -> bytes:
     """The JSON text of a frame of the server; fields that say nothing are left out."""
     fields = attrs.asdict(frame, filter=lambda field, value: value != () and not (field.name == "seq" and value is None))
     return orjson.dumps({"type": type(frame).__name__.lower(), **fields})
@@ -407,9 +489,17 @@ def check_timestamp(value: object, _: object = None) -> Timestamp:
     return Timestamp(moment)
 
 
+def check_clock(value: object, _: object = None) -> Clock:
+    """What a device takes for the time: it may be wrong by decades, which is no reason to turn it away."""
+    moment = parse_rfc3339(value) if type(value) is str else value
+    if type(moment) is not int or not -INTEGERS <= moment < INTEGERS:
+        raise Invalid("is neither integer milliseconds nor an RFC 3339 time")
+    return Clock(moment)
+
+
 def check_expiry(value: object, _: object = None) -> Expiry:
     moment = value if type(value) is int else parse_rfc3339(value) if type(value) is str else None
-    if moment is None or not EARLIEST <= moment < INTEGERS:
+    if moment is None or not EARLIEST <= moment <= LATEST:
         raise Invalid("is neither integer milliseconds nor an RFC 3339 time")
     return Expiry(moment)
 
@@ -436,6 +526,41 @@ def check_device_name(value: object, _: object = None) -> DeviceName:
     if type(value) is not str or DEVICE_NAME.fullmatch(value) is None:
         raise Invalid("is not 1 to 64 of letters, digits and . _ : -")
     return DeviceName(value)
+
+
+def one_of(*words: str) -> Callable[[object, object], str]:
+    def check(value: object, _: object = None) -> str:
+        if type(value) is not str or value not in words:
+            raise Invalid(f"is not one of {', '.join(words)}")
+        return value
+
+    return check
+
+
+def depth_of(value: object, most: int) -> int:
+    """How deep arrays and objects are nested; no further than one more than `most` is looked."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inner is None:
+        return 0
+    return 1 + max((depth_of(item, most - 1) for item in inner), default=0) if most else 1
+
+
+def has_bad_scalar(value: object, largest: float) -> bool:
+    """Whether a document holds what SQLite's JSON does not keep: zero characters, integers of over 63 bits."""
+    if isinstance(value, dict):
+        return any("\0" in name or has_bad_scalar(item, largest) for name, item in value.items())
+    if isinstance(value, list):
+        return any(has_bad_scalar(item, largest) for item in value)
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, float):
+        return not -largest < value < largest
+    return isinstance(value, int) and not -INTEGERS <= value < INTEGERS
+
+
+def canonical(document: Mapping[str, Any]) -> bytes:
+    """The JSON text of a document, equal for equal documents."""
+    return orjson.dumps(document, option=orjson.OPT_SORT_KEYS)
 
 
 def field_errors(error: BaseException, path: str = "") -> Iterator[FieldError]:
@@ -489,6 +614,18 @@ class Codec:
         self._object(data or b"{}")
         return self._look_again(data or b"{}", cls)
 
+    def document(self, data: bytes) -> Document:
+        """The document that is a whole request body. Refusal: not_json, not_an_object, too_deep, too_large, invalid."""
+        content = self._object(data)
+        if depth_of(content, self._limits.document_depth) > self._limits.document_depth:
+            raise Refusal("too_deep")
+        if len(orjson.dumps(content)) > self._limits.document_bytes:
+            raise Refusal("too_large")
+        try:
+            return self._check_document(float("inf"), json.loads(data))
+        except Invalid as error:
+            raise Refusal("invalid", FieldError("", str(error))) from error
+
     def strings(self, content: Mapping[str, object], cls: type[T], code: str) -> T:
         """A `cls` out of fields that are at hand already (a query), or Refusal(code)."""
         try:
@@ -529,8 +666,13 @@ class Codec:
         converter.register_structure_hook(Seq, check_seq)
         converter.register_structure_hook(Timestamp, check_timestamp)
         converter.register_structure_hook(Expiry, check_expiry)
+        converter.register_structure_hook(Clock, check_clock)
         converter.register_structure_hook(DeviceName, check_device_name)
-        converter.register_structure_hook(Values, functools.partial(self._check_values, INTEGERS if not exact else float("inf")))
+        largest = float("inf") if exact else INTEGERS  # the quick parser makes reals of integers of over 64 bits
+        converter.register_structure_hook(Values, functools.partial(self._check_values, largest))
+        converter.register_structure_hook(Document, functools.partial(self._check_document, largest))
+        converter.register_structure_hook(Mode, one_of("merge", "replace"))
+        converter.register_structure_hook(Verdict, one_of("applied", "rejected", "in_progress"))
         converter.register_structure_hook_factory(attrs.has, functools.partial(self._object_hook, converter))
         converter.register_structure_hook_factory(
             lambda cls: getattr(cls, "__origin__", None) is tuple, functools.partial(self._array_hook, converter),
@@ -566,13 +708,25 @@ class Codec:
 
         return structure
 
+    def _check_document(self, largest: float, content: object, _: object = None) -> Document:
+        """A document within its bounds; reals below `largest`."""
+        if type(content) is not dict:
+            raise Invalid("is not an object")
+        if depth_of(content, self._limits.document_depth) > self._limits.document_depth:
+            raise Invalid(f"is nested deeper than {self._limits.document_depth}")
+        if has_bad_scalar(content, largest):
+            raise Invalid("holds a zero character or an integer of over 63 bits")
+        if len(orjson.dumps(content)) > self._limits.document_bytes:
+            raise Invalid(f"is longer than {self._limits.document_bytes} bytes")
+        return Document(content)
+
     def _check_text(self, value: object, _: object = None) -> str:
         if type(value) is not str or "\0" in value or len(value) > self._limits.text_characters:
             raise Invalid(f"is not a string of at most {self._limits.text_characters} characters")
         return value
 
     def _check_values(self, largest: float, content: object, _: object = None) -> Values:
-        """Readings by metric. `largest` bounds what the quick parser may have made out of an integer of over 64 bits."""
+        """Readings by metric; reals below `largest`."""
         if type(content) is not dict:
             raise Invalid("is not an object")
         longest = self._limits.metric_characters
@@ -625,6 +779,52 @@ def parse_moment(text: str, now: int) -> int:
     return moment
 
 
+def merge_patch(target: object, patch: object) -> Any:
+    """`target` with a merge patch applied (RFC 7396, section 2); neither is changed."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(target) if isinstance(target, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = merge_patch(merged.get(name), value)
+    return merged
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two JSON values are equal; unlike in Python, 1, 1.0 and true are not."""
+    return orjson.dumps(one, option=orjson.OPT_SORT_KEYS) == orjson.dumps(other, option=orjson.OPT_SORT_KEYS)
+
+
+def merge_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The merge patch that leads from one document to the other; neither holds null."""
+    patch: dict[str, Any] = {name: None for name in old if name not in new}
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            if inner := merge_difference(before, value):
+                patch[name] = inner
+        elif name not in old or not same(before, value):
+            patch[name] = value
+    return patch
+
+
+def changes_between(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[dict[str, Any]]:
+    """What differs between two documents: {path (RFC 6901), from?, to?}; an array is one value."""
+    for name in sorted({*old, *new}):
+        place = f"{path}/{name.replace('~', '~0').replace('/', '~1')}"
+        before, after = old.get(name), new.get(name)
+        if name in old and name in new and isinstance(before, dict) and isinstance(after, dict):
+            yield from changes_between(before, after, place)
+        elif name not in old:
+            yield {"path": place, "to": after}
+        elif name not in new:
+            yield {"path": place, "from": before}
+        elif not same(before, after):
+            yield {"path": place, "from": before, "to": after}
+
+
 def csv_field(value: object) -> str:
     """A field of a CSV line (RFC 4180)."""
     text = "" if value is None else repr(value) if isinstance(value, float) else str(value)
@@ -653,10 +853,43 @@ def backoff(attempt: int, most: float, jitter: float) -> float:
 # Owns: every line of SQL, the one writer, the readers, migrations. Rows go in as one JSON text a statement and answers come
 # out as one, because sqlite3 takes the interpreter lock at every row. Must not know: HTTP, sockets, the shape of frames.
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
 # A step for each version after the first: MIGRATIONS[n] leads from version n + 1 to n + 2.
-MIGRATIONS: Final[tuple[str, ...]] = ()
+MIGRATIONS: Final[tuple[str, ...]] = (
+    """
+    create table removed_series (
+        id  integer primary key
+    ) strict;
+    alter table presence add column software_version text;
+    alter table presence add column config_version integer not null default 0;
+    alter table presence add column config_applied integer;
+    create table state (
+        device_id  integer not null references device on delete cascade,
+        version    integer not null,
+        at         integer not null,
+        session    integer not null,
+        document   text not null,
+        changes    text not null,
+        primary key (device_id, version)
+    ) strict, without rowid;
+    create table config (
+        device_id  integer not null references device on delete cascade,
+        version    integer not null,
+        document   text not null,
+        at         integer not null,
+        author     text not null,
+        timeout    integer not null,
+        status     text not null check (status in ('pending', 'sent', 'in_progress', 'applied', 'rejected', 'timed_out', 'superseded')),
+        status_at  integer not null,
+        sent_at    integer,
+        message    text,
+        errors     text,
+        primary key (device_id, version)
+    ) strict, without rowid;
+    create index config_awaited on config (sent_at + timeout) where status in ('sent', 'in_progress');
+    """,
+)
 
 
 class StoreError(Exception):
@@ -716,6 +949,14 @@ def named_errors(path: Path) -> Iterator[None]:
         raise StoreError(f"{path}: {error}") from error
 
 
+def schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """StoreError when the file was written by a newer program."""
+    (version,) = connection.execute("pragma user_version").fetchone()
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"{path} was written by a newer version of this program (schema {version}, known {SCHEMA_VERSION})")
+    return int(version)
+
+
 def is_new(path: Path) -> bool:
     """Whether there is no database yet. StoreError when the file is somebody else's, which is left as it is.
 
@@ -730,18 +971,11 @@ def is_new(path: Path) -> bool:
         if not path.parent.is_dir():
             raise StoreError(f"there is no folder {path.parent} for {path}") from None
         return True
-    with named_errors(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    with named_errors(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as connection:
         if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
             raise StoreError(f"{path} is not a database of this program")
+        schema_version(connection, path)
     return False
-
-
-def schema_version(connection: sqlite3.Connection, path: Path) -> int:
-    """StoreError when the file was written by a newer program."""
-    (version,) = connection.execute("pragma user_version").fetchone()
-    if version > SCHEMA_VERSION:
-        raise StoreError(f"{path} was written by a newer version of this program (schema {version}, known {SCHEMA_VERSION})")
-    return int(version)
 
 
 def create_schema(connection: sqlite3.Connection) -> None:
@@ -777,6 +1011,11 @@ def prepare_database(path: Path) -> None:
                 create_schema(connection)
             elif version < SCHEMA_VERSION:
                 migrate(connection, path, version)
+
+
+def resolved(path: Path) -> Path:
+    """The file itself, whatever links lead to it: its lock lies beside it."""
+    return path.resolve()
 
 
 def lock_database(path: Path) -> IO[str]:
@@ -836,6 +1075,47 @@ class Committed(Protocol):
     def not_stored(self) -> None:
         """The storage failed: nothing more will be acknowledged."""
 
+    def refused(self, code: str, seq: int) -> None:
+        """The frame `seq` was consumed, but could not be taken."""
+
+
+@attrs.frozen
+class Happened:
+    """An entry of a device's timeline; `arrival` counts what came before it in the same batch."""
+
+    arrival: int
+    device_id: int
+    at: int
+    kind: str
+    detail: Mapping[str, object]
+
+
+@attrs.frozen
+class StateReport:
+    """A state frame on its way to the disk."""
+
+    owner: Committed
+    device_id: int
+    session: int
+    seq: int
+    at: int
+    mode: str
+    document: Mapping[str, Any]
+
+
+@attrs.frozen
+class VerdictReport:
+    """A config_status frame on its way to the disk; `errors` as JSON text."""
+
+    owner: Committed
+    device_id: int
+    seq: int
+    at: int
+    version: int
+    status: str
+    message: str | None
+    errors: str | None
+
 
 @attrs.frozen
 class Parting:
@@ -846,6 +1126,10 @@ class Parting:
     at: int
     reason: str
     address: str
+
+    def event(self, arrival: int) -> Happened:
+        detail = {"session": self.session, "reason": self.reason, "address": self.address}
+        return Happened(arrival, self.device_id, self.at, "disconnected", detail)
 
 
 class Change:
@@ -866,32 +1150,178 @@ class Change:
             self.future.set_result(outcome)
 
 
+def bind(rows: object) -> tuple[str]:
+    """Rows as the one JSON text that a statement binds."""
+    return (orjson.dumps(rows).decode(),)
+
+
+def write_configs_sent(connection: sqlite3.Connection, sent: list[tuple[int, int, int]]) -> None:
+    """Configurations that went out on a socket: from now on a verdict is awaited."""
+    connection.execute(
+        """update config set sent_at = new.value ->> 2,
+               status_at = iif(status in ('pending', 'timed_out', 'in_progress'), new.value ->> 2, status_at),
+               status = iif(status in ('pending', 'timed_out', 'in_progress'), 'sent', status)
+           from json_each(?) new where device_id = new.value ->> 0 and version = new.value ->> 1""",
+        bind(sent),
+    )
+
+
+def write_verdicts(
+    connection: sqlite3.Connection, verdicts: list[tuple[int, VerdictReport]], events: list[Happened]
+) -> list[tuple[Committed, str, int]]:
+    """What devices say of their configurations, in order of arrival; which of it is refused, as (owner, code, seq).
+
+    The last verdict on a version is the one it has. A version that was superseded, or timed out, is changed by a final verdict
+    alone: that the device is still at work on it says nothing new.
+    """
+    if not verdicts:
+        return []
+    rows = bind([[v.device_id, v.version, v.status, v.message, v.errors, v.at] for _, v in verdicts])
+    (unknown,) = connection.execute(
+        """select json_group_array(said.key) from json_each(?) said
+           left join config on device_id = said.value ->> 0 and version = said.value ->> 1 where sent_at is null""",
+        rows,
+    ).fetchone()
+    connection.execute(
+        """update config set status = new.status, status_at = new.at, message = new.message, errors = new.errors
+           from (select value ->> 0 device_id, value ->> 1 version, value ->> 2 status, value ->> 3 message, value ->> 4 errors,
+                        value ->> 5 at, max(key) from json_each(?) group by 1, 2) new
+           where config.device_id = new.device_id and config.version = new.version and sent_at is not null
+           and (new.status <> 'in_progress' or config.status in ('sent', 'in_progress'))""",
+        rows,
+    )
+    connection.execute(
+        """update presence set config_applied = new.version
+           from (select value ->> 0 device_id, value ->> 1 version, max(said.key) from json_each(?) said
+                 join config on device_id = value ->> 0 and version = value ->> 1
+                 where sent_at is not null and value ->> 2 = 'applied' group by 1) new
+           where presence.device_id = new.device_id""",
+        rows,
+    )
+    refused = set(orjson.loads(unknown))
+    for index, (arrival, said) in enumerate(verdicts):
+        if index not in refused:
+            detail = {"version": said.version, "status": said.status}
+            more = {"message": said.message, "errors": said.errors and orjson.Fragment(said.errors)}
+            shown = detail | {name: value for name, value in more.items() if value is not None}
+            events.append(Happened(arrival, said.device_id, said.at, "config", shown))
+    return [(said.owner, "unknown_version", said.seq) for index, (_, said) in enumerate(verdicts) if index in refused]
+
+
+def insert_states(connection: sqlite3.Connection, rows: tuple[str]) -> None:
+    """Rows of (device, version, at, session, document, changes, software version), in order."""
+    connection.execute(
+        """insert into state (device_id, version, at, session, document, changes)
+           select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 from json_each(?)""",
+        rows,
+    )
+    connection.execute(
+        """update presence set software_version = new.software
+           from (select value ->> 0 device_id, iif(json_type(value, '$[6]') = 'text', value ->> 6, null) software, max(key)
+                 from json_each(?) group by 1) new
+           where presence.device_id = new.device_id""",
+        rows,
+    )
+
+
+def write_states(
+    connection: sqlite3.Connection, reports: list[tuple[int, StateReport]], events: list[Happened], limits: Limits
+) -> list[tuple[Committed, str, int]]:
+    """What devices report, in order of arrival: a version for every actual change; which reports are refused, as (owner, code, seq)."""
+    if not reports:
+        return []
+    (text,) = connection.execute(
+        """select json_group_object(device_id, json_array(version, json(document)))
+           from (select distinct value id from json_each(?)) reporting join state on device_id = reporting.id
+           where version = (select max(version) from state last where last.device_id = reporting.id)""",
+        bind([report.device_id for _, report in reports]),
+    ).fetchone()
+    known: dict[str, tuple[int, dict[str, Any]]] = orjson.loads(text)
+    rows: list[tuple[object, ...]] = []
+    refused: list[tuple[Committed, str, int]] = []
+    for arrival, report in reports:
+        version, old = known.get(str(report.device_id), (0, {}))
+        new = merge_patch(old, report.document) if report.mode == "merge" else dict(report.document)
+        document = canonical(new)
+        if document == canonical(old) and version:
+            continue
+        if len(document) > limits.document_bytes or depth_of(new, limits.document_depth) > limits.document_depth:
+            refused.append((report.owner, "document_too_large", report.seq))
+            continue
+        known[str(report.device_id)] = version + 1, new
+        changes = orjson.dumps(list(changes_between(old, new))).decode()
+        events.append(Happened(arrival, report.device_id, report.at, "state", {"version": version + 1}))
+        rows.append((report.device_id, version + 1, report.at, report.session, document.decode(), changes, new.get("software_version")))
+    if rows:
+        insert_states(connection, bind(rows))
+    return refused
+
+
+@attrs.frozen
+class Outcome:
+    """What became of a batch: the results of its changes, and the frames that were refused, as (owner, code, seq)."""
+
+    changes: list[object]
+    refused: list[tuple[Committed, str, int]]
+
+
+def insert_events(connection: sqlite3.Connection, events: list[Happened]) -> None:
+    """Entries of timelines, in the order in which things came."""
+    if events:
+        rows = [(event.device_id, event.at, event.kind, event.detail) for event in sorted(events, key=lambda event: event.arrival)]
+        connection.execute(
+            """insert into event (tenant_id, device_id, at, kind, detail)
+               select tenant_id, device.id, new.value ->> 1, new.value ->> 2, json(new.value ->> 3)
+               from json_each(?) new join device on device.id = new.value ->> 0 order by new.key""",
+            bind(rows),
+        )
+
+
 class Batch:
     """What the next transaction stores. Points lie by series and time, so the last write wins before SQL sees it."""
 
     def __init__(self) -> None:
         self.points: dict[str, dict[str, Value]] = {}
         self.points_taken = 0
+        self.bytes_taken = 0
         self.series: list[tuple[int, int, str]] = []
         self.progress: dict[str, tuple[int, int, int]] = {}  # by device: seq, seen_at, stamp
-        self.partings: list[Parting] = []
+        self.partings: list[tuple[int, Parting]] = []
+        self.configs_sent: list[tuple[int, int, int]] = []  # device, version, when
+        self.states: list[tuple[int, StateReport]] = []
+        self.verdicts: list[tuple[int, VerdictReport]] = []
         self.waiting: dict[Committed, tuple[int, int]] = {}
         self.changes: list[Change] = []
 
     def __bool__(self) -> bool:
-        return bool(self.progress or self.changes or self.partings or self.series or self.points)
+        return bool(self.progress or self.configs_sent or self.eventful or self.series or self.points)
 
-    def write(self, connection: sqlite3.Connection) -> list[object]:
-        """The whole batch in one transaction; the outcomes of its changes. Rows first: a change may remove what they name."""
+    def arrival(self) -> int:
+        """The number of the next of what makes an event."""
+        return len(self.partings) + len(self.states) + len(self.verdicts)
+
+    @property
+    def eventful(self) -> bool:
+        """Whether it may add to somebody's timeline."""
+        return bool(self.changes or self.partings or self.states or self.verdicts)
+
+    def write(self, connection: sqlite3.Connection, limits: Limits) -> Outcome:
+        """The whole batch in one transaction. Rows first: a change may remove what they name."""
         with transaction(connection):
             self._write_rows(connection)
-            return [self._attempt(connection, change) for change in self.changes]
+            events = [parting.event(arrival) for arrival, parting in self.partings]
+            refused = write_states(connection, self.states, events, limits) + write_verdicts(connection, self.verdicts, events)
+            insert_events(connection, events)
+            return Outcome([self._attempt(connection, change) for change in self.changes], refused)
 
     def _write_rows(self, connection: sqlite3.Connection) -> None:
+        if self.configs_sent:
+            write_configs_sent(connection, self.configs_sent)
         if self.series:
             connection.execute(
-                "insert into series (id, device_id, metric) select value ->> 0, value ->> 1, value ->> 2 from json_each(?)",
-                (orjson.dumps(self.series).decode(),),
+                """insert into series (id, device_id, metric) select value ->> 0, value ->> 1, value ->> 2
+                   from json_each(?) where value ->> 1 in (select id from device)""",
+                bind(self.series),
             )
         if self.points:
             connection.execute(
@@ -899,31 +1329,24 @@ class Batch:
                    select cast(series.key as integer), cast(point.key as integer), point.value
                    from json_each(?) series, json_each(series.value) point
                    where true on conflict do update set value = excluded.value""",
-                (orjson.dumps(self.points).decode(),),
+                bind(self.points),
             )
         if self.progress:
             connection.execute(
                 """update presence set seq = max(seq, new.value ->> 0), seen_at = max(coalesce(seen_at, 0), new.value ->> 1),
                        stamp = max(stamp, new.value ->> 2)
                    from json_each(?) new where device_id = cast(new.key as integer)""",
-                (orjson.dumps(self.progress).decode(),),
+                bind(self.progress),
             )
         if self.partings:
-            self._write_partings(connection, orjson.dumps([attrs.asdict(parting) for parting in self.partings]).decode())
+            self._write_partings(connection, bind([attrs.asdict(parting) for _, parting in self.partings]))
 
     @staticmethod
-    def _write_partings(connection: sqlite3.Connection, rows: str) -> None:
-        connection.execute(
-            """insert into event (tenant_id, device_id, at, kind, detail)
-               select tenant_id, device.id, value ->> 'at', 'disconnected',
-                      json_object('session', value ->> 'session', 'reason', value ->> 'reason', 'address', value ->> 'address')
-               from json_each(?) join device on device.id = value ->> 'device_id'""",
-            (rows,),
-        )
+    def _write_partings(connection: sqlite3.Connection, rows: tuple[str]) -> None:
         connection.execute(
             """update presence set connected = 0, disconnected_at = value ->> 'at', seen_at = max(coalesce(seen_at, 0), value ->> 'at')
                from json_each(?) where device_id = value ->> 'device_id' and presence.session = value ->> 'session'""",
-            (rows,),
+            rows,
         )
 
     @staticmethod
@@ -932,13 +1355,29 @@ class Batch:
         connection.execute("savepoint change")
         try:
             outcome: object = change.function(connection)
-        except (Refusal, sqlite3.Error) as error:
+        except Exception as error:  # whatever it was, it is its caller's alone
             if not connection.in_transaction:  # the disk is full, say: SQLite has undone the whole batch
                 raise
             connection.execute("rollback to change")
             outcome = error
         connection.execute("release change")
         return outcome
+
+
+class Bell:
+    """Wakes all who listen. Whoever looks for something takes `next` before the look, and awaits it after one in vain."""
+
+    def __init__(self) -> None:
+        self.next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def ring(self) -> None:
+        self.next.set_result(None)
+        self.next = asyncio.get_running_loop().create_future()
+
+    @staticmethod
+    async def heard(ring: asyncio.Future[None], seconds: float) -> None:
+        """Return at the ring, or after so many seconds."""
+        await asyncio.wait((ring,), timeout=seconds)
 
 
 class Writer:
@@ -957,6 +1396,7 @@ class Writer:
         self._room.set()
         self._stopping = False
         self.failing = False
+        self.news = Bell()
         self.committed_at = time.monotonic()
         self._task = asyncio.create_task(self._run(), name="writer")
 
@@ -971,15 +1411,31 @@ class Writer:
         """Points of the next transaction, by series number and time in milliseconds, both as text: JSON's keys are."""
         return self._pending.points
 
-    def frame_taken(self, owner: Committed, device_id: str, mark: tuple[int, int], at: int, stamp: int, points: int) -> None:
+    def frame_taken(
+        self, owner: Committed, device_id: str, mark: tuple[int, int], at: int, stamp: int, points: int, size: int
+    ) -> None:
         """A frame, whose points were just added, belongs to the next transaction. `mark`: its number, and how many frames
         its session has handed over so far; `at`: when it came; `stamp`: the last time given to a sample without one."""
         pending = self._pending
         pending.progress[device_id] = (mark[0], at, stamp)
         pending.waiting[owner] = mark
         pending.points_taken += points
-        if pending.points_taken >= self._limits.pending_points:
+        pending.bytes_taken += size
+        if pending.points_taken >= self._limits.pending_points or pending.bytes_taken >= self._limits.pending_bytes:
             self._room.clear()
+        self._work.set()
+
+    def state_reported(self, report: StateReport) -> None:
+        self._pending.states.append((self._pending.arrival(), report))
+        self._work.set()
+
+    def verdict_reported(self, report: VerdictReport) -> None:
+        self._pending.verdicts.append((self._pending.arrival(), report))
+        self._work.set()
+
+    def config_sent(self, device_id: int, version: int) -> None:
+        """A configuration went out on the device's socket, just now."""
+        self._pending.configs_sent.append((device_id, version, now_ms()))
         self._work.set()
 
     def seen(self, devices: Mapping[int, int]) -> None:
@@ -989,7 +1445,7 @@ class Writer:
         self._work.set()
 
     def session_ended(self, parting: Parting) -> None:
-        self._pending.partings.append(parting)
+        self._pending.partings.append((self._pending.arrival(), parting))
         self._work.set()
 
     async def change(self, function: Callable[[sqlite3.Connection], T]) -> T:
@@ -1032,22 +1488,33 @@ class Writer:
         """Commit a batch, however often it takes."""
         while batch:
             try:
-                outcomes = await self._connection.run(batch.write)
+                outcome = await self._connection.run(batch.write, self._limits)
             except Exception as error:  # noqa: BLE001 - whatever failed, nothing was stored, and those who wait must hear it
                 self._not_stored(batch, error)
                 if self._stopping or not isinstance(error, sqlite3.OperationalError):
                     log.critical("dropped a batch that cannot be stored: %d points, none of them acknowledged", batch.points_taken)
+                    partings = batch.partings + self._pending.partings
+                    self._pending = Batch()  # frames after those that are lost are not to be stored
+                    self._pending.partings = partings
                     return
                 if batch:
                     await asyncio.sleep(self._limits.retry_seconds)
             else:
                 self.failing = False
                 self.committed_at = time.monotonic()
-                for change, outcome in zip(batch.changes, outcomes, strict=True):
-                    change.settle(outcome)
-                for owner, mark in batch.waiting.items():
-                    owner.committed(mark)
+                self._tell(batch, outcome)
                 return
+
+    def _tell(self, batch: Batch, outcome: Outcome) -> None:
+        """The batch is on disk: tell those who wait for it."""
+        for owner, code, seq in outcome.refused:
+            owner.refused(code, seq)
+        for change, result in zip(batch.changes, outcome.changes, strict=True):
+            change.settle(result)
+        for owner, mark in batch.waiting.items():
+            owner.committed(mark)
+        if batch.eventful:
+            self.news.ring()
 
     def _not_stored(self, batch: Batch, error: Exception) -> None:
         """Nothing is acknowledged: sessions end with 1013, callers hear it, rows stay in the batch to be tried again."""
@@ -1174,15 +1641,15 @@ def insert_device(connection: sqlite3.Connection, tenant_id: int, name: str, new
     add_event(connection, row[0], now, "credentials", {"token": new.id, **detail})
 
 
-def use_provisioning_key(connection: sqlite3.Connection, key_id: str, secret_hash: bytes) -> int:
+def use_provisioning_key(connection: sqlite3.Connection, key: NewSecret) -> int:
     """Take one use of a key; its tenant. Refusal: unauthorized, whatever is wrong with the key."""
     row = connection.execute(
         """update provisioning_key set uses_left = uses_left - 1
            where id = ? and (uses_left is null or uses_left > 0) and (expires_at is null or expires_at > ?)
            returning tenant_id, secret_hash""",
-        (key_id, now_ms()),
+        (key.id, now_ms()),
     ).fetchone()
-    if not hmac.compare_digest(row[1] if row else bytes(32), secret_hash) or row is None:
+    if not hmac.compare_digest(row[1] if row else bytes(32), key.secret_hash) or row is None:
         raise Refusal("unauthorized")
     return int(row[0])
 
@@ -1190,11 +1657,12 @@ def use_provisioning_key(connection: sqlite3.Connection, key_id: str, secret_has
 @attrs.frozen
 class Opened:
     """A session as the database has it: its number, the highest frame number on disk, the last time given to a sample
-    without one, and the known series by metric."""
+    without one, the configuration that the device is owed, and the known series by metric."""
 
     session: int
     seq: int
     stamp: int
+    config: Config | None
     series: dict[str, str]
 
 
@@ -1212,7 +1680,133 @@ def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, 
     (series,) = connection.execute(
         "select json_group_object(metric, cast(id as text)) from series where device_id = ?", (device_id,)
     ).fetchone()
-    return Opened(session, seq, stamp, orjson.loads(series))
+    owed = connection.execute(
+        """select config.version, document from config join presence using (device_id)
+           where device_id = ? and config.version = config_version and status not in ('applied', 'rejected')""",
+        (device_id,),
+    ).fetchone()
+    config = None if owed is None else Config(owed[0], orjson.loads(owed[1]))
+    return Opened(session, seq, stamp, config, orjson.loads(series))
+
+
+@attrs.frozen
+class Pushed:
+    """One row of a push: which version of its configuration the device is now wanted to have."""
+
+    device_id: int
+    device: str
+    version: int
+
+
+@attrs.frozen
+class NewConfig:
+    """A configuration to be pushed: its JSON text, whose token pushed it, and the milliseconds until `timed_out`."""
+
+    document: str
+    author: str
+    timeout: int
+
+
+def push_config(connection: sqlite3.Connection, devices: list[int], new: NewConfig) -> list[Pushed]:
+    """A new version of the wanted configuration for every device; what it supersedes, and is not final, says so."""
+    now, ids = now_ms(), bind(devices)
+    connection.execute(
+        """update config set status = 'superseded', status_at = ?2 from json_each(?1) wanted, presence
+           where presence.device_id = wanted.value and config.device_id = presence.device_id and version = config_version
+           and status in ('pending', 'sent', 'in_progress', 'timed_out')""",
+        (*ids, now),
+    )
+    connection.execute("update presence set config_version = config_version + 1 where device_id in (select value from json_each(?))", ids)
+    connection.execute(
+        """insert into config (device_id, version, document, at, author, timeout, status, status_at)
+           select device_id, config_version, ?2, ?3, ?4, ?5, 'pending', ?3
+           from presence where device_id in (select value from json_each(?1))""",
+        (*ids, new.document, now, new.author, new.timeout),
+    )
+    connection.execute(
+        """insert into event (tenant_id, device_id, at, kind, detail)
+           select tenant_id, device.id, ?2, 'config', json_object('version', config_version, 'status', 'pending', 'by', ?3)
+           from device join presence on device_id = device.id where device.id in (select value from json_each(?1)) order by name""",
+        (*ids, now, new.author),
+    )
+    (rows,) = connection.execute(
+        """select json_group_array(json_array(id, name, config_version)) from (
+               select id, name, config_version from device join presence on device_id = id
+               where id in (select value from json_each(?)) order by name)""",
+        ids,
+    ).fetchone()
+    return [Pushed(*row) for row in orjson.loads(rows)]
+
+
+def push_to_one(connection: sqlite3.Connection, tenant_id: int, device: str, new: NewConfig, if_match: int | None) -> Pushed:
+    """Refusal: not_found, or precondition_failed when the wanted version is not `if_match`."""
+    row = connection.execute(
+        "select id, config_version from device join presence on device_id = id where tenant_id = ? and name = ?", (tenant_id, device)
+    ).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    if if_match is not None and row[1] != if_match:
+        raise Refusal("precondition_failed")
+    return push_config(connection, [row[0]], new)[0]
+
+
+def push_to_matching(connection: sqlite3.Connection, tenant_id: int, match: str, new: NewConfig) -> list[Pushed]:
+    (ids,) = connection.execute(
+        "select json_group_array(id) from device where tenant_id = ? and name glob ?", (tenant_id, match)
+    ).fetchone()
+    return push_config(connection, orjson.loads(ids), new)
+
+
+def roll_back(connection: sqlite3.Connection, tenant_id: int, device: str, version: int, new: NewConfig) -> tuple[Pushed, str]:
+    """Push the document of an earlier version; it, too. Refusal: not_found."""
+    row = connection.execute(
+        """select config.document from config join device on device.id = device_id
+           where tenant_id = ? and name = ? and version = ?""",
+        (tenant_id, device, version),
+    ).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    return push_to_one(connection, tenant_id, device, attrs.evolve(new, document=row[0]), None), row[0]
+
+
+def time_out_configs(connection: sqlite3.Connection) -> int:
+    """Mark the configurations for which no verdict came in time; how many."""
+    now = now_ms()
+    connection.execute(
+        """insert into event (tenant_id, device_id, at, kind, detail)
+           select tenant_id, device_id, ?1, 'config', json_object('version', version, 'status', 'timed_out')
+           from config join device on device.id = device_id where status in ('sent', 'in_progress') and sent_at + timeout <= ?1""",
+        (now,),
+    )
+    return connection.execute(
+        """update config set status = 'timed_out', status_at = ?1
+           where status in ('sent', 'in_progress') and sent_at + timeout <= ?1""",
+        (now,),
+    ).rowcount
+
+
+def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str) -> int:
+    """Remove a device and all that is known of it; its id. Its readings are out of reach at once, and deleted by
+    `delete_removed`. Refusal: not_found."""
+    row = connection.execute("select id from device where tenant_id = ? and name = ?", (tenant_id, name)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    connection.execute("insert into removed_series select id from series where device_id = ?", row)
+    connection.execute("delete from device where id = ?", row)
+    return int(row[0])
+
+
+def delete_removed(connection: sqlite3.Connection, most: int) -> bool:
+    """Delete so many readings of removed devices; whether there may be more."""
+    row = connection.execute("select id from removed_series limit 1").fetchone()
+    if row is None:
+        return False
+    deleted = connection.execute(
+        "delete from telemetry where series_id = ?1 and ts in (select ts from telemetry where series_id = ?1 limit ?2)", (*row, most)
+    ).rowcount
+    if deleted < most:
+        connection.execute("delete from removed_series where id = ?", row)
+    return True
 
 
 def close_crashed_sessions(connection: sqlite3.Connection) -> int:
@@ -1228,10 +1822,22 @@ def close_crashed_sessions(connection: sqlite3.Connection) -> int:
     ).rowcount
 
 
+DRIFT_SQL: Final = "json(iif(config_applied <> config_version, 'true', 'false'))"
 DEVICE_JSON: Final = f"""json_object(
     'device', device.name, 'connected', json(iif(connected, 'true', 'false')),
     'connected_at', {time_sql("connected_at")}, 'disconnected_at', {time_sql("disconnected_at")},
-    'seen_at', {time_sql("seen_at")}, 'created_at', {time_sql("device.created_at")}, 'agent', agent)"""
+    'seen_at', {time_sql("seen_at")}, 'created_at', {time_sql("device.created_at")}, 'agent', agent,
+    'software_version', software_version, 'config', iif(config_version = 0, null, json_object(
+        'version', config_version, 'applied', config_applied, 'status', config.status,
+        'drift', {DRIFT_SQL})))"""
+# A row for every device of a tenant, with where it stands and the configuration that it is wanted to have.
+DEVICE_ROWS: Final = """device join presence on presence.device_id = device.id
+    left join config on config.device_id = device.id and config.version = config_version"""
+STATE_JSON: Final = f"""json_object('device', device.name, 'version', state.version, 'at', {time_sql("state.at")},
+    'session', state.session, 'reported', json(document))"""
+CONFIG_JSON: Final = f"""json_object('version', config.version, 'status', status, 'status_at', {time_sql("status_at")},
+    'at', {time_sql("config.at")}, 'by', author, 'sent_at', {time_sql("sent_at")}, 'timeout', timeout / 1000.0,
+    'message', message, 'errors', json(errors), 'document', json(document))"""
 
 LATEST_JSON: Final = f"""(select json_group_object(metric, json(point)) from (
     select metric, (select json_object('time', {time_sql("ts")}, 'value', {exact_sql("value")})
@@ -1427,13 +2033,14 @@ class OperatorToken:
 class Reads:
     """Queries over a tenant's devices and keys: JSON text out, as it is sent."""
 
-    def __init__(self, readers: Readers, limits: Limits) -> None:
+    def __init__(self, readers: Readers, keys: Readers, limits: Limits) -> None:
         self._readers = readers
+        self._keys = keys  # for tokens alone: slow queries must not keep devices and people out
         self.telemetry = TelemetryReads(readers, limits)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
-            f"""select device.name position, {DEVICE_JSON} item from device join presence on device_id = device.id
+            f"""select device.name position, {DEVICE_JSON} item from {DEVICE_ROWS}
                 where tenant_id = :tenant and device.name > :after and (:match is null or device.name glob :match)
                 and (:connected is null or connected = :connected) order by device.name""",
             limit, tenant=tenant, after=after, match=match, connected=connected,
@@ -1441,8 +2048,9 @@ class Reads:
 
     async def device(self, tenant: int, name: str) -> bytes | None:
         return await self._readers.exact(
-            f"""select json_set({DEVICE_JSON}, '$.latest', json({LATEST_JSON})) from device join presence on device_id = device.id
-                where tenant_id = :tenant and name = :name""",
+            f"""select json_set({DEVICE_JSON}, '$.latest', json({LATEST_JSON}), '$.reported', json((
+                select document from state where device_id = device.id order by version desc limit 1)))
+                from {DEVICE_ROWS} where tenant_id = :tenant and name = :name""",
             {"tenant": tenant, "name": name},
         )
 
@@ -1465,6 +2073,74 @@ class Reads:
             kinds=None if kinds is None else orjson.dumps(kinds).decode(),
         )  # fmt: skip
 
+    async def feed(self, tenant: int, after: int, limit: int) -> list[tuple[int, str, str]]:
+        """What happened in a tenant after an event, oldest first: (id, kind, JSON)."""
+        text = await self._json(
+            f"""select json_group_array(json_array(id, kind, item)) from (
+                select event.id id, kind, json_patch(json_object('id', event.id, 'device', name, 'kind', kind, 'at', {time_sql("at")}),
+                       detail) item
+                from event join device on device.id = device_id
+                where event.tenant_id = :tenant and event.id > :after order by event.id limit :limit)""",
+            tenant=tenant, after=after, limit=limit,
+        )  # fmt: skip
+        return cast("list[tuple[int, str, str]]", orjson.loads(text or "[]"))
+
+    async def last_event(self, tenant: int) -> int:
+        row = await self._readers.row("select coalesce(max(id), 0) from event where tenant_id = :tenant", {"tenant": tenant})
+        return int(row[0]) if row else 0
+
+    async def state(self, tenant: int, device: str, at: int | None, version: int | None) -> str | None:
+        """The document that a device reported: the last, that of a version, or the one that was in force at a time."""
+        return await self._json(
+            f"""select {STATE_JSON} from state join device on device.id = device_id
+                where tenant_id = :tenant and name = :device and (:version is null or version = :version)
+                and (:at is null or at <= :at) order by version desc limit 1""",
+            tenant=tenant, device=device, at=at, version=version,
+        )  # fmt: skip
+
+    async def state_history(self, tenant: int, device: str, limit: int, after: int) -> str | None:
+        """Every change of what a device reports, newest first."""
+        return await self._history(
+            f"""select version position, json_object('version', version, 'at', {time_sql("at")}, 'session', session,
+                       'changes', json(changes)) item
+                from state where device_id = :device_id and version < :after order by version desc""",
+            tenant, device, limit, after,
+        )  # fmt: skip
+
+    async def config(self, tenant: int, device: str) -> str | None:
+        """The configuration that a device is wanted to have, and how far it is."""
+        return await self._json(
+            f"""select json_set(iif(config.version is null, json_object('version', 0, 'status', null, 'document', null), {CONFIG_JSON}),
+                       '$.device', name, '$.applied', config_applied, '$.drift', {DRIFT_SQL})
+                from {DEVICE_ROWS} where tenant_id = :tenant and name = :device""",
+            tenant=tenant, device=device,
+        )  # fmt: skip
+
+    async def config_version(self, tenant: int, device: str, version: int) -> str | None:
+        """One version of a device's configuration, and what came of it."""
+        return await self._json(
+            f"""select {CONFIG_JSON} from config join device on device.id = device_id
+                where tenant_id = :tenant and name = :device and version = :version""",
+            tenant=tenant, device=device, version=version,
+        )  # fmt: skip
+
+    async def config_history(self, tenant: int, device: str, limit: int, after: int) -> str | None:
+        """Every configuration that was pushed to a device, newest first."""
+        return await self._history(
+            f"""select version position, {CONFIG_JSON} item from config
+                where device_id = :device_id and version < :after order by version desc""",
+            tenant, device, limit, after,
+        )  # fmt: skip
+
+    async def first_deadline(self) -> int | None:
+        """When the next configuration times out unless a verdict comes."""
+        row = await self._readers.row("select min(sent_at + timeout) from config where status in ('sent', 'in_progress')", {})
+        return row[0] if row else None
+
+    async def _history(self, page_sql: str, tenant: int, device: str, limit: int, after: int) -> str | None:
+        device_id = await self.device_id(tenant, device)
+        return None if device_id is None else await self._list(page_sql, limit, device_id=device_id, after=after)
+
     async def operator_tokens(self, tenant: int, limit: int, after: str) -> str:
         return await self._list(
             f"""select id position, json_object('id', id, 'name', name, 'role', role, 'created_at', {time_sql("created_at")},
@@ -1482,7 +2158,7 @@ class Reads:
         )  # fmt: skip
 
     async def device_token(self, token_id: str) -> DeviceToken | None:
-        row = await self._readers.row(
+        row = await self._keys.row(
             """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name
                from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
             {"id": token_id},
@@ -1490,7 +2166,7 @@ class Reads:
         return None if row is None else DeviceToken(*row)
 
     async def operator_token(self, token_id: str) -> OperatorToken | None:
-        row = await self._readers.row(
+        row = await self._keys.row(
             """select operator_token.id, secret_hash, operator_token.name, role, tenant_id, tenant.name
                from operator_token left join tenant on tenant.id = tenant_id
                where operator_token.id = :id and (expires_at is null or expires_at > :now)""",
@@ -1522,16 +2198,20 @@ def delete_token(connection: sqlite3.Connection, table: str, tenant_id: int, tok
 class Store:
     """The open database: `writer` for everything that changes, `read` for everything that is asked."""
 
-    def __init__(self, writer: Writer, readers: Readers, limits: Limits) -> None:
+    def __init__(self, writer: Writer, read: Reads) -> None:
         self.writer = writer
-        self.read = Reads(readers, limits)
+        self.read = read
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, path: Path, limits: Limits) -> AsyncIterator[Store]:
-        """Open a prepared database, and close the sessions that a crash left open. StoreError when another server has it."""
+    async def open(cls, name: Path, limits: Limits) -> AsyncIterator[Store]:
+        """Open the database, made or migrated if need be, and close the sessions that a crash left open. StoreError when it
+        cannot be used, or another server has it."""
+        path = resolved(name)
+        is_new(path)  # somebody else's file gets no lock beside it
         async with AsyncExitStack() as stack:
             stack.callback(lock_database(path).close)
+            prepare_database(path)
             busy = limits.storage_seconds / 3
             connection = await Connection.open(
                 functools.partial(connect, path, checkpoint_pages=limits.checkpoint_pages, busy_seconds=busy)
@@ -1540,20 +2220,24 @@ class Store:
             crashed = await connection.run(cls._start)
             if crashed:
                 log.warning("the last run did not end well: closed %d sessions that it left open", crashed)
-            (next_series,) = await connection.run(lambda c: c.execute("select coalesce(max(id), 0) + 1 from series").fetchone())
+            (next_series,) = await connection.run(
+                lambda c: c.execute(
+                    "select coalesce(max(id), 0) + 1 from (select id from series union all select id from removed_series)"
+                ).fetchone()
+            )
             readers = []
-            for _ in range(limits.readers):
+            for _ in range(limits.readers + 1):
                 readers.append(await Connection.open(functools.partial(connect, path, query_only=True)))
                 stack.push_async_callback(readers[-1].close)
             writer = Writer(connection, limits, next_series)
             stack.push_async_callback(writer.close)
-            yield cls(writer, Readers(readers, limits), limits)
+            yield cls(writer, Reads(Readers(readers[1:], limits), Readers(readers[:1], limits), limits))
 
     async def healthy(self, limits: Limits) -> bool:
         """Whether a write committed lately, or can."""
         if self.writer.failing or time.monotonic() - self.writer.committed_at > limits.healthy_seconds:
             try:
-                await self.writer.change(lambda connection: connection.execute("select 1").fetchone())
+                await self.writer.change(lambda connection: connection.execute(f"pragma user_version = {SCHEMA_VERSION}").close())
             except Refusal:
                 return False
         return True
@@ -1637,8 +2321,8 @@ class Identity:
         token = mint("dev")
 
         def register(connection: sqlite3.Connection) -> None:
-            tenant_id = use_provisioning_key(connection, shown.id, shown.secret_hash)
-            insert_device(connection, tenant_id, device, token.stored, {"key": shown.id, "address": address})
+            detail = {"key": shown.id, "address": address}
+            insert_device(connection, use_provisioning_key(connection, shown), device, token.stored, detail)
 
         await self._store.writer.change(register)
         return Credentials(device, token.text)
@@ -1669,9 +2353,13 @@ class Live(Protocol):
         """Whether the server takes what the device sends; if not, its silence is the server's."""
 
     def send(self, payload: bytes) -> None: ...
+    def send_config(self, version: int, document: bytes) -> bool: ...
     def ping(self) -> None: ...
     def end(self, code: str) -> None: ...
     def abort(self, code: str) -> None: ...
+
+
+FEED_END_SECONDS: Final = 1.0  # for a live feed to write what it is at, when the server stops
 
 
 class Registry:
@@ -1679,7 +2367,18 @@ class Registry:
 
     def __init__(self) -> None:
         self.sockets: set[Live] = set()
+        self.closing = asyncio.Event()
         self._live: dict[int, Live] = {}
+        self._feeds: set[asyncio.Transport | None] = set()
+
+    @contextmanager
+    def feed(self, transport: asyncio.Transport | None) -> Iterator[None]:
+        """Keep a live feed's connection at hand while it lasts: at the end of the server one that is not read must not hold it up."""
+        self._feeds.add(transport)
+        try:
+            yield
+        finally:
+            self._feeds.discard(transport)
 
     def take_over(self, device_id: int, session: Live) -> None:
         """`session` speaks for the device from now on; the one before it is superseded."""
@@ -1700,6 +2399,11 @@ class Registry:
         session.send(payload)
         return True
 
+    def send_config(self, device_id: int, version: int, document: bytes) -> bool:
+        """Send a configuration, JSON text, to a device if it is connected; if not, False: its next welcome carries it."""
+        session = self._live.get(device_id)
+        return session is not None and session.send_config(version, document)
+
     def end(self, device_id: int, code: str) -> None:
         """End a device's session, if there is one."""
         session = self._live.get(device_id)
@@ -1707,8 +2411,16 @@ class Registry:
             session.end(code)
 
     def end_all(self, code: str) -> None:
+        """The server stops: end every session, and every feed with the next ring, or soon if its client does not read."""
+        self.closing.set()
+        asyncio.get_running_loop().call_later(FEED_END_SECONDS, self._abort_feeds)
         for session in list(self.sockets):
             session.end(code)
+
+    def _abort_feeds(self) -> None:
+        for transport in self._feeds:
+            if transport is not None:
+                transport.abort()
 
     def live(self) -> Iterable[tuple[int, Live]]:
         return self._live.items()
@@ -1759,6 +2471,46 @@ class Heartbeat:
             self._writer.seen(seen)
 
 
+class ConfigClock:
+    """Marks configurations `timed_out` for which no verdict came, across restarts too: what is awaited stands in the database."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._store = store
+        self._seconds = limits.clock_seconds
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._seconds)
+            try:
+                deadline = await self._store.read.first_deadline()
+                if deadline is not None and deadline <= now_ms():
+                    await self._store.writer.change(time_out_configs)
+            except (Refusal, sqlite3.Error) as error:  # the next look may do better
+                log.warning("cannot look for verdicts that did not come: %s", error)
+
+
+class Cleaner:
+    """Deletes what removed devices left behind, a little at a time."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._store = store
+        self._limits = limits
+        self.wanted = asyncio.Event()
+        self.wanted.set()  # a removal before the last stop may not be done
+
+    async def run(self) -> None:
+        while True:
+            await self.wanted.wait()
+            self.wanted.clear()
+            try:
+                while await self._store.writer.change(lambda connection: delete_removed(connection, self._limits.removed_points)):
+                    pass
+            except (Refusal, sqlite3.Error) as error:
+                log.warning("cannot delete what removed devices left behind: %s", error)
+                await asyncio.sleep(self._limits.retry_seconds)
+                self.wanted.set()
+
+
 # ==== Sessions ====
 # Owns: one device's WebSocket from hello to close. Must not know: other devices.
 
@@ -1802,6 +2554,34 @@ class Platform:
     store: Store
     identity: Identity
     registry: Registry
+    cleaner: Cleaner
+
+
+def metrics_of(frame: Telemetry) -> set[str]:
+    return set().union(*(sample.values for sample in frame.samples))
+
+
+def errors_text(frame: ConfigStatus, most: int) -> str | None:
+    """The errors of a verdict as JSON text, None without any. Refusal: document_too_large, beyond `most` bytes."""
+    text = orjson.dumps([attrs.asdict(error) for error in frame.errors])
+    if len(text) > most:
+        raise Refusal("document_too_large")
+    return text.decode() if frame.errors else None
+
+
+class Tally:
+    """Counts what happens, minute by minute."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._count = 0
+
+    def add(self, now: float) -> int:
+        """One more; how many there were in this minute."""
+        if now - self._since > 60:
+            self._since, self._count = now, 0
+        self._count += 1
+        return self._count
 
 
 class Session:
@@ -1826,8 +2606,9 @@ class Session:
         self._frames = 0  # handed to the writer in this session
         self._frames_stored = 0
         self._stamp = 0  # the last time of receipt given to a sample without one
-        self._bad_frames = 0
-        self._bad_since = 0.0
+        self._welcomed = False
+        self._config_sent = 0  # the highest version that went out in this session
+        self._bad_frames = Tally()
         self._room = asyncio.Event()
         self._ended = ""  # why, once it has
         self.reading = True
@@ -1899,21 +2680,26 @@ class Session:
         if self._ended:  # superseded meanwhile
             self._record_parting()
         else:
-            self.send(encode(Welcome(
-                token.device, token.tenant, opened.session, opened.seq, format_time(now_ms()), self._platform.settings.heartbeat,
-            )))  # fmt: skip
+            heartbeat = self._platform.settings.heartbeat
+            config = opened.config
+            self.send(encode(Welcome(token.device, token.tenant, opened.session, opened.seq, format_time(now_ms()), heartbeat, config)))
+            self._welcomed = True
+            if config is not None:
+                self._config_sent = config.version
+                self._writer.config_sent(self._device_id, config.version)
 
     async def _converse(self) -> None:
         """Take frames until the socket closes. After our own close frame the rest is read and thrown away: a socket closed
         with unread bytes is reset, and the device would never see the close code."""
-        receive, now, turn = self._socket.receive, asyncio.get_running_loop().time, self._platform.limits.frames_per_turn
-        most, taken = self._platform.limits.unacknowledged_frames, 0
+        receive, now, limits = self._socket.receive, asyncio.get_running_loop().time, self._platform.limits
+        most, turn, long, taken = limits.unacknowledged_frames, limits.frames_per_turn, limits.frame_bytes_per_turn, 0
         while (message := await receive()).type not in CLOSED:
             self.heard = now()
             if self._ended:
                 continue
             if message.type == WSMsgType.TEXT:
                 self._take(cast(bytes, message.data))
+                taken += len(message.data) // long
             elif message.type == WSMsgType.PING:
                 self._send_frame(WSMsgType.PONG, message.data)
             elif message.type == WSMsgType.BINARY:
@@ -1949,20 +2735,24 @@ class Session:
         """One text frame."""
         try:
             frame = self._platform.codec.frame(data)
-            if not isinstance(frame, Telemetry):
+            if isinstance(frame, (Hello, Provision)):
                 raise Refusal("unknown_type")
             if frame.seq <= self._taken:
                 self._acknowledge_again(frame.seq)
+            elif isinstance(frame, Telemetry):
+                self._take_telemetry(frame, len(data))
+            elif isinstance(frame, State):
+                self._take_state(frame, len(data))
             else:
-                self._take_telemetry(frame)
+                self._take_verdict(frame, len(data))
         except Refusal as refusal:
             self._bad_frame(refusal, self._platform.codec.seq_of(data))
 
-    def _take_telemetry(self, frame: Telemetry) -> None:
+    def _take_telemetry(self, frame: Telemetry, size: int) -> None:
         """Hand the points to the writer. Refusal: too_many_series; then none of the frame is taken."""
-        series = self._series
-        if len(series) + sum(len(sample.values) for sample in frame.samples) > self._platform.limits.series_per_device:
-            self._check_series(frame)
+        series, most = self._series, self._platform.limits.series_per_device
+        if len(series) + sum(len(sample.values) for sample in frame.samples) > most < len(metrics_of(frame).union(series)):
+            raise Refusal("too_many_series")
         now = now_ms()
         rows, count = self._writer.points(), 0
         for sample in frame.samples:
@@ -1982,17 +2772,24 @@ class Session:
                 else:
                     points[ts] = value
             count += len(sample.values)
-        self._frame_taken(frame.seq, now, count)
+        self._frame_taken(frame.seq, now, count, size)
 
-    def _check_series(self, frame: Telemetry) -> None:
-        names = set(self._series).union(*(sample.values for sample in frame.samples))
-        if len(names) > self._platform.limits.series_per_device:
-            raise Refusal("too_many_series")
+    def _take_state(self, frame: State, size: int) -> None:
+        now = now_ms()
+        self._writer.state_reported(StateReport(self, self._device_id, self._number, frame.seq, now, frame.mode, frame.reported))
+        self._frame_taken(frame.seq, now, 0, size)
 
-    def _frame_taken(self, seq: int, now: int, points: int) -> None:
+    def _take_verdict(self, frame: ConfigStatus, size: int) -> None:
+        now = now_ms()
+        errors = errors_text(frame, self._platform.limits.document_bytes)
+        report = VerdictReport(self, self._device_id, frame.seq, now, frame.version, frame.status, frame.message, errors)
+        self._writer.verdict_reported(report)
+        self._frame_taken(frame.seq, now, 0, size)
+
+    def _frame_taken(self, seq: int, now: int, points: int, size: int) -> None:
         self._taken = seq
         self._frames += 1
-        self._writer.frame_taken(self, self._progress_key, (seq, self._frames), now, self._stamp, points)
+        self._writer.frame_taken(self, self._progress_key, (seq, self._frames), now, self._stamp, points, size)
 
     def _acknowledge_again(self, seq: int) -> None:
         """A duplicate: on disk already, or about to be and acknowledged then."""
@@ -2003,12 +2800,11 @@ class Session:
         """Say what is wrong with a frame; it is consumed, so that the device does not send it for ever."""
         self._refuse(refusal, seq)
         if seq is not None and seq > self._taken:
-            self._frame_taken(seq, now_ms(), 0)
-        now = asyncio.get_running_loop().time()
-        if now - self._bad_since > 60:
-            self._bad_since, self._bad_frames = now, 0
-        self._bad_frames += 1
-        if self._bad_frames >= self._platform.limits.bad_frames_per_minute:
+            self._frame_taken(seq, now_ms(), 0, 0)
+        self._count_bad_frame()
+
+    def _count_bad_frame(self) -> None:
+        if self._bad_frames.add(asyncio.get_running_loop().time()) >= self._platform.limits.bad_frames_per_minute:
             self.end("too_many_bad_frames")
 
     def _refuse(self, refusal: Refusal, seq: int | None) -> None:
@@ -2024,6 +2820,20 @@ class Session:
 
     def not_stored(self) -> None:
         self.end("storage_unavailable")
+
+    def refused(self, code: str, seq: int) -> None:
+        """The writer could not take a frame; it is consumed."""
+        self._refuse(Refusal(code), seq)
+        self._count_bad_frame()
+
+    def send_config(self, version: int, document: bytes) -> bool:
+        """Send a configuration, unless a newer one went out, or the welcome is still to come and carries it."""
+        if not self._welcomed or self._ended or version <= self._config_sent:
+            return False
+        self._config_sent = version
+        self.send(b'{"type":"config","version":%d,"document":%b}' % (version, document))
+        self._writer.config_sent(self._device_id, version)
+        return True
 
     def send(self, payload: bytes) -> None:
         """Send a text frame, or drop the peer that has not read the ones before it."""
@@ -2083,9 +2893,10 @@ Moment = NewType("Moment", int)
 Duration = NewType("Duration", int)
 Names = NewType("Names", tuple[str, ...])
 Aggregates = NewType("Aggregates", tuple[str, ...])
+SPARE_DESCRIPTORS: Final = 64  # for the database, the log and what a library opens
 PLATFORM: Final = web.AppKey("platform", Platform)
 JSON_TYPE: Final = "application/json"
-FUTURE: Final = Moment(253_402_300_799_999)  # the last moment of the year 9999
+FUTURE: Final = Moment(LATEST)
 
 
 @attrs.frozen
@@ -2120,6 +2931,37 @@ class EventQuery:
     kind: Names | None = None
     from_: Moment = Moment(0)
     to_: Moment = FUTURE
+
+
+@attrs.frozen
+class StateQuery:
+    """GET /iiot/{device}/state."""
+
+    at: Moment | None = None
+    version: int | None = None
+
+
+@attrs.frozen
+class HistoryQuery:
+    """A page of a history; `after` is the last version seen."""
+
+    limit: int | None = None
+    after: int | None = None
+
+
+@attrs.frozen
+class PushQuery:
+    """A push: `timeout` until a verdict must have come, `wait` for how long the answer waits for it."""
+
+    timeout: Duration | None = None
+    wait: Duration | None = None
+
+
+@attrs.frozen
+class FeedQuery:
+    """GET /events; `after` is the id of the last event seen, as is the header Last-Event-ID."""
+
+    after: int | None = None
 
 
 @attrs.frozen
@@ -2161,7 +3003,7 @@ def query_boolean(values: object, _: object) -> bool:
 
 def query_names(values: object, _: object) -> Names:
     """A parameter that may be given more than once."""
-    return Names(tuple(one_value([value]) for value in cast("list[str]", values)))
+    return Names(tuple(dict.fromkeys(one_value([value]) for value in cast("list[str]", values))))
 
 
 def query_aggregates(values: object, _: object) -> Aggregates:
@@ -2232,6 +3074,10 @@ class Call:
             raise Refusal("bad_query", FieldError("limit", f"is not between 1 and {most}"))
         return wanted
 
+    def version_after(self) -> int:
+        """The version before which a page of a history starts."""
+        return INTEGERS - 1 if self.query.after is None else cast(int, self.query.after)
+
     async def body(self, cls: type[T]) -> T:
         return self.platform.codec.body(await self.request.read(), cls)
 
@@ -2280,6 +3126,14 @@ async def register_device(call: Call) -> web.StreamResponse:
     by = {"by": call.principal.name, "address": call.address}
     await call.platform.store.writer.change(lambda connection: insert_device(connection, tenant, name, token.stored, by))
     return answer({"device": name, "token": token.text}, 201)
+
+
+async def delete_device(call: Call) -> web.StreamResponse:
+    tenant, name = call.tenant, call.device
+    device_id = await call.platform.store.writer.change(lambda connection: remove_device(connection, tenant, name))
+    call.platform.registry.end(device_id, "device_removed")
+    call.platform.cleaner.wanted.set()
+    return web.Response(status=204)
 
 
 async def list_events(call: Call) -> web.StreamResponse:
@@ -2366,6 +3220,144 @@ async def ask_report(call: Call) -> web.StreamResponse:
     return answer({"device": call.device, "what": body.what}, 202)
 
 
+FINAL: Final = ("applied", "rejected", "timed_out", "superseded")
+
+
+async def show_state(call: Call) -> web.StreamResponse:
+    query: StateQuery = call.query
+    return found(await call.platform.store.read.state(call.tenant, call.device, query.at, query.version))
+
+
+async def list_states(call: Call) -> web.StreamResponse:
+    return found(await call.platform.store.read.state_history(call.tenant, call.device, call.page(), call.version_after()))
+
+
+async def show_config(call: Call) -> web.StreamResponse:
+    text = await call.platform.store.read.config(call.tenant, call.device)
+    response = found(text)
+    response.headers[hdrs.ETAG] = f'"{orjson.loads(text or "")["version"]}"'
+    return response
+
+
+async def list_configs(call: Call) -> web.StreamResponse:
+    return found(await call.platform.store.read.config_history(call.tenant, call.device, call.page(), call.version_after()))
+
+
+def new_config(call: Call, document: str) -> NewConfig:
+    """What is pushed, by whom, and for how long a verdict is awaited. Refusal: bad_query."""
+    limits = call.platform.limits
+    timeout = round(limits.config_seconds * 1000) if call.query.timeout is None else cast(int, call.query.timeout)
+    if timeout > limits.config_seconds_most * 1000:
+        raise Refusal("bad_query", FieldError("timeout", f"is longer than {limits.config_seconds_most:.0f}s"))
+    return NewConfig(document, call.principal.name, timeout)
+
+
+def if_match(call: Call) -> int | None:
+    """The version that If-Match names (RFC 9110, section 13.1.1). Refusal: invalid, precondition_failed."""
+    text = call.request.headers.get(hdrs.IF_MATCH, "*").strip().strip('"')
+    if text == "*":
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise Refusal("invalid", FieldError("If-Match", "is not the number of a version"))
+    return int(text)
+
+
+def wait_seconds(call: Call) -> float:
+    """For how long the answer to a push waits for the verdict. Refusal: bad_query."""
+    seconds, most = (0.0 if call.query.wait is None else cast(int, call.query.wait) / 1000), call.platform.limits.wait_seconds_most
+    if seconds > most:
+        raise Refusal("bad_query", FieldError("wait", f"is longer than {most:.0f}s"))
+    return seconds
+
+
+async def answer_push(call: Call, pushed: Pushed, document: bytes, seconds: float) -> web.StreamResponse:
+    """Send what was pushed, and answer 202 with its status, or with the verdict if that was waited for and came."""
+    sent = call.platform.registry.send_config(pushed.device_id, pushed.version, document)
+    until = time.monotonic() + seconds
+    while True:
+        ring = call.platform.store.writer.news.next
+        text = await call.platform.store.read.config_version(call.tenant, call.device, pushed.version)
+        if text is None:  # the device was removed meanwhile
+            raise Refusal("not_found")
+        row = orjson.loads(text)
+        if row["status"] in FINAL or time.monotonic() >= until:
+            shown = {name: row[name] for name in ("version", "status", "message", "errors") if row[name] is not None}
+            if sent and row["status"] == "pending":  # that it is sent is on its way to the disk
+                shown["status"] = "sent"
+            return answer({"device": pushed.device, **shown}, 202)
+        await Bell.heard(ring, until - time.monotonic())
+
+
+async def push_one(call: Call) -> web.StreamResponse:
+    tenant, document = call.tenant, canonical(call.platform.codec.document(await call.request.read()))
+    new, expected, seconds = new_config(call, document.decode()), if_match(call), wait_seconds(call)
+    pushed = await call.platform.store.writer.change(lambda connection: push_to_one(connection, tenant, call.device, new, expected))
+    return await answer_push(call, pushed, document, seconds)
+
+
+async def push_back(call: Call) -> web.StreamResponse:
+    tenant, body, new, seconds = call.tenant, await call.body(Rollback), new_config(call, ""), wait_seconds(call)
+    pushed, document = await call.platform.store.writer.change(
+        lambda connection: roll_back(connection, tenant, call.device, body.version, new)
+    )
+    return await answer_push(call, pushed, document.encode(), seconds)
+
+
+async def push_many(call: Call) -> web.StreamResponse:
+    tenant, body = call.tenant, await call.body(Push)
+    document = canonical(body.config)
+    new = new_config(call, document.decode())
+    rows = await call.platform.store.writer.change(lambda connection: push_to_matching(connection, tenant, body.match, new))
+    send = call.platform.registry.send_config
+    sent = [send(row.device_id, row.version, document) for row in rows]
+    items = [
+        {"device": row.device, "version": row.version, "status": "sent" if gone else "pending"}
+        for row, gone in zip(rows, sent, strict=True)
+    ]
+    return answer({"items": items}, 202)
+
+
+async def feed_pieces(platform: Platform, tenant: int, last: int) -> AsyncIterator[bytes]:
+    """The events after the last one seen, as they come; a comment where there is none for a while. Ends with the server."""
+    quiet_since = time.monotonic()
+    while not platform.registry.closing.is_set():
+        ring = platform.store.writer.news.next
+        events = await platform.store.read.feed(tenant, last, platform.limits.feed_events)
+        if events:
+            last = events[-1][0]
+            yield "".join(f"id: {number}\nevent: {kind}\ndata: {text}\n\n" for number, kind, text in events).encode()
+            quiet_since = time.monotonic()
+            continue
+        rest = quiet_since + platform.limits.feed_seconds - time.monotonic()
+        if rest <= 0:
+            yield b":\n\n"
+            quiet_since = time.monotonic()
+        else:
+            await Bell.heard(ring, rest)
+
+
+async def follow_events(call: Call) -> web.StreamResponse:
+    """The tenant's events as they are committed (server-sent events, https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+    platform, tenant = call.platform, call.tenant
+    shown, last = call.request.headers.get("Last-Event-ID", ""), cast("int | None", call.query.after)
+    if shown.isascii() and shown.isdigit() and len(shown) < 19:  # of a reconnect: newer than what the address says
+        last = int(shown)
+    if last is None:
+        last = await platform.store.read.last_event(tenant)
+    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "text/event-stream", hdrs.CACHE_CONTROL: "no-store"})
+    await response.prepare(call.request)
+    transport = call.request.transport
+    with suppress(ConnectionError), platform.registry.feed(transport):
+        try:
+            async for lines in feed_pieces(platform, tenant, last):
+                async with asyncio.timeout(platform.limits.query_seconds):
+                    await response.write(lines)
+        except TimeoutError:  # the client does not read
+            if transport is not None:
+                transport.abort()
+    return response
+
+
 async def list_keys(call: Call) -> web.StreamResponse:
     return json_response(await call.platform.store.read.provisioning_keys(call.tenant, call.page(), call.query.after or ""))
 
@@ -2448,8 +3440,16 @@ class Route:
 
 ROUTES: Final = (
     Route("GET", "/iiot", "viewer", list_devices, DeviceQuery),
+    Route("POST", "/iiot", "operator", push_many, PushQuery),
     Route("GET", "/iiot/{device}", "viewer", show_device),
     Route("PUT", "/iiot/{device}", "admin", register_device),
+    Route("DELETE", "/iiot/{device}", "admin", delete_device),
+    Route("POST", "/iiot/{device}", "operator", push_one, PushQuery),
+    Route("GET", "/iiot/{device}/config", "viewer", show_config),
+    Route("GET", "/iiot/{device}/config/history", "viewer", list_configs, HistoryQuery),
+    Route("POST", "/iiot/{device}/config/rollback", "operator", push_back, PushQuery),
+    Route("GET", "/iiot/{device}/state", "viewer", show_state, StateQuery),
+    Route("GET", "/iiot/{device}/state/history", "viewer", list_states, HistoryQuery),
     Route("GET", "/iiot/{device}/events", "viewer", list_events, EventQuery),
     Route("GET", "/iiot/{device}/telemetry", "viewer", show_telemetry, TelemetryQuery),
     Route("POST", "/iiot/{device}/report", "operator", ask_report),
@@ -2459,6 +3459,7 @@ ROUTES: Final = (
     Route("GET", "/tokens", "admin", list_tokens, ListQuery),
     Route("POST", "/tokens", "admin", create_token),
     Route("DELETE", "/tokens/{id}", "admin", revoke_token),
+    Route("GET", "/events", "viewer", follow_events, FeedQuery),
     Route("GET", "/whoami", "any", whoami),
     Route("GET", "/healthz", "public", show_health),
     Route("GET", "/device", "public", hold_device),
@@ -2508,6 +3509,19 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
         return error_response(Refusal("server_fault"))
 
 
+def descriptors() -> int:
+    """How many files and sockets this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if sys.platform != "win32" else 8_192
+
+
+def raise_descriptors() -> None:
+    """As many files and sockets as the system allows this process: every device holds one."""
+    if sys.platform != "win32":
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 class PlainRequestHandler(web.RequestHandler):
     """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract."""
 
@@ -2523,8 +3537,22 @@ class PlainRequestHandler(web.RequestHandler):
 
 
 class PlainServer(web.Server):
+    """aiohttp's server, with a bound on connections: without descriptors it could not even say that it has none."""
+
+    held = 0
+
     def __call__(self) -> web.RequestHandler:
         return PlainRequestHandler(self, loop=self._loop, **self._kwargs)
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self.held += 1
+        if self.held > descriptors() - SPARE_DESCRIPTORS:
+            transport.abort()
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        self.held -= 1
 
 
 class PlainRunner(web.AppRunner):
@@ -2536,26 +3564,49 @@ class PlainRunner(web.AppRunner):
 # ==== Application ====
 # Owns: how the parts are put together, started in order and stopped in the opposite one.
 
+HEADERS: Final = MappingProxyType(
+    {
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+    }
+)
+
 
 async def run_platform(app: web.Application, settings: Settings, limits: Limits) -> AsyncIterator[None]:
     """Open the store, then what stands on it; close them the other way round."""
     async with Store.open(Path(settings.db), limits) as store:
         registry = Registry()
-        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, Identity(store), registry)
-        heartbeat = asyncio.create_task(Heartbeat(registry, store.writer, limits, settings.heartbeat).run(), name="heartbeat")
+        cleaner = Cleaner(store, limits)
+        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, Identity(store), registry, cleaner)
+        tasks = [
+            asyncio.create_task(Heartbeat(registry, store.writer, limits, settings.heartbeat).run(), name="heartbeat"),
+            asyncio.create_task(ConfigClock(store, limits).run(), name="config clock"),
+            asyncio.create_task(cleaner.run(), name="cleaner"),
+        ]
         try:
             yield
         finally:
-            heartbeat.cancel()
-            await asyncio.gather(heartbeat, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def add_headers(_: web.Request, response: web.StreamResponse) -> None:
+    """What browsers need to be told: take types as they are named, frame nothing, load nothing, keep no answer."""
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
 
 
 async def end_sessions(app: web.Application) -> None:
     app[PLATFORM].registry.end_all("shutting_down")
+    app[PLATFORM].store.writer.news.ring()
 
 
 def make_app(settings: Settings, limits: Limits | None = None) -> web.Application:
-    """The server as an aiohttp application. The database file must have been prepared."""
+    """The server as an aiohttp application."""
     bounds = limits or Limits()
     app = web.Application(middlewares=[answer_errors], client_max_size=bounds.body_bytes)
     converter = make_query_converter()
@@ -2563,6 +3614,7 @@ def make_app(settings: Settings, limits: Limits | None = None) -> web.Applicatio
         app.router.add_route(route.method, route.path, endpoint(route, converter))
     app.cleanup_ctx.append(lambda running: run_platform(running, settings, bounds))
     app.on_shutdown.append(end_sessions)
+    app.on_response_prepare.append(add_headers)
     return app
 
 
@@ -2582,10 +3634,10 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 async def serving(settings: Settings, limits: Limits | None = None) -> AsyncIterator[str]:
     """The running server; yields its address. OSError when it cannot listen there."""
     context = tls_context(settings)
-    runner = PlainRunner(make_app(settings, limits), access_log=None, keepalive_timeout=75, shutdown_timeout=10)
+    runner = PlainRunner(make_app(settings, limits), access_log=None, keepalive_timeout=20, shutdown_timeout=3)
     try:
         await runner.setup()
-        site = web.TCPSite(runner, settings.host, settings.port, ssl_context=context, backlog=4096, reuse_address=True)
+        site = web.TCPSite(runner, settings.host, settings.port, ssl_context=context, backlog=512, reuse_address=True)
         try:
             await site.start()
         except OSError as error:
@@ -2601,10 +3653,13 @@ async def serving(settings: Settings, limits: Limits | None = None) -> AsyncIter
 # Owns: the reference device: this machine's readings or a recorded file, sent as any third-party device would.
 # Must not know: the server's insides; it speaks only the wire contract.
 
+ON_CONFIG_SECONDS: Final = 50.0  # for the command: less than the server waits for the verdict
+MESSAGE_CHARACTERS: Final = 1000  # of what the command says, in the verdict
 INTEGER: Final = re.compile(r"[+-]?[0-9]{1,40}")
 REAL: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 FURTHEST: Final = 1e11  # seconds: the fifth millennium
 REPLAY_ROWS: Final = 50  # of a recorded file in one frame
+REPLAY_BYTES: Final = 256 * 1024  # likewise, well within what a frame may have
 PERMANENT: Final = (4400, 4401, 4403)  # close codes after which trying again is of no use
 
 
@@ -2623,6 +3678,8 @@ class AgentOptions:
     name: str = setting("", "name to be provisioned under (this machine's host name)")
     token: str = setting("", "device token, instead of a key")
     token_file: str = setting("", "where the token is kept, mode 0600 (NAME.token in this folder)")
+    on_config: str = setting("", "command that is given a new configuration on standard input: exit 0 applies it, all else rejects it")
+    config_file: str = setting("", "where the applied configuration is kept (NAME.config.json in this folder)")
     interval: float = setting(5.0, "seconds between two readings", positive, "above 0")
     spool: int = setting(10_000, "frames kept while offline; then the oldest are dropped", positive, "at least 1")
     replay: str = setting("", "send a recorded CSV instead: first column a time, the rest metrics; comma or semicolon")
@@ -2674,16 +3731,18 @@ class Spool:
         samples = 0
         async with self._changed:
             while self._frames and self._frames[0].get("seq", seq + 1) <= seq:
-                samples += len(self._frames.popleft()["samples"])
+                samples += len(self._frames.popleft().get("samples", ()))
                 self._sent = max(0, self._sent - 1)
             self._changed.notify_all()
         return samples
 
-    async def refuse(self, seq: int) -> int:
-        """The server does not take this frame; how many samples are lost with it."""
+    async def refuse(self, seq: int) -> list[dict[str, Any]]:
+        """The server does not take this frame; the samples that are lost with it."""
         async with self._changed:
             frame = next((frame for frame in self._frames if frame.get("seq") == seq), {})
-            lost, frame["samples"] = len(frame.get("samples", ())), []
+            lost: list[dict[str, Any]] = frame.get("samples", [])
+            if lost:
+                frame["samples"] = []
             return lost
 
     async def resume(self, seq: int) -> int:
@@ -2760,6 +3819,34 @@ class Readings:
         zones = sorted(Path("/sys/class/thermal").glob("thermal_zone*"))
         read = {zone.name.removeprefix("thermal_zone"): read_numbers(f"{zone}/temp") for zone in zones}
         return {f"temperature_{zone}_celsius": numbers[0] / 1000 for zone, numbers in read.items() if numbers}
+
+
+def network_addresses() -> dict[str, list[str]]:
+    """The addresses of every interface that has any, as far as the system tells."""
+    addresses: dict[str, list[str]] = {}
+    if sys.platform == "linux":
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # it has none
+                    answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name[:15].encode()))  # SIOCGIFADDR: netdevice(7)
+                    addresses[name] = [socket.inet_ntoa(answer[20:24])]
+        with suppress(OSError):
+            for line in Path("/proc/net/if_inet6").read_text().splitlines():
+                words = line.split()
+                addresses.setdefault(words[5], []).append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(words[0])))
+    return addresses
+
+
+def describe_machine() -> dict[str, Any]:
+    """What this machine is."""
+    return {
+        "hostname": socket.gethostname(),
+        "operating_system": host.platform(),
+        "kernel": host.release(),
+        "python": host.python_version(),
+        "software_version": VERSION,
+        "addresses": network_addresses(),
+    }
 
 
 def parse_cell(text: str) -> Value | None:
@@ -2870,19 +3957,83 @@ class TokenFile:
         return beside
 
 
+class AppliedConfig:
+    """The configuration that was applied last, in a file: {version, document}."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> tuple[int, object]:
+        """Version and document, 0 and None when none was applied. AgentError when the file cannot be used."""
+        try:
+            kept = json.loads(self._path.read_text())
+            return int(kept["version"]), kept["document"]
+        except FileNotFoundError:
+            return 0, None
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise AgentError(f"cannot use {self._path}: {error}") from error
+
+    def write(self, version: int, document: object) -> None:
+        """Written beside and moved into place, so that a crash leaves the whole file or none. OSError."""
+        beside = self._path.with_name(self._path.name + ".new")
+        beside.write_text(json.dumps({"version": version, "document": document}, indent=2) + "\n")
+        beside.replace(self._path)
+
+
+async def run_on_config(command: str, document: object) -> tuple[str, str]:
+    """Give a configuration to the command: the verdict, and what it says on standard error if it rejects it.
+
+    What it says goes through a file: a pipe would stay open as long as any process that the command leaves behind.
+    """
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as given:
+        given.write(json.dumps(document).encode())
+        given.seek(0)
+        process = await asyncio.create_subprocess_shell(
+            command, stdin=given, stdout=asyncio.subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
+        try:
+            async with asyncio.timeout(ON_CONFIG_SECONDS):
+                code = await process.wait()
+        except TimeoutError:
+            return "rejected", f"the command took longer than {ON_CONFIG_SECONDS:.0f} s"
+        finally:
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        if code == 0:
+            return "applied", ""
+        said.seek(0)
+        text = said.read().decode(errors="replace").replace("\0", "").strip()
+        return "rejected", text[-MESSAGE_CHARACTERS:] or f"exit code {code}"
+
+
+@asynccontextmanager
+async def closing_link(link: ClientWebSocketResponse) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await link.close()
+
+
 class Agent:
     """Holds a session to the server, and comes back when it breaks."""
 
     def __init__(self, options: AgentOptions) -> None:
         self._options = options
-        host = re.sub(r"[^A-Za-z0-9._:-]", "-", socket.gethostname())[:64]
-        self._name = options.name or host or "device"
+        self._name = options.name or re.sub(r"[^A-Za-z0-9._:-]", "-", socket.gethostname())[:64] or "device"
         self._token_file = TokenFile(Path(options.token_file or f"{self._name}.token"))
         self._token = options.token or self._token_file.read()
         self._spool = Spool(options.spool)
+        self._applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
+        self._config_version, self._config_document = self._applied.read()
+        self._reported: dict[str, Any] | None = None
+        self._wanted: dict[str, Any] | None = None  # the newest configuration that was not looked at yet
+        self._wanted_changed = asyncio.Event()
         self._report = asyncio.Event()
         self._delivered = 0
         self._refused = 0
+        self._dropped = 0
         if not self._token and not options.key:
             raise AgentError("needs --key (a provisioning key) or --token for the first start")
 
@@ -2890,12 +4041,13 @@ class Agent:
         """Until the recording is delivered, or for ever. AgentError when the server refuses the device."""
         source = asyncio.create_task(self._replay() if self._options.replay else self._observe(), name="source")
         link = asyncio.create_task(self._stay_connected(), name="link")
+        configure = asyncio.create_task(self._apply_configs(), name="configure")
         try:
-            await asyncio.wait((source, link), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((source, link, configure), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (source, link):
+            for task in (source, link, configure):
                 task.cancel()
-            outcomes = await asyncio.gather(source, link, return_exceptions=True)
+            outcomes = await asyncio.gather(source, link, configure, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -2906,9 +4058,51 @@ class Agent:
         while True:
             self._report.clear()
             await self._spool.put({"type": "telemetry", "samples": [{"ts": now_ms(), "values": readings.take()}]})
+            await self._report_state()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._options.interval):
                     await self._report.wait()
+
+    async def _report_state(self) -> None:
+        """What this machine is, whole at the first time, then what changed."""
+        state = {**describe_machine(), "config_version": self._config_version}
+        if self._reported is None:
+            await self._spool.put({"type": "state", "mode": "replace", "reported": state})
+        elif changed := merge_difference(self._reported, state):
+            await self._spool.put({"type": "state", "reported": changed})
+        self._reported = state
+
+    async def _apply_configs(self) -> None:
+        """Apply the newest configuration that came, answer, then report the state that follows from it."""
+        while True:
+            await self._wanted_changed.wait()
+            self._wanted_changed.clear()
+            wanted, self._wanted = self._wanted, None
+            if wanted is not None:
+                await self._apply_config(wanted["version"], wanted["document"])
+
+    async def _apply_config(self, version: int, document: object) -> None:
+        status, message = "applied", ""
+        known = version == self._config_version and same(document, self._config_document)
+        if self._options.on_config and not known:
+            await self._spool.put({"type": "config_status", "version": version, "status": "in_progress"})
+            status, message = await run_on_config(self._options.on_config, document)
+        if status == "applied":
+            try:
+                self._applied.write(version, document)
+            except OSError as error:
+                status, message = "rejected", f"cannot keep it: {error.strerror}"
+        log.info("configuration %d %s %s", version, status, message)
+        verdict: dict[str, Any] = {"type": "config_status", "version": version, "status": status}
+        await self._spool.put({**verdict, "message": message} if message else verdict)
+        if status == "applied":
+            self._config_version, self._config_document = version, document
+            await self._report_state()
+
+    def _want(self, config: dict[str, Any] | None) -> None:
+        if config is not None:
+            self._wanted = config
+            self._wanted_changed.set()
 
     async def _replay(self) -> None:
         """Send the recording, and return when the server has all of it. AgentError when some of it could not be sent."""
@@ -2930,16 +4124,17 @@ class Agent:
 
     async def _send_samples(self, recording: Recording) -> None:
         waiting: list[dict[str, Any]] = []
-        before: int | None = None
+        size, before = 0, cast("int | None", None)
         try:
             for sample in recording.samples():
                 if self._options.speed > 0 and before is not None:
                     await asyncio.sleep(max(0, sample["ts"] - before) / 1000 / self._options.speed)
                 before = sample["ts"]
                 waiting.append(sample)
-                if len(waiting) >= REPLAY_ROWS or self._options.speed > 0:
+                size += len(json.dumps(sample))
+                if len(waiting) >= REPLAY_ROWS or size > REPLAY_BYTES or self._options.speed > 0:
                     await self._send_rows(waiting)
-                    waiting = []
+                    waiting, size = [], 0
         finally:
             await self._send_rows(waiting)
 
@@ -2948,6 +4143,14 @@ class Agent:
         if samples:
             await self._spool.at_most(min(100, self._options.spool - 1))
             await self._spool.put({"type": "telemetry", "samples": samples})
+
+    async def _send_apart(self, samples: list[dict[str, Any]]) -> None:
+        """Of samples that were refused together, each is sent again alone; what is refused alone is lost."""
+        if len(samples) < 2:
+            self._refused += len(samples)
+            return
+        for sample in samples:
+            await self._spool.put({"type": "telemetry", "samples": [sample]})
 
     async def _show_progress(self, rows: int) -> None:
         while True:
@@ -2969,7 +4172,9 @@ class Agent:
     async def _hold_session(self, client: ClientSession) -> None:
         """One session from hello to close."""
         url = re.sub("^http", "ws", self._options.url.rstrip("/")) + "/device"
-        async with client.ws_connect(url, protocols=("iiot.v1",), heartbeat=30, max_msg_size=4 * 1024 * 1024) as link:
+        async with asyncio.timeout(30):
+            link = await client.ws_connect(url, protocols=("iiot.v1",), heartbeat=30, max_msg_size=4 * 1024 * 1024)
+        async with closing_link(link):
             if not self._token:
                 self._token_file.check()
                 await link.send_json({"type": "provision", "key": self._options.key, "device": self._name})
@@ -2980,6 +4185,9 @@ class Agent:
             welcome = await self._expect(link, "welcome")
             log.info("connected as %s, session %s", welcome["device"], welcome["session"])
             self._delivered += await self._spool.resume(welcome["seq"])
+            self._want(welcome.get("config"))
+            if self._spool.dropped != self._dropped:  # a report may have been among it
+                self._dropped, self._reported = self._spool.dropped, None
             sender = asyncio.create_task(self._send(link), name="sender")
             try:
                 await self._receive(link)
@@ -3025,8 +4233,11 @@ class Agent:
                 self._delivered += await self._spool.acknowledge(frame["seq"])
             elif frame["type"] == "error":
                 log.warning("the server refused a frame: %s %s", frame.get("message"), frame.get("errors", ""))
-                self._refused += await self._spool.refuse(frame.get("seq", 0))
+                await self._send_apart(await self._spool.refuse(frame.get("seq", 0)))
+            elif frame["type"] == "config":
+                self._want(frame)
             elif frame["type"] == "report":
+                self._reported = None  # state is sent whole
                 self._report.set()
         await self._closed(link, str(message.extra or ""))
 
@@ -3150,10 +4361,20 @@ def first_credentials(path: Path) -> tuple[Secret, Secret] | None:
     return (token, key) if change_database(path, add) else None
 
 
+def own_command() -> str:
+    """How this program was started, for lines to paste into another terminal in the same folder."""
+    program, python = Path(sys.argv[0]), Path(sys.executable)
+    if program.suffix != ".py":
+        return shlex.quote(program.name)  # installed
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return shlex.join((str(python), str(program)))
+
+
 async def serve(settings: Settings) -> None:
     """Run the server until SIGINT or SIGTERM."""
     path = Path(settings.db)
-    prepare_database(path)
+    raise_descriptors()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):  # Windows: there the KeyboardInterrupt ends asyncio.run
@@ -3165,7 +4386,7 @@ async def serve(settings: Settings) -> None:
             token, key = first
             print(
                 f"\nFirst start. Shown once, keep them:\n  admin token       {token.text}\n  provisioning key  {key.text}\n"
-                f"\nThis machine as a device:\n  python iiot.py device --url {url} --key {key.text}\n"
+                f"\nThis machine as a device:\n  {own_command()} device --url {url} --key {key.text}\n"
                 f"The list of devices:\n  curl -H 'Authorization: Bearer {token.text}' {url}/iiot",
                 flush=True,
             )

@@ -63,7 +63,10 @@ create table presence (
     disconnected_at  integer,                     -- of the session before, while one is open
     seen_at          integer,                     -- when the device was last heard, at most half a minute old while connected
     address          text,
-    agent            text                         -- what the device said it runs, name and version
+    agent            text,                        -- what the device said it runs, name and version
+    software_version text,                        -- of the same name in the document that the device reports
+    config_version   integer not null default 0,  -- the configuration that is wanted, 0 for none; a row of `config`
+    config_applied   integer                      -- the configuration that the device last said it has applied
 ) strict;
 
 -- The timeline of a device: what happened to it, in the order in which it was committed.
@@ -72,7 +75,7 @@ create table event (
     tenant_id  integer not null references tenant on delete cascade,
     device_id  integer not null references device on delete cascade,
     at         integer not null,
-    kind       text not null,                     -- connected, disconnected, credentials
+    kind       text not null,                     -- connected, disconnected, credentials, state, config
     detail     text not null check (json_valid(detail))
 ) strict;
 create index event_by_device on event (device_id, id);
@@ -94,3 +97,37 @@ create table telemetry (
     value      any not null,                      -- real, integer (booleans are 0 and 1) or text
     primary key (series_id, ts)
 ) strict, without rowid;
+
+-- Series of devices that were removed: their readings are deleted little by little, for a device may have millions.
+create table removed_series (
+    id  integer primary key
+) strict;
+
+-- What a device reports of itself, one whole document for every actual change, each with what changed.
+create table state (
+    device_id  integer not null references device on delete cascade,
+    version    integer not null,                  -- 1, 2, 3 …
+    at         integer not null,                  -- when the report came
+    session    integer not null,                  -- in which of the device's sessions
+    document   text not null,                     -- JSON, its keys in order, so that equal documents are equal texts
+    changes    text not null,                     -- JSON: [{path (RFC 6901), from?, to?}]
+    primary key (device_id, version)
+) strict, without rowid;
+
+-- What a device is wanted to be: every configuration that was pushed to it, and what came of it.
+create table config (
+    device_id  integer not null references device on delete cascade,
+    version    integer not null,                  -- 1, 2, 3 …; the highest is the one that is wanted
+    document   text not null,
+    at         integer not null,                  -- when it was pushed
+    author     text not null,                     -- the name of the token that pushed it
+    timeout    integer not null,                  -- milliseconds from sending to `timed_out`
+    status     text not null check (status in ('pending', 'sent', 'in_progress', 'applied', 'rejected', 'timed_out', 'superseded')),
+    status_at  integer not null,
+    sent_at    integer,                           -- when it last went out on a socket; null: never
+    message    text,                              -- of the device's last verdict
+    errors     text,                              -- of the device's last verdict, JSON: [{path, code, message}]
+    primary key (device_id, version)
+) strict, without rowid;
+-- For the clock that looks for verdicts that did not come.
+create index config_awaited on config (sent_at + timeout) where status in ('sent', 'in_progress');

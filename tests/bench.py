@@ -22,7 +22,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from load import Worker, connect_and_wait, send_at_full_speed, send_steadily
+from load import Worker, answer_configs, connect_and_wait, send_at_full_speed, send_steadily
 
 import iiot
 
@@ -80,8 +80,10 @@ class Server:
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1000
 
-    def get(self, path: str) -> bytes:
-        request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", headers={"Authorization": f"Bearer {self._operator}"})
+    def get(self, path: str, body: object = None) -> bytes:
+        """The answer to GET, or to POST where there is a body."""
+        headers, data = {"Authorization": f"Bearer {self._operator}"}, None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", data=data, headers=headers)
         with urllib.request.urlopen(request, timeout=120) as response:
             return bytes(response.read())
 
@@ -175,6 +177,32 @@ def idle_devices(devices: int) -> None:
     )
 
 
+def configurations(devices: int) -> None:
+    """One configuration pushed to all devices, live, until each one's verdict has been read back."""
+    with server(devices) as running:
+        worker = Worker(answer_configs, running.host, running.port, running.tokens)
+        worker.receive()
+        started = time.perf_counter()
+        pushed = json.loads(running.get("/iiot", {"match": "*", "config": {"interval": 5, "limits": {"pressure": [1.5, 8]}}}))
+        answered = time.perf_counter() - started
+        assert len(pushed["items"]) == devices
+        worker.receive()
+        applied, after = 0, ""
+        while after is not None:
+            page = json.loads(running.get(f"/iiot?limit=1000&after={after}"))
+            applied += sum(item["config"]["status"] == "applied" for item in page["items"])
+            after = page["next"]
+        seconds = time.perf_counter() - started
+        assert applied == devices, applied
+        worker.send()
+        worker.join()
+    print(
+        f"one configuration to {devices:,} live devices: {answered:.2f} s until the push is answered, "
+        f"{seconds:.2f} s until {applied:,} applied verdicts are read back",
+        flush=True,
+    )
+
+
 def queries(points: int, devices: int, frames: int) -> None:
     """A bucket query over a long series, on an idle server and beside a writer under full load."""
     path = f"/iiot/history/telemetry?metric=level&every={points // 1000}s&agg=avg,min,max&limit=2000"
@@ -205,7 +233,7 @@ def queries(points: int, devices: int, frames: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("ingest", "latency", "idle", "queries"), help="one part alone")
+    parser.add_argument("--only", choices=("ingest", "latency", "idle", "queries", "config"), help="one part alone")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the frames and devices, for a quick look")
     arguments = parser.parse_args()
     scale, only = arguments.scale, arguments.only
@@ -217,6 +245,8 @@ def main() -> None:
         latency(200, 5000.0, 10 * scale)
     if only in (None, "idle"):
         idle_devices(int(10_000 * scale))
+    if only in (None, "config"):
+        configurations(int(5000 * scale))
     if only in (None, "queries"):
         queries(HISTORY_POINTS, 200, int(3000 * scale))
 

@@ -154,6 +154,25 @@ class Fleet:
                     latencies.append(now - device.waiting.popleft()[1])
         return latencies
 
+    def answer_configs(self) -> None:
+        """Wait until every device has got a configuration, answered that it is applied, and been acknowledged."""
+        poll = selectors.DefaultSelector()
+        verdict = client_frame(b'{"type":"config_status","seq":1,"version":1,"status":"applied"}')
+        for device in self.devices:
+            poll.register(device.socket, selectors.EVENT_READ, device)
+        left = len(self.devices)
+        while left:
+            events = poll.select(PATIENCE)
+            if not events:
+                raise TimeoutError("the server sends no configuration")
+            for key, _ in events:
+                data = key.data.socket.recv(CHUNK)
+                if b'"config"' in data:
+                    key.data.socket.send(verdict)
+                if b'"ack"' in data:
+                    left -= 1
+                    poll.unregister(key.data.socket)
+
     def close(self) -> None:
         for device in self.devices:
             device.socket.close()
@@ -218,6 +237,19 @@ def send_steadily(pipe: Connection, host: str, port: int, tokens: list[str], rat
         frames = [[telemetry_frame(n + 1, first_ts + n * 100, 1, 2) for n in range(turns)] for _ in tokens]
         fleet = Fleet(host, port, tokens)
         pipe.send(fleet.send_paced(frames, rate, seconds))
+        fleet.close()
+    except Exception as error:  # noqa: BLE001 - raised again where the answer is received
+        pipe.send(error)
+
+
+def answer_configs(pipe: Connection, host: str, port: int, tokens: list[str]) -> None:
+    """Answers when all are connected, and again when all have applied a configuration."""
+    try:
+        fleet = Fleet(host, port, tokens)
+        pipe.send("ready")
+        fleet.answer_configs()
+        pipe.send("applied")
+        pipe.recv()
         fleet.close()
     except Exception as error:  # noqa: BLE001 - raised again where the answer is received
         pipe.send(error)

@@ -109,11 +109,10 @@ async def read_to_the_end(process: Process) -> str:
 async def test_the_lines_that_the_first_start_prints_work_as_they_stand(process: Process, tmp_path: Path) -> None:
     await process.start()
     await process.read_first_start()
-    device_line, curl_line = (line.strip() for line in process.printed.splitlines() if line.startswith(("  python ", "  curl ")))
-    (tmp_path / "iiot.py").symlink_to(ROOT / "iiot.py")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    lines = process.printed.splitlines()
+    device_line, curl_line = (line.strip() for line in lines if " device --url " in line or line.startswith("  curl "))
     agent = await asyncio.create_subprocess_exec(
-        *shlex.split(device_line), cwd=tmp_path, env={**os.environ, "PATH": path}, stderr=asyncio.subprocess.PIPE
+        *shlex.split(device_line), cwd=tmp_path, stderr=asyncio.subprocess.PIPE
     )
     try:
         assert agent.stderr is not None

@@ -200,7 +200,7 @@ async def test_a_device_is_shown_with_its_presence_and_its_newest_readings(plant
         "c": {"time": time(2_000), "value": 1}, "d": {"time": time(1_000), "value": 4},
     }  # fmt: skip
     (item,) = (await plant.get("/iiot"))["items"]
-    assert item == body
+    assert item.items() <= body.items()  # one device may be shown with more
     assert (body["device"], body["connected"], body["agent"]) == ("press-1", True, "plc/1")
     for field in ("connected_at", "seen_at", "created_at"):
         assert abs(moment_of(body[field]) - iiot.now_ms()) < 60_000
@@ -552,15 +552,17 @@ def requests_of_routes() -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("method", "path", "needed"), list(requests_of_routes()))
 async def test_a_route_is_for_its_role_and_those_above_it(plant: Plant, method: str, path: str, needed: str) -> None:
+    async def refusal(token: str) -> tuple[int, str] | None:
+        """What the answer says if it is about the token; an answer that goes on for ever is not waited for."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        async with plant.client.request(method, plant.url + path, headers=headers) as response:
+            return (response.status, (await response.json())["error"]["code"]) if response.status in (401, 403) else None
+
     ranks = ["viewer", "operator", "admin"]
     for role in [*ranks, "platform"]:
-        status, body = await plant.ask(method, path, token=plants.admin_token(plant.database, role))
-        if needed == "any" or (role in ranks and ranks.index(role) >= ranks.index(needed)):
-            assert status not in (401, 403)
-        else:
-            assert (status, body["error"]["code"]) == (403, "forbidden")
-    status, body = await plant.ask(method, path, token="")
-    assert (status, body["error"]["code"]) == (401, "unauthorized")
+        allowed = needed in ("any", role) or (role in ranks and needed in ranks[: ranks.index(role)])
+        assert await refusal(plants.admin_token(plant.database, role)) == (None if allowed else (403, "forbidden"))
+    assert await refusal("") == (401, "unauthorized")
 
 
 def test_the_roles_of_the_contract() -> None:

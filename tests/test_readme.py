@@ -129,12 +129,13 @@ async def first_start(walk: Walk) -> str:
     await fresh.start()
     await fresh.read_first_start()
     await fresh.stop()
-    return fresh.printed.replace(fresh.url, "http://127.0.0.1:8080")
+    printed = fresh.printed.replace(fresh.url, "http://127.0.0.1:8080")
+    return printed.replace(f"{sys.executable} {ROOT / 'iiot.py'}", ".venv/bin/python iiot.py")
 
 
 async def test_more_to_do_is_true(walk: Walk) -> None:
     (walk.folder / "recording.csv").write_text("time;level;flow\n2026-01-01 00:00:00;1.5;2\n2026-01-01 00:00:01;1.25;3\n")
-    replay, mint, register = (text for _, text in BLOCK.findall(section("More to do")))
+    replay, mint, register, configure = (text for _, text in BLOCK.findall(section("More to do")))
     await walk.run(replay)
     viewer, key = (await walk.run(mint)).split()
     assert viewer.startswith("iiot_op_")
@@ -142,6 +143,19 @@ async def test_more_to_do_is_true(walk: Walk) -> None:
     registered, events = (json.loads(line) for line in (await walk.run(register)).splitlines())
     assert registered["device"] == "press-7"
     assert [event["kind"] for event in events["items"]] == ["credentials"]
+    agent = await walk.start('.venv/bin/python iiot.py device --url http://127.0.0.1:8080 --key "$KEY" --name pump-house')
+    try:
+        first, rest = configure.split("\n", 1)
+        async with asyncio.timeout(PATIENCE):
+            while "hostname" not in await walk.run(first):
+                await asyncio.sleep(0.05)
+        verdict, shown, timeline = (json.loads(line) for line in (await walk.run(rest)).splitlines())
+        assert verdict == {"device": "pump-house", "version": 1, "status": "applied"}
+        assert (shown["document"], shown["applied"], shown["drift"]) == ({"limits": {"pressure": 8.5}}, 1, False)
+        assert {"config", "state", "connected"} <= {event["kind"] for event in timeline["items"]}
+    finally:
+        agent.terminate()
+        await agent.wait()
 
 
 def test_install_and_test_lines_stand_once() -> None:

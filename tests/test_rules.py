@@ -365,20 +365,19 @@ def test_a_sum_past_the_largest_double_is_null() -> None:
     assert printed(-math.inf) is None
 
 
-@given(st.lists(st.lists(VALUES | st.none(), min_size=2, max_size=4), max_size=4))
-@example([["", ""], ['"', ","], ["\r\n", " a "], ['say "no"', "1.5"]])
-def test_csv_is_read_back_as_it_was(rows: list[list[Any]]) -> None:
-    text = iiot.csv_lines(orjson.dumps(rows)).decode()
-    got = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    assert len(got) == len(rows)
-    for fields, values in zip(got, rows, strict=True):
-        for field, value in zip(fields, values, strict=True):
-            if value is None:
-                assert field == ""
-            elif isinstance(value, bool | str):
-                assert field == (value if isinstance(value, str) else str(value))
-            else:
-                assert same(value, type(value)(field))
+@given(st.lists(VALUES | st.none(), min_size=2, max_size=4))
+@example(["", ""])
+@example(['"', ","])
+@example(["\r\n", " a "])
+@example(['say "no"', "1.5"])
+def test_fields_of_csv_are_read_back_as_they_were(values: list[Any]) -> None:
+    text = ",".join(map(iiot.csv_field, values)) + "\n"
+    (fields,) = csv.reader(io.StringIO(text, newline=""), strict=True)
+    for field, value in zip(fields, values, strict=True):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert same(value, type(value)(field))
+        else:
+            assert field == ("" if value is None else str(value))
 
 
 METRICS = ["m", "Z", "null", "motor 1", "a,b", 'q"', "é", "a],[b", "1.5", "\\"]

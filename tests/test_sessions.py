@@ -675,6 +675,43 @@ async def test_a_device_whose_registration_failed_can_be_registered_again(tmp_pa
         assert (await device.receive())["type"] == "credentials"
 
 
+async def test_a_frame_that_can_never_be_stored_costs_no_other_device_a_frame(plant: Plant) -> None:
+    device, poison = await plant.device("press-1"), await plant.device("press-2")
+    with closing(sqlite3.connect(plant.database)) as other:  # behind the server's back
+        other.execute(
+            "create trigger poison before insert on series when new.metric = 'poison' begin select raise(abort, 'poison'); end"
+        )
+        other.commit()
+
+    async def send(last: int) -> None:
+        with suppress(ConnectionError):
+            while device.seq < last:
+                await device.telemetry(reading(device.seq + 1))
+
+    ended = asyncio.create_task(poison.closed())
+    await send(100)
+    await poison.telemetry({"values": {"poison": 1}})
+    sending = asyncio.create_task(send(3_000))
+    with suppress(plants.Closed):
+        await device.acknowledged(3_000)
+    await sending
+    assert (await ended).code == 1013
+    await device.close()
+    device = await plant.device("press-1")  # had it to go, it comes back and sends what is not on disk
+    if device.seq < 3_000:
+        await asyncio.gather(send(3_000), device.acknowledged(3_000))
+    assert await values(plant) == list(range(1, 3_001))
+
+
+async def test_a_second_name_for_a_database_is_no_second_database(plant: Plant, tmp_path: Path) -> None:
+    device = await plant.device("press-1")
+    (tmp_path / "alias.db").symlink_to(plant.database)
+    with pytest.raises(iiot.StoreError, match="another server"):
+        async with iiot.serving(iiot.Settings(db=str(tmp_path / "alias.db"), port=0)):
+            pass
+    await device.store(reading(1))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")
 async def test_1013_a_full_disk_acknowledges_nothing_and_is_over_when_there_is_room(process: plants.Process) -> None:
     await process.start()
