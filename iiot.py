@@ -558,7 +558,7 @@ def has_bad_scalar(value: object, largest: float) -> bool:
     return isinstance(value, int) and not -INTEGERS <= value < INTEGERS
 
 
-def canonical(document: Mapping[str, Any]) -> bytes:
+def canonical(document: object) -> bytes:
     """The JSON text of a document, equal for equal documents."""
     return orjson.dumps(document, option=orjson.OPT_SORT_KEYS)
 
@@ -794,7 +794,7 @@ def merge_patch(target: object, patch: object) -> Any:
 
 def same(one: object, other: object) -> bool:
     """Whether two JSON values are equal; unlike in Python, 1, 1.0 and true are not."""
-    return orjson.dumps(one, option=orjson.OPT_SORT_KEYS) == orjson.dumps(other, option=orjson.OPT_SORT_KEYS)
+    return canonical(one) == canonical(other)
 
 
 def merge_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -3921,6 +3921,17 @@ class Recording:
         return {"ts": parse_recorded_time(row[0]), "values": {name: value for name, value in values.items() if value is not None}}
 
 
+def write_beside(path: Path, text: str, mode: int) -> Path:
+    """A file beside `path`, on the disk, to be moved into its place: so a crash leaves the whole file or none. OSError."""
+    beside = path.with_name(path.name + ".new")
+    beside.unlink(missing_ok=True)
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return beside
+
+
 class TokenFile:
     """Where the agent keeps its token, for its own eyes only."""
 
@@ -3945,16 +3956,10 @@ class TokenFile:
         self._write(token).replace(self._path)
 
     def _write(self, token: str) -> Path:
-        beside = self._path.with_name(self._path.name + ".new")
         try:
-            beside.unlink(missing_ok=True)
-            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(token + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            return write_beside(self._path, token + "\n", 0o600)
         except OSError as error:
             raise AgentError(f"cannot keep a token in {self._path}: {error.strerror}") from error
-        return beside
 
 
 class AppliedConfig:
@@ -3975,9 +3980,7 @@ class AppliedConfig:
 
     def write(self, version: int, document: object) -> None:
         """Written beside and moved into place, so that a crash leaves the whole file or none. OSError."""
-        beside = self._path.with_name(self._path.name + ".new")
-        beside.write_text(json.dumps({"version": version, "document": document}, indent=2) + "\n")
-        beside.replace(self._path)
+        write_beside(self._path, json.dumps({"version": version, "document": document}, indent=2) + "\n", 0o666).replace(self._path)
 
 
 async def run_on_config(command: str, document: object) -> tuple[str, str]:
