@@ -2584,6 +2584,43 @@ class Tally:
         return self._count
 
 
+async def first_frame(socket: DeviceSocket, codec: Codec, limits: Limits, send_frame: Callable[[int, bytes], None]) -> Frame:
+    """The next frame of a device that is not known yet. Refusal: bad_handshake, frame_too_big, closed_by_device, invalid."""
+    while True:
+        message = await socket.receive()
+        if message.type in CLOSED:
+            raise Refusal("closed_by_device")
+        if message.type == WSMsgType.PING:
+            send_frame(WSMsgType.PONG, message.data)
+        elif message.type != WSMsgType.PONG:
+            break
+    if message.type != WSMsgType.TEXT:
+        raise Refusal("bad_handshake")
+    if len(message.data) > limits.hello_bytes:
+        raise Refusal("frame_too_big")
+    try:
+        return codec.frame(cast(bytes, message.data))
+    except Refusal as refusal:
+        if refusal.fault.code == "invalid":
+            raise
+        raise Refusal("bad_handshake") from refusal
+
+
+async def handshake(
+    platform: Platform, socket: DeviceSocket, address: str, send_frame: Callable[[int, bytes], None]
+) -> tuple[DeviceToken, Hello]:
+    """Who is there. Refusal: bad_handshake, unauthorized, device_exists, or what is wrong with the frame."""
+    next_frame = functools.partial(first_frame, socket, platform.codec, platform.limits, send_frame)
+    frame = await next_frame()
+    if isinstance(frame, Provision):
+        credentials = await platform.identity.provision(frame.key, frame.device, address)
+        send_frame(WSMsgType.TEXT, encode(credentials))
+        frame = await next_frame()
+    if not isinstance(frame, Hello):
+        raise Refusal("bad_handshake")
+    return await platform.identity.device(frame.token), frame
+
+
 class Session:
     """One device's connection.
 
@@ -2623,7 +2660,7 @@ class Session:
             if len(registry.sockets) > limits.connections:
                 raise Refusal("too_many_connections")
             async with asyncio.timeout(limits.hello_seconds):
-                token, hello = await self._handshake()
+                token, hello = await handshake(self._platform, self._socket, self._address, self._send_frame)
             await self._open(token, hello)
             await self._converse()
         except TimeoutError:
@@ -2636,37 +2673,6 @@ class Session:
             self.end("server_fault")
         finally:
             await self._leave()
-
-    async def _handshake(self) -> tuple[DeviceToken, Hello]:
-        """Who is there. Refusal: bad_handshake, unauthorized, device_exists, or what is wrong with the frame."""
-        frame = await self._first_frame()
-        if isinstance(frame, Provision):
-            credentials = await self._platform.identity.provision(frame.key, frame.device, self._address)
-            self.send(encode(credentials))
-            frame = await self._first_frame()
-        if not isinstance(frame, Hello):
-            raise Refusal("bad_handshake")
-        return await self._platform.identity.device(frame.token), frame
-
-    async def _first_frame(self) -> Frame:
-        while True:
-            message = await self._socket.receive()
-            if message.type in CLOSED:
-                raise Refusal("closed_by_device")
-            if message.type == WSMsgType.PING:
-                self._send_frame(WSMsgType.PONG, message.data)
-            elif message.type != WSMsgType.PONG:
-                break
-        if message.type != WSMsgType.TEXT:
-            raise Refusal("bad_handshake")
-        if len(message.data) > self._platform.limits.hello_bytes:
-            raise Refusal("frame_too_big")
-        try:
-            return self._platform.codec.frame(cast(bytes, message.data))
-        except Refusal as refusal:
-            if refusal.fault.code == "invalid":
-                raise
-            raise Refusal("bad_handshake") from refusal
 
     async def _open(self, token: DeviceToken, hello: Hello) -> None:
         """Take the device over and welcome it, once all that its earlier session queued is on disk."""
