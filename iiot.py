@@ -32,10 +32,13 @@ import argparse
 import asyncio
 import csv
 import functools
+import getpass
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
+import math
 import os
 import platform as host
 import random
@@ -98,6 +101,23 @@ def positive(number: float) -> bool:
     return 0 < number < float("inf")
 
 
+def quota(default: int, text: str) -> Any:
+    """What a tenant may have unless the platform says otherwise."""
+    return setting(default, f"{text} that a tenant may have, unless it has a quota of its own", lambda number: number >= 0, "at least 0")
+
+
+def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """Networks and addresses, separated by commas. ValueError."""
+    return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
+
+
+def are_networks(text: str) -> bool:
+    try:
+        return networks(text) is not None
+    except ValueError:
+        return False
+
+
 @attrs.frozen
 class Settings:
     """What an installation may choose. Flags are the names with dashes, variables the names with IIOT_ before them."""
@@ -110,12 +130,26 @@ class Settings:
     )
     tls_cert: str = setting("", "file of the server's certificate chain (PEM): serve HTTPS and WSS")
     tls_key: str = setting("", "file of the certificate's private key (PEM)")
+    trusted_proxy: str = setting(
+        "",
+        "networks of reverse proxies whose X-Forwarded-For is believed, separated by commas",
+        are_networks,
+        "a list of networks such as 10.0.0.0/8,::1",
+    )
+    quota_devices: int = quota(15_000, "devices")
+    quota_connections: int = quota(15_000, "connected devices")
+    quota_points: int = quota(5_000_000_000, "points stored in a day (UTC)")
     log_level: str = setting(
         "info",
         "debug, info, warning or error; logs go to standard error",
         ("debug", "info", "warning", "error").__contains__,
         "debug, info, warning or error",
     )
+
+
+def default_quotas(settings: Settings) -> Mapping[str, int]:
+    """What a tenant may have that has no quotas of its own, by the names of the contract."""
+    return {"devices": settings.quota_devices, "connections": settings.quota_connections, "points_per_day": settings.quota_points}
 
 
 @attrs.frozen
@@ -152,6 +186,13 @@ class Limits:
     bad_frames_per_minute: int = 100
     # Fields at fault that one answer names: a frame may have thousands.
     field_errors: int = 20
+    # Wrong tokens and keys from one network (an address, or 64 bits of IPv6): so many at once, and so many a minute after
+    # that, are answered 401; those beyond 429. A right one is always heard. And how many networks are remembered.
+    guesses: int = 10
+    guessing_networks: int = 10_000
+    # Labels are shown with every device of a list.
+    labels: int = 32
+    label_characters: int = 128
     # File descriptors are finite (README: raise `ulimit -n` with the fleet).
     connections: int = 15_000
     # How long a peer is given to answer a close frame.
@@ -176,13 +217,17 @@ class Limits:
     config_seconds: float = 60.0
     config_seconds_most: float = 86_400.0
     wait_seconds_most: float = 60.0
-    # Between two looks for verdicts that did not come.
+    # Between two looks for verdicts that did not come, and for tenants removed from the command line.
     clock_seconds: float = 0.5
     # A live feed sends a comment after so long without an event, so that both ends notice a broken connection.
     feed_seconds: float = 15.0
     feed_events: int = 500
-    # Readings of removed devices that one transaction deletes, between those of devices that are there.
-    removed_points: int = 5_000
+    # Rows of removed devices and tenants that one transaction deletes, between those of devices that are there; and devices
+    # of a removed tenant, each with all its states and configurations.
+    removed_rows: int = 5_000
+    removed_devices: int = 20
+    # Rows of the audit that an export reads at one time.
+    audit_rows: int = 1_000
     # Before a failed commit is tried again.
     retry_seconds: float = 1.0
     # The write-ahead log is copied into the database file whenever it has grown by so many pages (4 KiB each).
@@ -218,6 +263,8 @@ FAULTS: Final = fault_table(
     ("connection_lost",      400, 1006, "The connection broke."),
     ("closed_by_device",     400, 1000, "The device closed the connection."),
     ("crashed",              500, 1011, "The server stopped without closing the session."),
+    ("credentials_revoked",  403, 4403, "The device's token was revoked."),
+    ("device_disabled",      403, 4403, "The device is disabled."),
     ("device_exists",        409, 4400, "A device of this name is registered already."),
     ("device_offline",       409, 4400, "The device is not connected."),
     ("device_removed",       403, 4403, "The device was removed."),
@@ -226,6 +273,7 @@ FAULTS: Final = fault_table(
     ("frame_too_big",        413, 1009, "The frame is too big."),
     ("handshake_timeout",    408, 4408, "No hello came in time."),
     ("invalid",              422, 4400, "The content is not as expected."),
+    ("last_token",           409, 4400, "This is the last token that may manage tokens; mint another first."),
     ("method_not_allowed",   405, 4400, "The resource has no such method."),
     ("not_an_object",        400, 4400, "The content is not a JSON object."),
     ("not_binary",           400, 4400, "Binary frames belong to an open tunnel."),
@@ -238,10 +286,15 @@ FAULTS: Final = fault_table(
     ("shutting_down",        503, 1001, "The server is shutting down."),
     ("storage_unavailable",  503, 1013, "Nothing can be stored at present; keep the data and come back."),
     ("superseded",           409, 4409, "The device opened a newer session."),
+    ("tenant_exists",        409, 4400, "A tenant of this name exists already."),
+    ("tenant_removed",       403, 4403, "The tenant was removed."),
     ("too_deep",             422, 4400, "The JSON is nested too deeply."),
     ("too_large",            413, 1009, "The body is too large."),
+    ("too_many_attempts",    429, 4429, "Too many wrong tokens or keys came from this address."),
     ("too_many_bad_frames",  429, 4400, "Too many bad frames."),
+    ("too_many_connected",   403, 4429, "The tenant has as many connected devices as it may."),
     ("too_many_connections", 503, 4429, "The server holds as many connections as it can."),
+    ("too_many_devices",     403, 4429, "The tenant has as many devices as it may."),
     ("too_many_series",      422, 4400, "The device has as many metrics as it may."),
     ("too_slow",             408, 1013, "The peer did not read what was sent to it."),
     ("unauthorized",         401, 4401, "A valid token is needed."),
@@ -260,12 +313,14 @@ class FieldError:
 
 
 class Refusal(Exception):  # noqa: N818 - the project's word for it
-    """A refusal on its way to the peer. `code` names a row of FAULTS; `errors` are the fields at fault."""
+    """A refusal on its way to the peer. `code` names a row of FAULTS; `errors` are the fields at fault; `retry_after` is in how
+    many seconds it is of use to try again, where that is known."""
 
-    def __init__(self, code: str, *errors: FieldError) -> None:
+    def __init__(self, code: str, *errors: FieldError, retry_after: int | None = None) -> None:
         super().__init__(code)
         self.fault = FAULTS[code]
         self.errors = errors
+        self.retry_after = retry_after
 
 
 class Invalid(ValueError):  # noqa: N818 - the project's word for it
@@ -285,9 +340,12 @@ Timestamp = NewType("Timestamp", int)
 Expiry = NewType("Expiry", int)
 Clock = NewType("Clock", int)
 DeviceName = NewType("DeviceName", str)
+TenantName = NewType("TenantName", str)
 Value = float | int | str
 Values = NewType("Values", dict[str, Value])
 Document = NewType("Document", dict[str, Any])
+Labels = NewType("Labels", dict[str, str | None])
+QuotaChange = NewType("QuotaChange", dict[str, int | None])
 Mode = NewType("Mode", str)
 Verdict = NewType("Verdict", str)
 
@@ -296,6 +354,7 @@ RFC3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+
 EARLIEST: Final = 946_684_800_000  # 2000-01-01: a device without a clock starts in 1970
 LATEST: Final = 253_402_300_799_999  # the end of the year 9999, and of RFC 3339
 DAY: Final = 86_400_000
+QUOTAS: Final = ("devices", "connections", "points_per_day")
 INTEGERS: Final = 2**63  # SQLite's integers, and every JSON parser's that matters
 
 
@@ -407,6 +466,14 @@ class Error:
 
 
 @attrs.frozen
+class Throttled:
+    """The server reads no more for `retry_after` seconds, for what `limit` names is used up; nothing is dropped."""
+
+    limit: str
+    retry_after: float
+
+
+@attrs.frozen
 class Report:
     """The server asks for telemetry or state now."""
 
@@ -431,6 +498,36 @@ class NewToken:
 
 
 @attrs.frozen
+class NewTenant:
+    """Body of POST /tenants."""
+
+    name: TenantName
+    quotas: QuotaChange = QuotaChange({})
+
+
+@attrs.frozen
+class TenantPatch:
+    """Body of PATCH /tenants/{tenant}: the quotas that are named; null is the installation's default."""
+
+    quotas: QuotaChange
+
+
+@attrs.frozen
+class DevicePatch:
+    """Body of PATCH /iiot/{device}; `labels` is a merge patch (RFC 7396)."""
+
+    disabled: bool | None = None
+    labels: Labels = Labels({})
+
+
+@attrs.frozen
+class Rotation:
+    """Body of POST /iiot/{device}/token: `revoke` ends the old token at once, not with the first use of the new."""
+
+    revoke: bool = False
+
+
+@attrs.frozen
 class Push:
     """Body of POST /iiot: one configuration for every device whose name matches."""
 
@@ -452,7 +549,7 @@ class ReportRequest:
     what: str
 
 
-def encode(frame: Credentials | Welcome | Error | Report | Config) -> bytes:
+def encode(frame: Credentials | Welcome | Error | Throttled | Report | Config) -> bytes:
     """The JSON text of a frame of the server; fields that say nothing are left out."""
     fields = attrs.asdict(frame, filter=lambda field, value: value != () and not (field.name == "seq" and value is None))
     return orjson.dumps({"type": type(frame).__name__.lower(), **fields})
@@ -526,6 +623,21 @@ def check_device_name(value: object, _: object = None) -> DeviceName:
     if type(value) is not str or DEVICE_NAME.fullmatch(value) is None:
         raise Invalid("is not 1 to 64 of letters, digits and . _ : -")
     return DeviceName(value)
+
+
+def check_tenant_name(value: object, _: object = None) -> TenantName:
+    return TenantName(check_device_name(value))
+
+
+def check_quotas(value: object, _: object = None) -> QuotaChange:
+    if type(value) is not dict:
+        raise Invalid("is not an object")
+    for name, most in value.items():
+        if name not in QUOTAS:
+            raise Invalid("is not a known field", f".{name}")
+        if most is not None and (type(most) is not int or not 0 <= most < INTEGERS):
+            raise Invalid("is neither null nor a whole number from 0 on", f".{name}")
+    return QuotaChange(value)
 
 
 def one_of(*words: str) -> Callable[[object, object], str]:
@@ -668,6 +780,9 @@ class Codec:
         converter.register_structure_hook(Expiry, check_expiry)
         converter.register_structure_hook(Clock, check_clock)
         converter.register_structure_hook(DeviceName, check_device_name)
+        converter.register_structure_hook(TenantName, check_tenant_name)
+        converter.register_structure_hook(QuotaChange, check_quotas)
+        converter.register_structure_hook(Labels, self._check_labels)
         largest = float("inf") if exact else INTEGERS  # the quick parser makes reals of integers of over 64 bits
         converter.register_structure_hook(Values, functools.partial(self._check_values, largest))
         converter.register_structure_hook(Document, functools.partial(self._check_document, largest))
@@ -725,6 +840,17 @@ class Codec:
             raise Invalid(f"is not a string of at most {self._limits.text_characters} characters")
         return value
 
+    def _check_labels(self, content: object, _: object = None) -> Labels:
+        if type(content) is not dict:
+            raise Invalid("is not an object")
+        longest = self._limits.label_characters
+        for name, value in content.items():
+            if not 0 < len(name) <= longest or not name.isprintable():
+                raise Invalid(f"has a name that is not 1 to {longest} printable characters", f".{name}")
+            if value is not None and (type(value) is not str or len(value) > longest or not value.isprintable()):
+                raise Invalid(f"is neither null nor at most {longest} printable characters", f".{name}")
+        return Labels(content)
+
     def _check_values(self, largest: float, content: object, _: object = None) -> Values:
         """Readings by metric; reals below `largest`."""
         if type(content) is not dict:
@@ -752,6 +878,8 @@ class Codec:
 
 UNITS: Final = MappingProxyType({"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": DAY, "": 1_000})
 DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d|)")
+TOKEN: Final = re.compile(r"iiot_(dev|op|prov)_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
 AGGREGATES: Final = ("avg", "min", "max", "sum", "count", "last")
 
 
@@ -759,6 +887,10 @@ def format_time(moment: int) -> str:
     """RFC 3339, UTC, with milliseconds."""
     whole, milliseconds = divmod(moment, 1000)
     return f"{datetime.fromtimestamp(whole, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03d}Z"
+
+
+def moment_text(moment: int | None) -> str | None:
+    return None if moment is None else format_time(moment)
 
 
 def parse_duration(text: str) -> int:
@@ -843,6 +975,50 @@ def csv_lines(rows: bytes) -> bytes:
     return "".join(",".join(map(csv_field, row)) + "\n" for row in orjson.loads(rows)).encode()
 
 
+def redacted(text: str) -> str:
+    """`text` without the secret part of any token or key in it."""
+    return SECRET.sub(r"\1…", text)
+
+
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address, as sockets and proxies write it: alone, with a port, in brackets, or IPv4 within IPv6."""
+    text = text.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def client_address(
+    peer: str, forwarded: Iterable[str], trusted: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]
+) -> str:
+    """Who a request comes from. Each proxy adds to X-Forwarded-For the peer it had, so the list is read from its end for as
+    long as the one who wrote the entry is trusted; what stands before that anybody may have written."""
+    address, proxies = parse_address(peer), tuple(trusted)
+    if address is None:
+        return peer
+    hops = [hop for line in forwarded for hop in line.split(",")]
+    while hops and any(address in network for network in proxies):
+        hop = parse_address(hops.pop())
+        if hop is None:
+            break
+        address = hop
+    return str(address)
+
+
+def network_of(address: str) -> str:
+    """What one attacker can be expected to hold: an IPv4 address, or 64 bits of IPv6 (RFC 6177)."""
+    parsed = parse_address(address)
+    if parsed is None or parsed.version == 4:
+        return address
+    return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
 def backoff(attempt: int, most: float, jitter: float) -> float:
     """Seconds before attempt number `attempt` (from 0): doubling from half a second, spread over its whole width by
     `jitter` in 0 to 1, so that a fleet does not come back in step (AWS Architecture Blog, Exponential Backoff and Jitter)."""
@@ -853,7 +1029,7 @@ def backoff(attempt: int, most: float, jitter: float) -> float:
 # Owns: every line of SQL, the one writer, the readers, migrations. Rows go in as one JSON text a statement and answers come
 # out as one, because sqlite3 takes the interpreter lock at every row. Must not know: HTTP, sockets, the shape of frames.
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
 # A step for each version after the first: MIGRATIONS[n] leads from version n + 1 to n + 2.
 MIGRATIONS: Final[tuple[str, ...]] = (
@@ -888,6 +1064,69 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         primary key (device_id, version)
     ) strict, without rowid;
     create index config_awaited on config (sent_at + timeout) where status in ('sent', 'in_progress');
+    """,
+    """
+    create table new_tenant (
+        id                integer primary key autoincrement,
+        name              text unique,
+        created_at        integer not null,
+        devices_most      integer,
+        connections_most  integer,
+        points_most       integer
+    ) strict;
+    insert into new_tenant (id, name, created_at) select id, name, created_at from tenant;
+    drop table tenant;
+    alter table new_tenant rename to tenant;
+    create table new_device (
+        id          integer primary key autoincrement,
+        tenant_id   integer not null references tenant on delete cascade,
+        name        text not null,
+        created_at  integer not null,
+        disabled    integer not null default 0 check (disabled in (0, 1)),
+        labels      text not null default '{}' check (json_valid(labels)),
+        unique (tenant_id, name)
+    ) strict;
+    insert into new_device (id, tenant_id, name, created_at) select id, tenant_id, name, created_at from device;
+    drop table device;
+    alter table new_device rename to device;
+    alter table operator_token add column used_at integer;
+    alter table device_token add column pending integer not null default 0 check (pending in (0, 1));
+    create table usage (
+        tenant_id  integer not null references tenant on delete cascade,
+        day        integer not null,
+        points     integer not null,
+        primary key (tenant_id, day)
+    ) strict, without rowid;
+    create table audit (
+        id         integer primary key autoincrement,
+        tenant_id  integer references tenant,
+        at         integer not null,
+        token      text,
+        name       text not null,
+        role       text not null,
+        action     text not null,
+        target     text,
+        device     text,
+        address    text,
+        outcome    text not null,
+        detail     text check (detail is null or json_valid(detail))
+    ) strict;
+    create index audit_by_tenant on audit (tenant_id, id);
+    create index audit_by_device on audit (tenant_id, device, id) where device is not null;
+    create trigger audit_is_not_updated before update on audit
+    begin
+        select raise(abort, 'the audit is append-only');
+    end;
+    create trigger audit_is_not_deleted before delete on audit
+    when old.tenant_id is null or exists (select 1 from tenant where id = old.tenant_id and name is not null)
+    begin
+        select raise(abort, 'the audit is append-only');
+    end;
+    create trigger audit_is_not_replaced before insert on audit
+    when exists (select 1 from audit where id = new.id)
+    begin
+        select raise(abort, 'the audit is append-only');
+    end;
     """,
 )
 
@@ -992,10 +1231,13 @@ def migrate(connection: sqlite3.Connection, path: Path, version: int) -> None:
     log.info("migrating %s from schema %d to %d; the old one is kept as %s", path, version, SCHEMA_VERSION, copy)
     with closing(sqlite3.connect(copy)) as target:
         connection.backup(target)
+    connection.execute("pragma foreign_keys = off")  # a step may put another table in the place of one that is referred to
     with transaction(connection):
         for step in MIGRATIONS[version - 1 :]:
             for statement in statements(step):
                 connection.execute(statement)
+        if connection.execute("pragma foreign_key_check").fetchone() is not None:
+            raise StoreError(f"{path} cannot be migrated: rows in it refer to others that are not there")
         connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
 
 
@@ -1286,6 +1528,8 @@ class Batch:
         self.bytes_taken = 0
         self.series: list[tuple[int, int, str]] = []
         self.progress: dict[str, tuple[int, int, int]] = {}  # by device: seq, seen_at, stamp
+        self.usage: dict[int, int] = {}  # by tenant: points
+        self.tokens_used: dict[str, int] = {}  # operators': when
         self.partings: list[tuple[int, Parting]] = []
         self.configs_sent: list[tuple[int, int, int]] = []  # device, version, when
         self.states: list[tuple[int, StateReport]] = []
@@ -1294,7 +1538,7 @@ class Batch:
         self.changes: list[Change] = []
 
     def __bool__(self) -> bool:
-        return bool(self.progress or self.configs_sent or self.eventful or self.series or self.points)
+        return bool(self.progress or self.configs_sent or self.eventful or self.series or self.points or self.tokens_used)
 
     def arrival(self) -> int:
         """The number of the next of what makes an event."""
@@ -1318,10 +1562,16 @@ class Batch:
         if self.configs_sent:
             write_configs_sent(connection, self.configs_sent)
         if self.series:
+            rows = bind(self.series)
             connection.execute(
                 """insert into series (id, device_id, metric) select value ->> 0, value ->> 1, value ->> 2
                    from json_each(?) where value ->> 1 in (select id from device)""",
-                bind(self.series),
+                rows,
+            )
+            connection.execute(  # of devices that were removed meanwhile: points may be on their way
+                """insert into removed_series select value ->> 0 from json_each(?)
+                   where value ->> 1 not in (select id from device)""",
+                rows,
             )
         if self.points:
             connection.execute(
@@ -1338,8 +1588,22 @@ class Batch:
                    from json_each(?) new where device_id = cast(new.key as integer)""",
                 bind(self.progress),
             )
+        if self.usage or self.tokens_used:
+            self._write_use(connection)
         if self.partings:
             self._write_partings(connection, bind([attrs.asdict(parting) for _, parting in self.partings]))
+
+    def _write_use(self, connection: sqlite3.Connection) -> None:
+        """What tenants stored today, and when tokens were last used."""
+        connection.execute(
+            """insert into usage (tenant_id, day, points)
+               select value ->> 0, ?2, value ->> 1 from json_each(?1) where value ->> 0 in (select id from tenant)
+               on conflict do update set points = points + excluded.points""",
+            (*bind(list(self.usage.items())), now_ms() // DAY),
+        )
+        connection.execute(
+            "update operator_token set used_at = value from json_each(?) where operator_token.id = key", bind(self.tokens_used)
+        )
 
     @staticmethod
     def _write_partings(connection: sqlite3.Connection, rows: tuple[str]) -> None:
@@ -1410,6 +1674,15 @@ class Writer:
     def points(self) -> dict[str, dict[str, Value]]:
         """Points of the next transaction, by series number and time in milliseconds, both as text: JSON's keys are."""
         return self._pending.points
+
+    def points_taken(self, tenant_id: int, points: int) -> None:
+        """So many of those just added count for a tenant."""
+        usage = self._pending.usage
+        usage[tenant_id] = usage.get(tenant_id, 0) + points
+
+    def token_used(self, token_id: str, at: int) -> None:
+        self._pending.tokens_used[token_id] = at
+        self._work.set()
 
     def frame_taken(
         self, owner: Committed, device_id: str, mark: tuple[int, int], at: int, stamp: int, points: int, size: int
@@ -1525,7 +1798,7 @@ class Writer:
         for owner in [*batch.waiting, *self._pending.waiting]:
             owner.not_stored()
         for failed in (batch, self._pending):
-            failed.changes, failed.waiting = [], {}
+            failed.changes, failed.waiting, failed.tokens_used = [], {}, {}
 
 
 class Readers:
@@ -1597,6 +1870,58 @@ class NewSecret:
     secret_hash: bytes
 
 
+@attrs.frozen
+class Actor:
+    """Who answers for a change: `tenant_id` None for the platform's own affairs, `token_id` and `address` None for the command line."""
+
+    tenant_id: int | None
+    token_id: str | None
+    name: str
+    role: str
+    address: str | None = None
+
+
+@attrs.frozen
+class Affected:
+    """What an action was done to: a name or an id as the action has it, the device if it is one, and what else the action was told."""
+
+    target: str | None = None
+    device: str | None = None
+    detail: Mapping[str, object] | None = None
+
+
+def add_entries(connection: sqlite3.Connection, actor: Actor, action: str, outcome: str, affected: Iterable[Affected]) -> None:
+    """Entries of the audit, one for all that was affected; none in a tenant that was removed."""
+    rows = [(row.target and redacted(row.target)[:256], row.device and redacted(row.device)[:256], row.detail) for row in affected]
+    connection.execute(
+        """insert into audit (tenant_id, at, token, name, role, action, target, device, address, outcome, detail)
+           select ?2, ?3, ?4, ?5, ?6, ?7, value ->> 0, value ->> 1, ?8, ?9, iif(json_type(value, '$[2]') = 'null', null, value -> 2)
+           from json_each(?1) where ?2 is null or exists (select 1 from tenant where id = ?2 and name is not null) order by key""",
+        (*bind(rows), actor.tenant_id, now_ms(), actor.token_id, actor.name, actor.role, action, actor.address, outcome),
+    )
+
+
+def accounted(
+    actor: Actor, action: str, function: Callable[[sqlite3.Connection], T], affected: Callable[[T], Iterable[Affected]]
+) -> Callable[[sqlite3.Connection], T]:
+    """A change that enters itself in the audit."""
+
+    def change(connection: sqlite3.Connection) -> T:
+        result = function(connection)
+        add_entries(connection, actor, action, "ok", affected(result))
+        return result
+
+    return change
+
+
+def require_token(connection: sqlite3.Connection, token_id: str) -> None:
+    """Refusal: unauthorized, when an operator's token was revoked or has expired since it was shown."""
+    if connection.execute(
+        "select 1 from operator_token where id = ? and (expires_at is null or expires_at > ?)", (token_id, now_ms())
+    ).fetchone() is None:
+        raise Refusal("unauthorized")
+
+
 def tenant_id_of(connection: sqlite3.Connection, name: str) -> int:
     row = connection.execute("select id from tenant where name = ?", (name,)).fetchone()
     if row is None:
@@ -1604,8 +1929,10 @@ def tenant_id_of(connection: sqlite3.Connection, name: str) -> int:
     return int(row[0])
 
 
-def has_operator_tokens(connection: sqlite3.Connection) -> bool:
-    return connection.execute("select 1 from operator_token limit 1").fetchone() is not None
+def is_untouched(connection: sqlite3.Connection) -> bool:
+    """Whether nobody has a token yet, and the first tenant is still there."""
+    row = connection.execute("select 1 from tenant where name = 'default' and not exists (select 1 from operator_token)").fetchone()
+    return row is not None
 
 
 def insert_operator_token(
@@ -1617,6 +1944,23 @@ def insert_operator_token(
     )
 
 
+def delete_operator_token(connection: sqlite3.Connection, tenant_id: int | None, token_id: str) -> None:
+    """Revoke an operator's token of a tenant, or of the platform. Refusal: not_found, last_token."""
+    managing = """select json_group_array(id) from operator_token
+        where tenant_id is ? and role in ('admin', 'platform') and (expires_at is null or expires_at > ?)"""
+    (ids,) = connection.execute(managing, (tenant_id, now_ms())).fetchone()
+    if orjson.loads(ids) == [token_id]:
+        raise Refusal("last_token")
+    if connection.execute("delete from operator_token where tenant_id is ? and id = ?", (tenant_id, token_id)).rowcount == 0:
+        raise Refusal("not_found")
+
+
+def delete_provisioning_key(connection: sqlite3.Connection, tenant_id: int, key_id: str) -> None:
+    """Refusal: not_found."""
+    if connection.execute("delete from provisioning_key where tenant_id = ? and id = ?", (tenant_id, key_id)).rowcount == 0:
+        raise Refusal("not_found")
+
+
 def insert_provisioning_key(
     connection: sqlite3.Connection, tenant_id: int, new: NewSecret, expires_at: int | None = None, uses: int | None = None
 ) -> None:
@@ -1626,14 +1970,59 @@ def insert_provisioning_key(
     )
 
 
-def insert_device(connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, detail: Mapping[str, object]) -> None:
-    """A device with its first token. Refusal: device_exists."""
+def set_quotas(connection: sqlite3.Connection, name: str, quotas: Mapping[str, int | None]) -> tuple[int, int | None, int | None]:
+    """Set those of a tenant's quotas that are named; its id, and its quotas of connections and points. Refusal: not_found."""
+    row = connection.execute(
+        """update tenant set
+               devices_most = iif(json_type(?1, '$.devices') is null, devices_most, ?1 ->> 'devices'),
+               connections_most = iif(json_type(?1, '$.connections') is null, connections_most, ?1 ->> 'connections'),
+               points_most = iif(json_type(?1, '$.points_per_day') is null, points_most, ?1 ->> 'points_per_day')
+           where name = ?2 returning id, connections_most, points_most""",
+        (*bind(quotas), name),
+    ).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    return cast("tuple[int, int | None, int | None]", row)
+
+
+def insert_tenant(connection: sqlite3.Connection, name: str, quotas: Mapping[str, int | None]) -> int:
+    """A new tenant; its id. Refusal: tenant_exists."""
+    row = connection.execute(
+        "insert into tenant (name, created_at) values (?, ?) on conflict do nothing returning id", (name, now_ms())
+    ).fetchone()
+    if row is None:
+        raise Refusal("tenant_exists")
+    set_quotas(connection, name, quotas)
+    return int(row[0])
+
+
+def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
+    """Put a tenant out of reach with all that is its own; its id. `delete_removed` deletes it. Refusal: not_found."""
+    row = connection.execute("update tenant set name = null where name = ? returning id", (name,)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    connection.execute("delete from operator_token where tenant_id = ?", row)
+    connection.execute("delete from provisioning_key where tenant_id = ?", row)
+    connection.execute("delete from device_token where device_id in (select id from device where tenant_id = ?)", row)
+    return int(row[0])
+
+
+def insert_device(
+    connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, detail: Mapping[str, object], most: int = INTEGERS - 1
+) -> None:
+    """A device with its first token; `most` of them for a tenant without a quota of its own. Refusal: device_exists, too_many_devices."""
     now = now_ms()
     row = connection.execute(
         "insert into device (tenant_id, name, created_at) values (?, ?, ?) on conflict do nothing returning id", (tenant_id, name, now)
     ).fetchone()
     if row is None:
         raise Refusal("device_exists")
+    (full,) = connection.execute(
+        """select (select count(*) from device where tenant_id = tenant.id) > coalesce(devices_most, ?) from tenant where id = ?""",
+        (most, tenant_id),
+    ).fetchone()
+    if full:
+        raise Refusal("too_many_devices")
     connection.execute("insert into presence (device_id) values (?)", row)
     connection.execute(
         "insert into device_token (id, device_id, secret_hash, created_at) values (?, ?, ?, ?)", (new.id, row[0], new.secret_hash, now)
@@ -1641,15 +2030,70 @@ def insert_device(connection: sqlite3.Connection, tenant_id: int, name: str, new
     add_event(connection, row[0], now, "credentials", {"token": new.id, **detail})
 
 
-def use_provisioning_key(connection: sqlite3.Connection, key: NewSecret) -> int:
-    """Take one use of a key; its tenant. Refusal: unauthorized, whatever is wrong with the key."""
+def device_row(connection: sqlite3.Connection, tenant_id: int, name: str) -> tuple[int, bool]:
+    """A device's id, and whether it is disabled. Refusal: not_found."""
+    row = connection.execute("select id, disabled from device where tenant_id = ? and name = ?", (tenant_id, name)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    return int(row[0]), bool(row[1])
+
+
+def update_device(
+    connection: sqlite3.Connection, tenant_id: int, name: str, patch: DevicePatch, by: Mapping[str, object], most_labels: int
+) -> int:
+    """Disable or enable a device, and patch its labels; its id. Refusal: not_found, invalid beyond `most_labels`."""
+    device_id, was_disabled = device_row(connection, tenant_id, name)
+    if patch.disabled is not None and patch.disabled != was_disabled:
+        connection.execute("update device set disabled = ? where id = ?", (patch.disabled, device_id))
+        add_event(connection, device_id, now_ms(), "credentials", {"disabled": patch.disabled, **by})
+    if patch.labels:
+        connection.execute("update device set labels = json_patch(labels, ?) where id = ?", (*bind(patch.labels), device_id))
+        (count,) = connection.execute("select count(*) from device, json_each(labels) where device.id = ?", (device_id,)).fetchone()
+        if count > most_labels:
+            raise Refusal("invalid", FieldError("labels", f"would be more than {most_labels}"))
+    return device_id
+
+
+def rotate_token(
+    connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, by: Mapping[str, object], *, revoke: bool
+) -> int:
+    """Give a device a new token; its id. The old one ends with the first use of the new, or now with `revoke`. Refusal: not_found."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    connection.execute("delete from device_token where device_id = ? and (pending or ?)", (device_id, revoke))
+    connection.execute(
+        "insert into device_token (id, device_id, secret_hash, created_at, pending) values (?, ?, ?, ?, ?)",
+        (new.id, device_id, new.secret_hash, now_ms(), not revoke),
+    )
+    add_event(connection, device_id, now_ms(), "credentials", {"token": new.id, "revoked": revoke, **by})
+    return device_id
+
+
+def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: str) -> None:
+    """A device shows its token: if it is a new one, the one before it ends. Refusal: unauthorized when the token is gone by
+    now, device_disabled."""
+    row = connection.execute(
+        "select pending, disabled from device_token join device on device.id = device_id where device_token.id = ? and device_id = ?",
+        (token_id, device_id),
+    ).fetchone()
+    if row is None:
+        raise Refusal("unauthorized")
+    pending, disabled = row
+    if disabled:
+        raise Refusal("device_disabled")
+    if pending:
+        connection.execute("delete from device_token where device_id = ? and id <> ?", (device_id, token_id))
+        connection.execute("update device_token set pending = 0 where id = ?", (token_id,))
+        add_event(connection, device_id, now_ms(), "credentials", {"token": token_id, "first_use": True})
+
+
+def use_provisioning_key(connection: sqlite3.Connection, key_id: str) -> int:
+    """Take one use of a key; its tenant. Refusal: unauthorized, when it is used up or gone by now."""
     row = connection.execute(
         """update provisioning_key set uses_left = uses_left - 1
-           where id = ? and (uses_left is null or uses_left > 0) and (expires_at is null or expires_at > ?)
-           returning tenant_id, secret_hash""",
-        (key.id, now_ms()),
+           where id = ? and (uses_left is null or uses_left > 0) and (expires_at is null or expires_at > ?) returning tenant_id""",
+        (key_id, now_ms()),
     ).fetchone()
-    if not hmac.compare_digest(row[1] if row else bytes(32), key.secret_hash) or row is None:
+    if row is None:
         raise Refusal("unauthorized")
     return int(row[0])
 
@@ -1667,9 +2111,8 @@ class Opened:
 
 
 def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, address: str, agent: str | None) -> Opened:
-    """Record that a device connected. Refusal: unauthorized when its token is gone by now."""
-    if connection.execute("select 1 from device_token where id = ? and device_id = ?", (token_id, device_id)).fetchone() is None:
-        raise Refusal("unauthorized")
+    """Record that a device connected. Refusal: unauthorized when its token is gone by now, device_disabled."""
+    use_device_token(connection, device_id, token_id)
     now = now_ms()
     session, seq, stamp = connection.execute(
         """update presence set session = session + 1, connected = 1, connected_at = ?1, seen_at = ?1, address = ?2, agent = ?3
@@ -1788,16 +2231,13 @@ def time_out_configs(connection: sqlite3.Connection) -> int:
 def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str) -> int:
     """Remove a device and all that is known of it; its id. Its readings are out of reach at once, and deleted by
     `delete_removed`. Refusal: not_found."""
-    row = connection.execute("select id from device where tenant_id = ? and name = ?", (tenant_id, name)).fetchone()
-    if row is None:
-        raise Refusal("not_found")
-    connection.execute("insert into removed_series select id from series where device_id = ?", row)
-    connection.execute("delete from device where id = ?", row)
-    return int(row[0])
+    device_id, _ = device_row(connection, tenant_id, name)
+    connection.execute("insert into removed_series select id from series where device_id = ?", (device_id,))
+    connection.execute("delete from device where id = ?", (device_id,))
+    return device_id
 
 
-def delete_removed(connection: sqlite3.Connection, most: int) -> bool:
-    """Delete so many readings of removed devices; whether there may be more."""
+def delete_removed_readings(connection: sqlite3.Connection, most: int) -> bool:
     row = connection.execute("select id from removed_series limit 1").fetchone()
     if row is None:
         return False
@@ -1807,6 +2247,31 @@ def delete_removed(connection: sqlite3.Connection, most: int) -> bool:
     if deleted < most:
         connection.execute("delete from removed_series where id = ?", row)
     return True
+
+
+def delete_removed_tenant(connection: sqlite3.Connection, limits: Limits) -> bool:
+    """Rows of a removed tenant that may be many, then a few of its devices, and at last the tenant."""
+    row = connection.execute("select id from tenant where name is null limit 1").fetchone()
+    if row is None:
+        return False
+    for table in ("audit", "event"):
+        deleted = connection.execute(
+            f"delete from {table} where id in (select id from {table} where tenant_id = ? limit ?)", (*row, limits.removed_rows)
+        ).rowcount
+        if deleted:
+            return True
+    some = "select id from device where tenant_id = ? order by id limit ?"
+    connection.execute(
+        f"insert into removed_series select id from series where device_id in ({some})", (*row, limits.removed_devices)
+    )
+    if not connection.execute(f"delete from device where id in ({some})", (*row, limits.removed_devices)).rowcount:
+        connection.execute("delete from tenant where id = ?", row)
+    return True
+
+
+def delete_removed(connection: sqlite3.Connection, limits: Limits) -> bool:
+    """Delete a part of what removed devices and tenants left behind; whether there may be more."""
+    return delete_removed_readings(connection, limits.removed_rows) or delete_removed_tenant(connection, limits)
 
 
 def close_crashed_sessions(connection: sqlite3.Connection) -> int:
@@ -1827,7 +2292,8 @@ DEVICE_JSON: Final = f"""json_object(
     'device', device.name, 'connected', json(iif(connected, 'true', 'false')),
     'connected_at', {time_sql("connected_at")}, 'disconnected_at', {time_sql("disconnected_at")},
     'seen_at', {time_sql("seen_at")}, 'created_at', {time_sql("device.created_at")}, 'agent', agent,
-    'software_version', software_version, 'config', iif(config_version = 0, null, json_object(
+    'software_version', software_version, 'disabled', json(iif(disabled, 'true', 'false')), 'labels', json(labels),
+    'config', iif(config_version = 0, null, json_object(
         'version', config_version, 'applied', config_applied, 'status', config.status,
         'drift', {DRIFT_SQL})))"""
 # A row for every device of a tenant, with where it stands and the configuration that it is wanted to have.
@@ -1838,6 +2304,23 @@ STATE_JSON: Final = f"""json_object('device', device.name, 'version', state.vers
 CONFIG_JSON: Final = f"""json_object('version', config.version, 'status', status, 'status_at', {time_sql("status_at")},
     'at', {time_sql("config.at")}, 'by', author, 'sent_at', {time_sql("sent_at")}, 'timeout', timeout / 1000.0,
     'message', message, 'errors', json(errors), 'document', json(document))"""
+
+# One tenant; :today counts days since 1970-01-01, the others are the installation's defaults.
+QUOTAS_JSON: Final = """json_object(
+    'devices', json_object('used', (select count(*) from device where tenant_id = tenant.id), 'limit', coalesce(devices_most, :devices)),
+    'connections', json_object('used', (
+        select count(*) from device join presence on device_id = device.id where tenant_id = tenant.id and connected),
+        'limit', coalesce(connections_most, :connections)),
+    'points_per_day', json_object('used', coalesce((select points from usage where tenant_id = tenant.id and day = :today), 0),
+        'limit', coalesce(points_most, :points_per_day)))"""
+TENANT_ROWS: Final = f"""select name position,
+    json_object('name', name, 'created_at', {time_sql("created_at")}, 'quotas', json({QUOTAS_JSON})) item
+    from tenant where name > :after order by name"""
+AUDIT_JSON: Final = f"""json_object('id', id, 'at', {time_sql("at")}, 'token', token, 'name', name, 'role', role, 'action', action,
+    'target', target, 'device', device, 'address', address, 'outcome', outcome, 'detail', json(detail))"""
+AUDIT_WHERE: Final = """tenant_id is :tenant and (:device is null or device = :device) and at >= :start and at < :stop
+    and (:actor is null or token = :actor or name = :actor)
+    and (:actions is null or action in (select value from json_each(:actions)))"""
 
 LATEST_JSON: Final = f"""(select json_group_object(metric, json(point)) from (
     select metric, (select json_object('time', {time_sql("ts")}, 'value', {exact_sql("value")})
@@ -2006,9 +2489,30 @@ class TelemetryReads:
         }  # fmt: skip
 
 
+class Queries:
+    """Queries that answer as JSON text, made by SQLite and sent as it is."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def _json(self, sql: str, **parameters: object) -> str | None:
+        row = await self._readers.row(sql, parameters)
+        return None if row is None else row[0]
+
+    async def _list(self, page_sql: str, limit: int, **parameters: object) -> str:
+        """A page of `page_sql`, which yields (position, item) in order; `next` is the position to go on after."""
+        text = await self._json(
+            f"""with page as materialized ({page_sql} limit :limit + 1)
+                select json_object('items', (select json_group_array(json(item)) from (select item from page limit :limit)),
+                    'next', iif((select count(*) from page) > :limit, (select position from page limit 1 offset :limit - 1), null))""",
+            limit=limit, **parameters,
+        )  # fmt: skip
+        return str(text)
+
+
 @attrs.frozen
 class DeviceToken:
-    """What a device token stands for."""
+    """What a device token stands for; the quotas of its tenant are None where it has none of its own."""
 
     token_id: str
     secret_hash: bytes
@@ -2016,27 +2520,146 @@ class DeviceToken:
     device: str
     tenant_id: int
     tenant: str
+    connections_most: int | None
+    points_most: int | None
+    points_today: int
 
 
 @attrs.frozen
 class OperatorToken:
-    """What an operator token stands for; `tenant_id` None for the platform's own."""
+    """What an operator token stands for; `tenant_id` None for the platform's own, `expires_at` None for never."""
 
     token_id: str
     secret_hash: bytes
     name: str
     role: str
+    expires_at: int | None
     tenant_id: int | None
     tenant: str | None
 
 
-class Reads:
-    """Queries over a tenant's devices and keys: JSON text out, as it is sent."""
+@attrs.frozen
+class ProvisioningKey:
+    """What a provisioning key stands for."""
+
+    key_id: str
+    secret_hash: bytes
+    tenant_id: int
+
+
+class TokenReads:
+    """Look-ups by the id part of a token or key; whether its secret is right the caller must find out."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def device(self, token_id: str) -> DeviceToken | None:
+        row = await self._readers.row(
+            """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name, connections_most, points_most,
+                      coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)
+               from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
+            {"id": token_id, "day": now_ms() // DAY},
+        )
+        return None if row is None else DeviceToken(*row)
+
+    async def operator(self, token_id: str) -> OperatorToken | None:
+        row = await self._readers.row(
+            """select operator_token.id, secret_hash, operator_token.name, role, expires_at, tenant_id, tenant.name
+               from operator_token left join tenant on tenant.id = tenant_id
+               where operator_token.id = :id and (expires_at is null or expires_at > :now)""",
+            {"id": token_id, "now": now_ms()},
+        )
+        return None if row is None else OperatorToken(*row)
+
+    async def provisioning_key(self, key_id: str) -> ProvisioningKey | None:
+        row = await self._readers.row(
+            """select id, secret_hash, tenant_id from provisioning_key
+               where id = :id and (expires_at is null or expires_at > :now) and (uses_left is null or uses_left > 0)""",
+            {"id": key_id, "now": now_ms()},
+        )
+        return None if row is None else ProvisioningKey(*row)
+
+
+@attrs.frozen
+class AuditFilter:
+    """Which entries of the audit: `actor` a token's name or id, `start` up to but without `stop` in milliseconds."""
+
+    actor: str | None
+    actions: tuple[str, ...] | None
+    device: str | None
+    start: int
+    stop: int
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        actions = None if self.actions is None else orjson.dumps(self.actions).decode()
+        return {"actor": self.actor, "actions": actions, "device": self.device, "start": self.start, "stop": self.stop}
+
+
+def tenant_lines(connection: sqlite3.Connection, defaults: Mapping[str, int]) -> list[str]:
+    """Every tenant as JSON, with what it uses and may use."""
+    rows = connection.execute(f"select item from ({TENANT_ROWS})", {"after": "", "today": now_ms() // DAY, **defaults})
+    return [row[0] for row in rows]
+
+
+class AccountReads(Queries):
+    """Queries over tokens, keys, tenants and the audit. A tenant of None is the platform, with what is its own."""
+
+    async def operator_tokens(self, tenant: int | None, limit: int, after: str) -> str:
+        return await self._list(
+            f"""select id position, json_object('id', id, 'name', name, 'role', role, 'created_at', {time_sql("created_at")},
+                       'expires_at', {time_sql("expires_at")}, 'used_at', {time_sql("used_at")}) item
+                from operator_token where tenant_id is :tenant and id > :after order by id""",
+            limit, tenant=tenant, after=after,
+        )  # fmt: skip
+
+    async def provisioning_keys(self, tenant: int, limit: int, after: str) -> str:
+        return await self._list(
+            f"""select id position, json_object('id', id, 'created_at', {time_sql("created_at")},
+                       'expires_at', {time_sql("expires_at")}, 'uses_left', uses_left) item
+                from provisioning_key where tenant_id = :tenant and id > :after order by id""",
+            limit, tenant=tenant, after=after,
+        )  # fmt: skip
+
+    async def quotas(self, tenant: int, defaults: Mapping[str, int]) -> str | None:
+        """What a tenant uses and may use."""
+        return await self._json(f"select {QUOTAS_JSON} from tenant where id = :tenant", tenant=tenant, today=now_ms() // DAY, **defaults)
+
+    async def tenants(self, limit: int, after: str, defaults: Mapping[str, int]) -> str:
+        """For the platform alone: every tenant, with what it uses and may use."""
+        return await self._list(TENANT_ROWS, limit, after=after, today=now_ms() // DAY, **defaults)
+
+    async def removed_tenants(self) -> list[int]:
+        """Tenants of which there is something left to delete."""
+        return cast("list[int]", orjson.loads(await self._json("select json_group_array(id) from tenant where name is null") or "[]"))
+
+    async def audit(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> str:
+        """A page of the audit, newest first; `after` is the id of the last entry seen."""
+        return await self._list(
+            f"select id position, {AUDIT_JSON} item from audit where {AUDIT_WHERE} and id < :after order by id desc",
+            limit, tenant=tenant, after=after, **wanted.parameters,
+        )  # fmt: skip
+
+    async def audit_lines(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> tuple[str, int | None]:
+        """So many entries after one, oldest first, a line of JSON each; and the last one's id, None at the end."""
+        text = await self._json(
+            f"""select json_array(group_concat(item, char(10)), iif(count(*) = :limit, max(id), null)) from (
+                select id, {AUDIT_JSON} item from audit where {AUDIT_WHERE} and id > :after order by id limit :limit)""",
+            tenant=tenant, limit=limit, after=after, **wanted.parameters,
+        )  # fmt: skip
+        lines, last = orjson.loads(text or "[null, null]")
+        return "" if lines is None else f"{lines}\n", last
+
+
+class Reads(Queries):
+    """Queries over a tenant's devices."""
 
     def __init__(self, readers: Readers, keys: Readers, limits: Limits) -> None:
-        self._readers = readers
-        self._keys = keys  # for tokens alone: slow queries must not keep devices and people out
+        """`keys` are for tokens alone: slow queries must not keep devices and people out."""
+        super().__init__(readers)
         self.telemetry = TelemetryReads(readers, limits)
+        self.accounts = AccountReads(readers)
+        self.tokens = TokenReads(keys)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
@@ -2141,60 +2764,6 @@ class Reads:
         device_id = await self.device_id(tenant, device)
         return None if device_id is None else await self._list(page_sql, limit, device_id=device_id, after=after)
 
-    async def operator_tokens(self, tenant: int, limit: int, after: str) -> str:
-        return await self._list(
-            f"""select id position, json_object('id', id, 'name', name, 'role', role, 'created_at', {time_sql("created_at")},
-                       'expires_at', {time_sql("expires_at")}) item
-                from operator_token where tenant_id = :tenant and id > :after order by id""",
-            limit, tenant=tenant, after=after,
-        )  # fmt: skip
-
-    async def provisioning_keys(self, tenant: int, limit: int, after: str) -> str:
-        return await self._list(
-            f"""select id position, json_object('id', id, 'created_at', {time_sql("created_at")},
-                       'expires_at', {time_sql("expires_at")}, 'uses_left', uses_left) item
-                from provisioning_key where tenant_id = :tenant and id > :after order by id""",
-            limit, tenant=tenant, after=after,
-        )  # fmt: skip
-
-    async def device_token(self, token_id: str) -> DeviceToken | None:
-        row = await self._keys.row(
-            """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name
-               from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
-            {"id": token_id},
-        )
-        return None if row is None else DeviceToken(*row)
-
-    async def operator_token(self, token_id: str) -> OperatorToken | None:
-        row = await self._keys.row(
-            """select operator_token.id, secret_hash, operator_token.name, role, tenant_id, tenant.name
-               from operator_token left join tenant on tenant.id = tenant_id
-               where operator_token.id = :id and (expires_at is null or expires_at > :now)""",
-            {"id": token_id, "now": now_ms()},
-        )
-        return None if row is None else OperatorToken(*row)
-
-    async def _json(self, sql: str, **parameters: object) -> str | None:
-        row = await self._readers.row(sql, parameters)
-        return None if row is None else row[0]
-
-    async def _list(self, page_sql: str, limit: int, **parameters: object) -> str:
-        """A page of `page_sql`, which yields (position, item) in order; `next` is the position to go on after."""
-        text = await self._json(
-            f"""with page as materialized ({page_sql} limit :limit + 1)
-                select json_object('items', (select json_group_array(json(item)) from (select item from page limit :limit)),
-                    'next', iif((select count(*) from page) > :limit, (select position from page limit 1 offset :limit - 1), null))""",
-            limit=limit, **parameters,
-        )  # fmt: skip
-        return str(text)
-
-
-def delete_token(connection: sqlite3.Connection, table: str, tenant_id: int, token_id: str) -> None:
-    """Remove an operator token or provisioning key of a tenant. Refusal: not_found."""
-    if connection.execute(f"delete from {table} where tenant_id = ? and id = ?", (tenant_id, token_id)).rowcount == 0:
-        raise Refusal("not_found")
-
-
 class Store:
     """The open database: `writer` for everything that changes, `read` for everything that is asked."""
 
@@ -2251,7 +2820,6 @@ class Store:
 # ==== Identity ====
 # Owns: tokens and keys, what they look like and what they prove. Must not know: HTTP.
 
-TOKEN: Final = re.compile(r"iiot_(dev|op|prov)_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 # What a role may do besides its own: whatever the roles below it may. `platform` stands apart.
 RANKS: Final = MappingProxyType({"viewer": 1, "operator": 2, "admin": 3})
 
@@ -2270,66 +2838,130 @@ def mint(kind: str) -> Secret:
     return Secret(f"iiot_{kind}_{identifier}_{secret}", NewSecret(identifier, hashlib.sha256(secret.encode()).digest()))
 
 
-def take_apart(kind: str, text: str) -> NewSecret:
-    """The id and hash of a token that a peer shows. Refusal: unauthorized."""
+def take_apart(kind: str, text: str) -> NewSecret | None:
+    """The id and hash of a token that a peer shows, None if it is none of its kind."""
     found = TOKEN.fullmatch(text)
     if found is None or found[1] != kind:
-        raise Refusal("unauthorized")
+        return None
     return NewSecret(found[2], hashlib.sha256(found[3].encode()).digest())
 
 
 @attrs.frozen
 class Principal:
-    """Who makes a request; `tenant_id` and `tenant` are None for the platform's own tokens."""
+    """Who makes a request; `tenant_id` and `tenant` are None for the platform's own tokens, `expires_at` for those without end."""
 
     token_id: str
     name: str
     role: str
     tenant_id: int | None
     tenant: str | None
+    expires_at: int | None = None
 
     def may(self, role: str) -> bool:
         """Whether the principal may do what `role` may; `any` is everybody with a token."""
         return role in ("any", self.role) or RANKS.get(self.role, 0) >= RANKS.get(role, 99)
 
+    def actor(self, address: str) -> Actor:
+        return Actor(self.tenant_id, self.token_id, self.name, self.role, address)
+
+
+class Guesses:
+    """Wrong tokens and keys, counted by the network they come from, as water in a bucket that runs out slowly. Right ones
+    never get here, so that nobody can lock out a neighbour behind the same address."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._most = limits.guesses
+        self._networks_most = limits.guessing_networks
+        self._networks: dict[str, tuple[float, float]] = {}  # how full, and when; the last one that guessed stands last
+
+    def wrong(self, address: str) -> Refusal:
+        """Count one, and say how it is to be answered: unauthorized, or too_many_attempts."""
+        now, network, a_second = time.monotonic(), network_of(address), self._most / 60
+        level, at = self._networks.pop(network, (0.0, now))
+        level = max(0.0, level - (now - at) * a_second) + 1
+        self._networks[network] = min(level, self._most), now
+        if len(self._networks) > self._networks_most:
+            del self._networks[next(iter(self._networks))]
+        if level <= self._most:
+            return Refusal("unauthorized")
+        return Refusal("too_many_attempts", retry_after=math.ceil((level - self._most) / a_second))
+
+
+class Secretive(Protocol):
+    """What the database knows of a token or key."""
+
+    @property
+    def secret_hash(self) -> bytes: ...
+
+
+Known = TypeVar("Known", bound=Secretive)
+
 
 class Identity:
     """Says who holds a token. An unknown id and a wrong secret take the same path and get the same answer."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, limits: Limits, devices_most: int) -> None:
         self._store = store
+        self._devices_most = devices_most
+        self._guesses = Guesses(limits)
+        self._used_seconds = limits.seen_seconds
+        self._used: dict[str, int] = {}  # when the use of a token was last recorded
 
-    async def operator(self, text: str) -> Principal:
-        """Refusal: unauthorized."""
-        shown = take_apart("op", text)
-        known = await self._store.read.operator_token(shown.id)
-        if not hmac.compare_digest(known.secret_hash if known else bytes(32), shown.secret_hash) or known is None:
-            raise Refusal("unauthorized")
-        return Principal(known.token_id, known.name, known.role, known.tenant_id, known.tenant)
+    async def operator(self, text: str, address: str) -> Principal:
+        """Refusal: unauthorized, too_many_attempts."""
+        if not text:
+            raise Refusal("unauthorized")  # nothing is shown, nothing guessed
+        known = await self._known("op", text, address, self._store.read.tokens.operator)
+        now = now_ms()
+        if now - self._used.get(known.token_id, 0) >= self._used_seconds * 1000:
+            self._used[known.token_id] = now
+            self._store.writer.token_used(known.token_id, now)
+        return Principal(known.token_id, known.name, known.role, known.tenant_id, known.tenant, known.expires_at)
 
-    async def device(self, text: str) -> DeviceToken:
-        """Refusal: unauthorized."""
-        shown = take_apart("dev", text)
-        known = await self._store.read.device_token(shown.id)
-        if not hmac.compare_digest(known.secret_hash if known else bytes(32), shown.secret_hash) or known is None:
-            raise Refusal("unauthorized")
-        return known
+    async def device(self, text: str, address: str) -> DeviceToken:
+        """Refusal: unauthorized, too_many_attempts."""
+        return await self._known("dev", text, address, self._store.read.tokens.device)
 
-    async def provision(self, key: str, device: str, address: str) -> Credentials:
-        """Register a device by a provisioning key. Refusal: unauthorized, device_exists (then no use of the key is taken)."""
-        shown = take_apart("prov", key)
+    async def provision(self, text: str, device: str, address: str) -> Credentials:
+        """Register a device by a provisioning key. Refusal: unauthorized, too_many_attempts, device_exists or too_many_devices
+        (then no use of the key is taken)."""
+        key = await self._known("prov", text, address, self._store.read.tokens.provisioning_key)
         token = mint("dev")
 
         def register(connection: sqlite3.Connection) -> None:
-            detail = {"key": shown.id, "address": address}
-            insert_device(connection, use_provisioning_key(connection, shown), device, token.stored, detail)
+            tenant_id = use_provisioning_key(connection, key.key_id)
+            insert_device(connection, tenant_id, device, token.stored, {"key": key.key_id, "address": address}, self._devices_most)
 
-        await self._store.writer.change(register)
+        actor, affected = Actor(key.tenant_id, key.key_id, "provisioning key", "provisioning", address), [Affected(device, device)]
+        try:
+            await self._store.writer.change(accounted(actor, "device.provision", register, lambda _: affected))
+        except Refusal as refusal:
+            await self.account_refusal(actor, "device.provision", affected, refusal)
+            raise
         return Credentials(device, token.text)
+
+    async def account_refusal(self, actor: Actor, action: str, affected: Iterable[Affected], refusal: Refusal) -> None:
+        """Enter in the audit what was refused, not what failed; where nothing can be stored the log has it."""
+        code = refusal.fault.code
+        if refusal.fault.status >= 500:
+            return
+        try:
+            await self._store.writer.change(lambda connection: add_entries(connection, actor, action, code, affected))
+        except Refusal as failure:
+            log.error("cannot enter in the audit (%s): %s was refused %s: %s", failure, actor.name, action, code)
+
+    async def _known(self, kind: str, text: str, address: str, look_up: Callable[[str], Awaitable[Known | None]]) -> Known:
+        shown = take_apart(kind, text)
+        known = await look_up(shown.id) if shown else None
+        right = hmac.compare_digest(known.secret_hash if known else bytes(32), shown.secret_hash if shown else bytes(32))
+        if not right or known is None:
+            raise self._guesses.wrong(address)
+        return known
 
 
 # ==== Registry ====
-# Owns: which sockets are open and which session speaks for which device; the heartbeat. Must not know: SQL.
+# Owns: which sockets are open, which session speaks for which device, what every tenant uses, which requests are under way;
+# the heartbeat. Must not know: SQL.
 
 
 def websocket_frame(opcode: int, payload: bytes) -> bytes:
@@ -2342,11 +2974,35 @@ def websocket_frame(opcode: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, 127, length) + payload
 
 
+class TenantUse:
+    """What a tenant uses of its quotas, counted as it happens."""
+
+    def __init__(self, tenant_id: int, connections_most: int, points_most: int, points: int) -> None:
+        self.tenant_id = tenant_id
+        self.connections = 0
+        self.connections_most = connections_most
+        self.points = points  # of this day
+        self.points_most = points_most
+        self.day_end = (now_ms() // DAY + 1) * DAY
+
+    def add_points(self, now: int, points: int) -> None:
+        """The frame that goes over the quota is still stored: after it the server reads no more."""
+        if now >= self.day_end:
+            self.points, self.day_end = 0, (now // DAY + 1) * DAY
+        self.points += points
+
+    def rest(self, now: int) -> float:
+        """Seconds until the tenant may store points again; 0 when it may."""
+        self.add_points(now, 0)
+        return 0.0 if self.points < self.points_most else (self.day_end - now) / 1000
+
+
 class Live(Protocol):
     """What the registry needs of a session."""
 
     heard: float
     pinged: bool
+    use: TenantUse
 
     @property
     def reading(self) -> bool:
@@ -2355,8 +3011,19 @@ class Live(Protocol):
     def send(self, payload: bytes) -> None: ...
     def send_config(self, version: int, document: bytes) -> bool: ...
     def ping(self) -> None: ...
+    def wake(self) -> None: ...
     def end(self, code: str) -> None: ...
     def abort(self, code: str) -> None: ...
+
+
+@attrs.frozen(eq=False)
+class Running:
+    """A request under way: whose token it stands on, and the deadline that ends it."""
+
+    token_id: str
+    tenant_id: int | None
+    deadline: asyncio.Timeout
+    task: asyncio.Task[Any] | None
 
 
 FEED_END_SECONDS: Final = 1.0  # for a live feed to write what it is at, when the server stops
@@ -2369,6 +3036,8 @@ class Registry:
         self.sockets: set[Live] = set()
         self.closing = asyncio.Event()
         self._live: dict[int, Live] = {}
+        self._uses: dict[int, TenantUse] = {}
+        self._running: set[Running] = set()
         self._feeds: set[asyncio.Transport | None] = set()
 
     @contextmanager
@@ -2380,16 +3049,68 @@ class Registry:
         finally:
             self._feeds.discard(transport)
 
+    @asynccontextmanager
+    async def request(self, token_id: str, tenant_id: int | None, seconds: float | None) -> AsyncIterator[None]:
+        """A request lasts no longer than its token, for `seconds` or until that is revoked. Refusal: unauthorized."""
+        running = None
+        try:
+            async with asyncio.timeout(seconds) as deadline:
+                running = Running(token_id, tenant_id, deadline, asyncio.current_task())
+                self._running.add(running)
+                try:
+                    yield
+                finally:
+                    self._running.discard(running)
+        except TimeoutError:
+            if running is None or not running.deadline.expired():
+                raise
+            raise Refusal("unauthorized") from None
+
+    def end_requests(self, *, token_id: str | None = None, tenant_id: int | None = None) -> None:
+        """End what is under way for a token, or for a whole tenant; but not what asks for this."""
+        for running in self._running:
+            ended = running.token_id == token_id or (tenant_id is not None and running.tenant_id == tenant_id)
+            if ended and running.task is not asyncio.current_task() and not running.deadline.expired():
+                running.deadline.reschedule(0)
+
+    def use_of(self, token: DeviceToken, quotas: Mapping[str, int]) -> TenantUse:
+        """What a tenant uses. At the first session since the start that is what the token's row says of it, and `quotas` where
+        it has none of its own."""
+        use = self._uses.get(token.tenant_id)
+        if use is None:
+            connections = quotas["connections"] if token.connections_most is None else token.connections_most
+            points = quotas["points_per_day"] if token.points_most is None else token.points_most
+            use = self._uses[token.tenant_id] = TenantUse(token.tenant_id, connections, points, token.points_today)
+        return use
+
+    def set_quotas(self, tenant_id: int, connections: int, points: int) -> None:
+        """What a tenant may use from now on. Sessions that wait for more points look again."""
+        use = self._uses.get(tenant_id)
+        if use is not None:
+            use.connections_most, use.points_most = connections, points
+            for session in self._of_tenant(tenant_id):
+                session.wake()
+
     def take_over(self, device_id: int, session: Live) -> None:
-        """`session` speaks for the device from now on; the one before it is superseded."""
+        """`session` speaks for the device from now on; the one before it is superseded. Refusal: too_many_connected."""
         before = self._live.get(device_id)
-        self._live[device_id] = session
         if before is not None:
             before.end("superseded")
+        if session.use.connections >= session.use.connections_most:
+            raise Refusal("too_many_connected")
+        self._live[device_id] = session
+        session.use.connections += 1
 
     def leave(self, device_id: int, session: Live) -> None:
         if self._live.get(device_id) is session:
             del self._live[device_id]
+            session.use.connections -= 1
+
+    def _of_tenant(self, tenant_id: int) -> list[Live]:
+        return [session for session in self._live.values() if session.use.tenant_id == tenant_id]
+
+    def is_live(self, device_id: int) -> bool:
+        return device_id in self._live
 
     def send(self, device_id: int, payload: bytes) -> bool:
         """Send to a device; False when it is not connected."""
@@ -2409,6 +3130,13 @@ class Registry:
         session = self._live.get(device_id)
         if session is not None:
             session.end(code)
+
+    def end_tenant(self, tenant_id: int) -> None:
+        """A tenant was removed: end its sessions and requests."""
+        self._uses.pop(tenant_id, None)
+        self.end_requests(tenant_id=tenant_id)
+        for session in self._of_tenant(tenant_id):
+            session.end("tenant_removed")
 
     def end_all(self, code: str) -> None:
         """The server stops: end every session, and every feed with the next ring, or soon if its client does not read."""
@@ -2490,25 +3218,36 @@ class ConfigClock:
 
 
 class Cleaner:
-    """Deletes what removed devices left behind, a little at a time."""
+    """Deletes what removed devices and tenants left behind, a little at a time. Tenants may be removed from the command line,
+    beside the server: then it is the first to see it, and ends what is under way for them."""
 
-    def __init__(self, store: Store, limits: Limits) -> None:
+    def __init__(self, store: Store, registry: Registry, limits: Limits) -> None:
         self._store = store
+        self._registry = registry
         self._limits = limits
         self.wanted = asyncio.Event()
         self.wanted.set()  # a removal before the last stop may not be done
 
     async def run(self) -> None:
         while True:
-            await self.wanted.wait()
-            self.wanted.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._limits.clock_seconds):
+                    await self.wanted.wait()
             try:
-                while await self._store.writer.change(lambda connection: delete_removed(connection, self._limits.removed_points)):
-                    pass
+                await self._clean()
             except (Refusal, sqlite3.Error) as error:
-                log.warning("cannot delete what removed devices left behind: %s", error)
+                log.warning("cannot delete what was left behind by a removal: %s", error)
                 await asyncio.sleep(self._limits.retry_seconds)
                 self.wanted.set()
+
+    async def _clean(self) -> None:
+        removed = await self._store.read.accounts.removed_tenants()
+        for tenant_id in removed:
+            self._registry.end_tenant(tenant_id)
+        if removed or self.wanted.is_set():
+            self.wanted.clear()
+            while await self._store.writer.change(lambda connection: delete_removed(connection, self._limits)):
+                pass
 
 
 # ==== Sessions ====
@@ -2609,7 +3348,8 @@ async def first_frame(socket: DeviceSocket, codec: Codec, limits: Limits, send_f
 async def handshake(
     platform: Platform, socket: DeviceSocket, address: str, send_frame: Callable[[int, bytes], None]
 ) -> tuple[DeviceToken, Hello]:
-    """Who is there. Refusal: bad_handshake, unauthorized, device_exists, or what is wrong with the frame."""
+    """Who is there. Refusal: bad_handshake, unauthorized, too_many_attempts, device_exists, too_many_devices, or what is wrong
+    with the frame."""
     next_frame = functools.partial(first_frame, socket, platform.codec, platform.limits, send_frame)
     frame = await next_frame()
     if isinstance(frame, Provision):
@@ -2618,7 +3358,7 @@ async def handshake(
         frame = await next_frame()
     if not isinstance(frame, Hello):
         raise Refusal("bad_handshake")
-    return await platform.identity.device(frame.token), frame
+    return await platform.identity.device(frame.token, address), frame
 
 
 class Session:
@@ -2648,6 +3388,7 @@ class Session:
         self._bad_frames = Tally()
         self._room = asyncio.Event()
         self._ended = ""  # why, once it has
+        self.use = TenantUse(0, 0, 0, 0)  # until it is known which device this is
         self.reading = True
         self.pinged = False
         self.heard = asyncio.get_running_loop().time()
@@ -2662,6 +3403,7 @@ class Session:
             async with asyncio.timeout(limits.hello_seconds):
                 token, hello = await handshake(self._platform, self._socket, self._address, self._send_frame)
             await self._open(token, hello)
+            await self._wait_for_quota()
             await self._converse()
         except TimeoutError:
             self.end("handshake_timeout")
@@ -2677,6 +3419,7 @@ class Session:
     async def _open(self, token: DeviceToken, hello: Hello) -> None:
         """Take the device over and welcome it, once all that its earlier session queued is on disk."""
         self._device_id, self._progress_key = token.device_id, str(token.device_id)
+        self.use = self._platform.registry.use_of(token, default_quotas(self._platform.settings))
         self._platform.registry.take_over(token.device_id, self)
         opened = await self._writer.change(
             lambda connection: open_session(connection, token.device_id, token.token_id, self._address, hello.agent)
@@ -2711,8 +3454,9 @@ class Session:
             elif message.type == WSMsgType.BINARY:
                 self._bad_frame(Refusal("not_binary"), None)
             taken += 1
-            if self._writer.full or self._frames - self._frames_stored >= most:
+            if self.use.points >= self.use.points_most or self._writer.full or self._frames - self._frames_stored >= most:
                 await self._wait_for_room()
+                await self._wait_for_quota()
             elif taken >= turn:
                 taken = 0
                 await asyncio.sleep(0)
@@ -2736,6 +3480,24 @@ class Session:
         finally:
             self.reading = True
             self.heard = asyncio.get_running_loop().time()
+
+    async def _wait_for_quota(self) -> None:
+        """Read no more until the tenant may store again. Pings go on: a device that was unplugged does not confirm their bytes,
+        and the system gives its connection up (`TCP_USER_TIMEOUT`)."""
+        heartbeat, told = self._platform.settings.heartbeat, 0.0
+        self.reading = False
+        while (rest := self.use.rest(now_ms())) > 0 and not self._ended and not self._transport.is_closing():
+            if not told:
+                told = rest
+                self.send(encode(Throttled("points_per_day", rest)))
+            self._room.clear()
+            try:
+                async with asyncio.timeout(min(rest, heartbeat)):
+                    await self._room.wait()
+            except TimeoutError:
+                self.ping()
+        self.reading = True
+        self.heard = asyncio.get_running_loop().time()
 
     def _take(self, data: bytes) -> None:
         """One text frame."""
@@ -2778,6 +3540,8 @@ class Session:
                 else:
                     points[ts] = value
             count += len(sample.values)
+        self.use.add_points(now, count)
+        self._writer.points_taken(self.use.tenant_id, count)
         self._frame_taken(frame.seq, now, count, size)
 
     def _take_state(self, frame: State, size: int) -> None:
@@ -2847,6 +3611,10 @@ class Session:
 
     def ping(self) -> None:
         self._send_frame(WSMsgType.PING, b"")
+
+    def wake(self) -> None:
+        """What it waits for may have come."""
+        self._room.set()
 
     def _send_frame(self, opcode: int, payload: bytes) -> None:
         if (self._ended and opcode != WSMsgType.CLOSE) or self._transport.is_closing():
@@ -2971,6 +3739,27 @@ class FeedQuery:
 
 
 @attrs.frozen
+class RemovalQuery:
+    """DELETE /tenants/{tenant}; `confirm` is its name once more."""
+
+    confirm: str | None = None
+
+
+@attrs.frozen
+class AuditQuery:
+    """GET /audit; `actor` is a token's name or id."""
+
+    limit: int | None = None
+    after: int | None = None
+    actor: str | None = None
+    action: Names | None = None
+    device: str | None = None
+    from_: Moment = Moment(0)
+    to_: Moment = FUTURE
+    format: str = "json"
+
+
+@attrs.frozen
 class TelemetryQuery:
     """GET /iiot/{device}/telemetry; `from` is part of the range, `to` is not."""
 
@@ -3045,14 +3834,21 @@ def make_query_converter() -> Converter:
     return converter
 
 
-@attrs.frozen
+def remote_address(request: web.Request, settings: Settings) -> str:
+    """Who the request comes from, behind the proxies that are trusted."""
+    return client_address(request.remote or "", request.headers.getall("X-Forwarded-For", ()), networks(settings.trusted_proxy))
+
+
+@attrs.define
 class Call:
-    """One request, its principal known, its query checked."""
+    """One request, its principal known, its query checked. `action` is what the audit calls it."""
 
     request: web.Request
     platform: Platform
     principal: Principal
-    query: Any
+    action: str = ""
+    query: Any = None
+    accounted: bool = False
 
     @property
     def tenant(self) -> int:
@@ -3067,7 +3863,40 @@ class Call:
 
     @property
     def address(self) -> str:
-        return self.request.remote or ""
+        return remote_address(self.request, self.platform.settings)
+
+    @property
+    def by(self) -> dict[str, object]:
+        """Who and from where, for a device's timeline."""
+        return {"by": self.principal.name, "address": self.address}
+
+    @property
+    def affected(self) -> Affected:
+        """What the address of the request names."""
+        names = self.request.match_info
+        return Affected(next(iter(names.values()), None), names.get("device"))
+
+    async def change(
+        self, function: Callable[[sqlite3.Connection], T], affected: Callable[[T], Iterable[Affected]] | None = None, **detail: object
+    ) -> T:
+        """Run a change and enter it in the audit, in one transaction, if the token still stands in it. `affected` tells what was
+        changed by the outcome, `detail` what else the action was told."""
+        token_id = self.principal.token_id
+
+        def stand_and_change(connection: sqlite3.Connection) -> T:
+            require_token(connection, token_id)
+            return function(connection)
+
+        usual = [attrs.evolve(self.affected, detail=detail or None)]
+        actor = self.principal.actor(self.address)
+        result = await self.platform.store.writer.change(accounted(actor, self.action, stand_and_change, affected or (lambda _: usual)))
+        self.accounted = True
+        return result
+
+    async def refused(self, refusal: Refusal) -> None:
+        """Enter in the audit that an action was refused."""
+        if self.action and not self.accounted:
+            await self.platform.identity.account_refusal(self.principal.actor(self.address), self.action, [self.affected], refusal)
 
     def page(self) -> int:
         """Entries of a page. Refusal: bad_query."""
@@ -3084,8 +3913,15 @@ class Call:
         """The version before which a page of a history starts."""
         return INTEGERS - 1 if self.query.after is None else cast(int, self.query.after)
 
+    async def content(self) -> bytes:
+        """The body of the request. Refusal: too_large."""
+        try:
+            return await self.request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise Refusal("too_large") from None
+
     async def body(self, cls: type[T]) -> T:
-        return self.platform.codec.body(await self.request.read(), cls)
+        return self.platform.codec.body(await self.content(), cls)
 
 
 def json_response(text: str | bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -3108,7 +3944,9 @@ def error_response(refusal: Refusal) -> web.Response:
     error: dict[str, object] = {"code": fault.code, "message": fault.message}
     if refusal.errors:
         error["details"] = [attrs.asdict(field) for field in refusal.errors]
-    headers = {"WWW-Authenticate": "Bearer"} if fault.status == 401 else None
+    headers = {"WWW-Authenticate": "Bearer"} if fault.status == 401 else {}
+    if refusal.retry_after is not None:
+        headers[hdrs.RETRY_AFTER] = str(refusal.retry_after)
     return json_response(orjson.dumps({"error": error}), fault.status, headers)
 
 
@@ -3129,14 +3967,36 @@ async def register_device(call: Call) -> web.StreamResponse:
     except Invalid as error:
         raise Refusal("invalid", FieldError("device", str(error))) from error
     await call.body(NoQuery)
-    by = {"by": call.principal.name, "address": call.address}
-    await call.platform.store.writer.change(lambda connection: insert_device(connection, tenant, name, token.stored, by))
+    most = call.platform.settings.quota_devices
+    await call.change(lambda connection: insert_device(connection, tenant, name, token.stored, call.by, most))
+    return answer({"device": name, "token": token.text}, 201)
+
+
+async def patch_device(call: Call) -> web.StreamResponse:
+    tenant, name, body = call.tenant, call.device, await call.body(DevicePatch)
+    device_id = await call.change(
+        lambda connection: update_device(connection, tenant, name, body, call.by, call.platform.limits.labels),
+        **attrs.asdict(body, filter=lambda _, value: value not in (None, {})),
+    )
+    if body.disabled:
+        call.platform.registry.end(device_id, "device_disabled")
+    return await show_device(call)
+
+
+async def rotate_device_token(call: Call) -> web.StreamResponse:
+    tenant, name, token, body = call.tenant, call.device, mint("dev"), await call.body(Rotation)
+    device_id = await call.change(
+        lambda connection: rotate_token(connection, tenant, name, token.stored, call.by, revoke=body.revoke),
+        token=token.stored.id, revoke=body.revoke,
+    )  # fmt: skip
+    if body.revoke:
+        call.platform.registry.end(device_id, "credentials_revoked")
     return answer({"device": name, "token": token.text}, 201)
 
 
 async def delete_device(call: Call) -> web.StreamResponse:
     tenant, name = call.tenant, call.device
-    device_id = await call.platform.store.writer.change(lambda connection: remove_device(connection, tenant, name))
+    device_id = await call.change(lambda connection: remove_device(connection, tenant, name))
     call.platform.registry.end(device_id, "device_removed")
     call.platform.cleaner.wanted.set()
     return web.Response(status=204)
@@ -3147,6 +4007,22 @@ async def list_events(call: Call) -> web.StreamResponse:
     after = INTEGERS - 1 if query.after is None else query.after
     read = call.platform.store.read
     return found(await read.events(call.tenant, call.device, call.page(), after, query.kind, query.from_, query.to_))
+
+
+@asynccontextmanager
+async def streaming(call: Call, content_type: str) -> AsyncIterator[web.StreamResponse]:
+    """A response of unknown length. Where it breaks off, the client must see that this is not the end of the file."""
+    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: content_type})
+    await response.prepare(call.request)
+    try:
+        yield response
+        await response.write_eof()
+    except ConnectionError:
+        return  # the client has gone
+    except BaseException:
+        if call.request.transport is not None:
+            call.request.transport.abort()
+        raise
 
 
 async def csv_pieces(
@@ -3175,21 +4051,12 @@ async def stream_csv(call: Call, wanted: TelemetryRange, every: int | None, aggr
     metrics = await telemetry.metrics(call.tenant, call.device, wanted)
     if metrics is None:
         raise Refusal("not_found")
-    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "text/csv; charset=utf-8"})
-    await response.prepare(call.request)
-    try:
+    async with streaming(call, "text/csv; charset=utf-8") as response:
         header = ("time", "metric", *(("value",) if every is None else aggregates))
         await response.write(",".join(header).encode() + b"\n")
         async for lines in csv_pieces(call, wanted, metrics, every, aggregates):
             async with asyncio.timeout(call.platform.limits.query_seconds):
                 await response.write(lines)
-    except ConnectionError:
-        return response  # the client has gone
-    except BaseException:
-        if call.request.transport is not None:
-            call.request.transport.abort()  # the client must see that this is not the end of the file
-        raise
-    await response.write_eof()
     return response
 
 
@@ -3218,12 +4085,16 @@ async def ask_report(call: Call) -> web.StreamResponse:
     body = await call.body(ReportRequest)
     if body.what not in ("telemetry", "state"):
         raise Refusal("invalid", FieldError("what", "is neither telemetry nor state"))
-    device_id = await call.platform.store.read.device_id(call.tenant, call.device)
+    tenant, name = call.tenant, call.device
+    device_id = await call.platform.store.read.device_id(tenant, name)
     if device_id is None:
         raise Refusal("not_found")
+    if not call.platform.registry.is_live(device_id):
+        raise Refusal("device_offline")
+    await call.change(lambda connection: device_row(connection, tenant, name), what=body.what)
     if not call.platform.registry.send(device_id, encode(Report(body.what))):
         raise Refusal("device_offline")
-    return answer({"device": call.device, "what": body.what}, 202)
+    return answer({"device": name, "what": body.what}, 202)
 
 
 FINAL: Final = ("applied", "rejected", "timed_out", "superseded")
@@ -3294,17 +4165,23 @@ async def answer_push(call: Call, pushed: Pushed, document: bytes, seconds: floa
         await Bell.heard(ring, until - time.monotonic())
 
 
+def pushed_to(*rows: Pushed, **detail: object) -> list[Affected]:
+    """What a push did, for the audit."""
+    return [Affected(row.device, row.device, {"version": row.version, **detail}) for row in rows]
+
+
 async def push_one(call: Call) -> web.StreamResponse:
-    tenant, document = call.tenant, canonical(call.platform.codec.document(await call.request.read()))
+    tenant, document = call.tenant, canonical(call.platform.codec.document(await call.content()))
     new, expected, seconds = new_config(call, document.decode()), if_match(call), wait_seconds(call)
-    pushed = await call.platform.store.writer.change(lambda connection: push_to_one(connection, tenant, call.device, new, expected))
+    pushed = await call.change(lambda connection: push_to_one(connection, tenant, call.device, new, expected), pushed_to)
     return await answer_push(call, pushed, document, seconds)
 
 
 async def push_back(call: Call) -> web.StreamResponse:
     tenant, body, new, seconds = call.tenant, await call.body(Rollback), new_config(call, ""), wait_seconds(call)
-    pushed, document = await call.platform.store.writer.change(
-        lambda connection: roll_back(connection, tenant, call.device, body.version, new)
+    pushed, document = await call.change(
+        lambda connection: roll_back(connection, tenant, call.device, body.version, new),
+        lambda outcome: pushed_to(outcome[0], document_of=body.version),
     )
     return await answer_push(call, pushed, document.encode(), seconds)
 
@@ -3313,7 +4190,10 @@ async def push_many(call: Call) -> web.StreamResponse:
     tenant, body = call.tenant, await call.body(Push)
     document = canonical(body.config)
     new = new_config(call, document.decode())
-    rows = await call.platform.store.writer.change(lambda connection: push_to_matching(connection, tenant, body.match, new))
+    rows = await call.change(
+        lambda connection: push_to_matching(connection, tenant, body.match, new),
+        lambda rows: pushed_to(*rows, match=body.match) or [Affected(body.match)],
+    )
     send = call.platform.registry.send_config
     sent = [send(row.device_id, row.version, document) for row in rows]
     items = [
@@ -3365,54 +4245,137 @@ async def follow_events(call: Call) -> web.StreamResponse:
 
 
 async def list_keys(call: Call) -> web.StreamResponse:
-    return json_response(await call.platform.store.read.provisioning_keys(call.tenant, call.page(), call.query.after or ""))
+    return json_response(await call.platform.store.read.accounts.provisioning_keys(call.tenant, call.page(), call.query.after or ""))
 
 
 async def create_key(call: Call) -> web.StreamResponse:
     tenant, key, body = call.tenant, mint("prov"), await call.body(NewProvisioningKey)
     if body.uses is not None and body.uses < 1:
         raise Refusal("invalid", FieldError("uses", "is not at least 1"))
-    await call.platform.store.writer.change(
-        lambda connection: insert_provisioning_key(connection, tenant, key.stored, body.expires_at, body.uses)
+    await call.change(
+        lambda connection: insert_provisioning_key(connection, tenant, key.stored, body.expires_at, body.uses),
+        lambda _: [Affected(key.stored.id, None, {"uses": body.uses, "expires_at": moment_text(body.expires_at)})],
     )
     return answer({"id": key.stored.id, "key": key.text}, 201)
 
 
 async def delete_key(call: Call) -> web.StreamResponse:
     tenant, key_id = call.tenant, call.request.match_info["id"]
-    await call.platform.store.writer.change(lambda connection: delete_token(connection, "provisioning_key", tenant, key_id))
+    await call.change(lambda connection: delete_provisioning_key(connection, tenant, key_id))
     return web.Response(status=204)
 
 
 async def list_tokens(call: Call) -> web.StreamResponse:
-    return json_response(await call.platform.store.read.operator_tokens(call.tenant, call.page(), call.query.after or ""))
+    accounts = call.platform.store.read.accounts
+    return json_response(await accounts.operator_tokens(call.principal.tenant_id, call.page(), call.query.after or ""))
 
 
 async def create_token(call: Call) -> web.StreamResponse:
-    tenant, token, body = call.tenant, mint("op"), await call.body(NewToken)
-    if body.role not in RANKS:
-        raise Refusal("invalid", FieldError("role", f"is not one of {', '.join(RANKS)}"))
-    await call.platform.store.writer.change(
-        lambda connection: insert_operator_token(connection, tenant, token.stored, body.name, body.role, body.expires_at)
+    """A token of the caller's own tenant, or of the platform for its own; not above the caller's role."""
+    who, token, body = call.principal, mint("op"), await call.body(NewToken)
+    if body.role not in (*RANKS, "platform"):
+        raise Refusal("invalid", FieldError("role", f"is not one of {', '.join((*RANKS, 'platform'))}"))
+    if (body.role == "platform") != (who.tenant_id is None) or not who.may(body.role):
+        raise Refusal("forbidden")
+    await call.change(
+        lambda connection: insert_operator_token(connection, who.tenant_id, token.stored, body.name, body.role, body.expires_at),
+        lambda _: [Affected(token.stored.id, None, {"name": body.name, "role": body.role, "expires_at": moment_text(body.expires_at)})],
     )
     return answer({"id": token.stored.id, "name": body.name, "role": body.role, "token": token.text}, 201)
 
 
 async def revoke_token(call: Call) -> web.StreamResponse:
-    tenant, token_id = call.tenant, call.request.match_info["id"]
-    await call.platform.store.writer.change(lambda connection: delete_token(connection, "operator_token", tenant, token_id))
+    tenant, token_id = call.principal.tenant_id, call.request.match_info["id"]
+    await call.change(lambda connection: delete_operator_token(connection, tenant, token_id))
+    call.platform.registry.end_requests(token_id=token_id)
     return web.Response(status=204)
 
 
 async def whoami(call: Call) -> web.StreamResponse:
-    who = call.principal
-    return answer({"id": who.token_id, "name": who.name, "role": who.role, "tenant": who.tenant})
+    who, quotas = call.principal, None
+    if who.tenant_id is not None:
+        quotas = await call.platform.store.read.accounts.quotas(who.tenant_id, default_quotas(call.platform.settings))
+    expires_at = moment_text(who.expires_at)
+    known = {"id": who.token_id, "name": who.name, "role": who.role, "tenant": who.tenant, "expires_at": expires_at}
+    return answer({**known, "quotas": orjson.Fragment(quotas or "null")})
+
+
+async def list_tenants(call: Call) -> web.StreamResponse:
+    quotas = default_quotas(call.platform.settings)
+    return json_response(await call.platform.store.read.accounts.tenants(call.page(), call.query.after or "", quotas))
+
+
+async def create_tenant(call: Call) -> web.StreamResponse:
+    """A tenant with its first admin token: who asks for it has no other way in."""
+    token, body = mint("op"), await call.body(NewTenant)
+
+    def create(connection: sqlite3.Connection) -> None:
+        tenant = insert_tenant(connection, body.name, body.quotas)
+        insert_operator_token(connection, tenant, token.stored, "first admin", "admin")
+
+    await call.change(create, lambda _: [Affected(body.name, None, {"quotas": body.quotas, "token": token.stored.id})])
+    return answer({"name": body.name, "token": token.text}, 201)
+
+
+async def patch_tenant(call: Call) -> web.StreamResponse:
+    name, body = call.request.match_info["tenant"], await call.body(TenantPatch)
+    tenant, connections, points = await call.change(
+        lambda connection: set_quotas(connection, name, body.quotas), quotas=body.quotas
+    )
+    defaults = default_quotas(call.platform.settings)
+    call.platform.registry.set_quotas(
+        tenant,
+        defaults["connections"] if connections is None else connections,
+        defaults["points_per_day"] if points is None else points,
+    )
+    return json_response(await call.platform.store.read.accounts.quotas(tenant, defaults) or "null")
+
+
+async def delete_tenant(call: Call) -> web.StreamResponse:
+    name = call.request.match_info["tenant"]
+    if call.query.confirm != name:
+        raise Refusal("bad_query", FieldError("confirm", "does not repeat the tenant's name"))
+    tenant = await call.change(lambda connection: remove_tenant(connection, name))
+    call.platform.registry.end_tenant(tenant)
+    call.platform.cleaner.wanted.set()
+    return web.Response(status=204)
+
+
+async def stream_audit(call: Call, wanted: AuditFilter) -> web.StreamResponse:
+    """All that is wanted of the audit, oldest first, a line of JSON each (https://github.com/ndjson/ndjson-spec)."""
+    limits, accounts = call.platform.limits, call.platform.store.read.accounts
+    last: int | None = 0 if call.query.after is None else call.query.after
+    async with streaming(call, "application/x-ndjson") as response:
+        while last is not None:
+            lines, last = await accounts.audit_lines(call.principal.tenant_id, wanted, limits.audit_rows, last)
+            async with asyncio.timeout(limits.query_seconds):
+                await response.write(lines.encode())
+    return response
+
+
+async def show_audit(call: Call) -> web.StreamResponse:
+    query: AuditQuery = call.query
+    wanted = AuditFilter(query.actor, query.action, query.device, query.from_, query.to_)
+    if query.format == "ndjson" and query.limit is None:
+        return await stream_audit(call, wanted)
+    if query.format != "json":
+        problem = FieldError("limit", "is not for format=ndjson, which is the whole range")
+        raise Refusal("bad_query", problem if query.format == "ndjson" else FieldError("format", "is neither json nor ndjson"))
+    after = INTEGERS - 1 if query.after is None else query.after
+    return json_response(await call.platform.store.read.accounts.audit(call.principal.tenant_id, wanted, call.page(), after))
 
 
 async def show_health(call: Call) -> web.StreamResponse:
     if not await call.platform.store.healthy(call.platform.limits):
         raise Refusal("storage_unavailable")
     return answer({"status": "ok", "version": VERSION})
+
+
+def give_up_after(transport: asyncio.Transport, seconds: float) -> None:
+    """Let the system break a connection whose peer confirms nothing for so long (RFC 5482), where it can."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(seconds * 1000))
 
 
 async def hold_device(call: Call) -> web.StreamResponse:
@@ -3426,6 +4389,7 @@ async def hold_device(call: Call) -> web.StreamResponse:
         raise Refusal("bad_handshake") from error
     transport = call.request.transport
     if transport is not None:
+        give_up_after(transport, call.platform.settings.heartbeat * 1.5)
         await Session(call.platform, socket, transport, call.address).serve()
     return socket
 
@@ -3435,36 +4399,49 @@ Handler = Callable[[Call], Awaitable[web.StreamResponse]]
 
 @attrs.frozen
 class Route:
-    """A method and path, the least role that may use it (`public`: everybody, `any`: every token), and what answers."""
+    """A method and path, the least role that may use it (`public`: everybody, `any`: every token; `platform` stands beside the
+    others), what answers, and for whatever changes something, or reaches into a device, what the audit calls it."""
 
     method: str
     path: str
     role: str
     handler: Handler
     query: type[Any] = NoQuery
+    action: str = ""
 
 
 ROUTES: Final = (
     Route("GET", "/iiot", "viewer", list_devices, DeviceQuery),
-    Route("POST", "/iiot", "operator", push_many, PushQuery),
+    Route("POST", "/iiot", "operator", push_many, PushQuery, "config.push"),
     Route("GET", "/iiot/{device}", "viewer", show_device),
-    Route("PUT", "/iiot/{device}", "admin", register_device),
-    Route("DELETE", "/iiot/{device}", "admin", delete_device),
-    Route("POST", "/iiot/{device}", "operator", push_one, PushQuery),
+    Route("PUT", "/iiot/{device}", "admin", register_device, action="device.register"),
+    Route("PATCH", "/iiot/{device}", "admin", patch_device, action="device.update"),
+    Route("DELETE", "/iiot/{device}", "admin", delete_device, action="device.remove"),
+    Route("POST", "/iiot/{device}/token", "admin", rotate_device_token, action="device.token"),
+    Route("POST", "/iiot/{device}", "operator", push_one, PushQuery, "config.push"),
     Route("GET", "/iiot/{device}/config", "viewer", show_config),
     Route("GET", "/iiot/{device}/config/history", "viewer", list_configs, HistoryQuery),
-    Route("POST", "/iiot/{device}/config/rollback", "operator", push_back, PushQuery),
+    Route("POST", "/iiot/{device}/config/rollback", "operator", push_back, PushQuery, "config.rollback"),
     Route("GET", "/iiot/{device}/state", "viewer", show_state, StateQuery),
     Route("GET", "/iiot/{device}/state/history", "viewer", list_states, HistoryQuery),
     Route("GET", "/iiot/{device}/events", "viewer", list_events, EventQuery),
     Route("GET", "/iiot/{device}/telemetry", "viewer", show_telemetry, TelemetryQuery),
-    Route("POST", "/iiot/{device}/report", "operator", ask_report),
+    Route("POST", "/iiot/{device}/report", "operator", ask_report, action="device.report"),
     Route("GET", "/provisioning-keys", "admin", list_keys, ListQuery),
-    Route("POST", "/provisioning-keys", "admin", create_key),
-    Route("DELETE", "/provisioning-keys/{id}", "admin", delete_key),
+    Route("POST", "/provisioning-keys", "admin", create_key, action="key.create"),
+    Route("DELETE", "/provisioning-keys/{id}", "admin", delete_key, action="key.remove"),
     Route("GET", "/tokens", "admin", list_tokens, ListQuery),
-    Route("POST", "/tokens", "admin", create_token),
-    Route("DELETE", "/tokens/{id}", "admin", revoke_token),
+    Route("POST", "/tokens", "admin", create_token, action="token.create"),
+    Route("DELETE", "/tokens/{id}", "admin", revoke_token, action="token.revoke"),
+    Route("GET", "/audit", "admin", show_audit, AuditQuery),
+    Route("GET", "/tenants", "platform", list_tenants, ListQuery),
+    Route("POST", "/tenants", "platform", create_tenant, action="tenant.create"),
+    Route("PATCH", "/tenants/{tenant}", "platform", patch_tenant, action="tenant.update"),
+    Route("DELETE", "/tenants/{tenant}", "platform", delete_tenant, RemovalQuery, "tenant.remove"),
+    Route("GET", "/platform/tokens", "platform", list_tokens, ListQuery),
+    Route("POST", "/platform/tokens", "platform", create_token, action="token.create"),
+    Route("DELETE", "/platform/tokens/{id}", "platform", revoke_token, action="token.revoke"),
+    Route("GET", "/platform/audit", "platform", show_audit, AuditQuery),
     Route("GET", "/events", "viewer", follow_events, FeedQuery),
     Route("GET", "/whoami", "any", whoami),
     Route("GET", "/healthz", "public", show_health),
@@ -3479,18 +4456,30 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
 
     async def handle(request: web.Request) -> web.StreamResponse:
         platform = request.app[PLATFORM]
-        principal = NOBODY
-        if route.role != "public":
-            scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-            principal = await platform.identity.operator(token.strip() if scheme.lower() == "bearer" else "")
-            if not principal.may(route.role):
-                raise Refusal("forbidden")
+        if route.role == "public":
+            return await handle_known(Call(request, platform, NOBODY))
+        scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        address = remote_address(request, platform.settings)
+        who = await platform.identity.operator(token.strip() if scheme.lower() == "bearer" else "", address)
+        seconds = None if who.expires_at is None else (who.expires_at - now_ms()) / 1000
+        async with platform.registry.request(who.token_id, who.tenant_id, seconds):
+            call = Call(request, platform, who, route.action)
+            try:
+                if not who.may(route.role):
+                    raise Refusal("forbidden")
+                return await handle_known(call)
+            except Refusal as refusal:
+                await call.refused(refusal)
+                raise
+
+    async def handle_known(call: Call) -> web.StreamResponse:
+        shown = call.request.query
         try:
-            query = converter.structure({name: request.query.getall(name) for name in request.query}, route.query)
+            call.query = converter.structure({name: shown.getall(name) for name in shown}, route.query)
         except Exception as error:
-            wrong = islice(field_errors(error), platform.limits.field_errors)
+            wrong = islice(field_errors(error), call.platform.limits.field_errors)
             raise Refusal("bad_query", *(attrs.evolve(field, path=field.path.rstrip("_")) for field in wrong)) from error
-        return await route.handler(Call(request, platform, principal, query))
+        return await route.handler(call)
 
     return handle
 
@@ -3501,6 +4490,8 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
     try:
         return await handler(request)
     except Refusal as refusal:
+        if request.writer.output_size > 0:  # an answer is under way, of a token that was revoked: it breaks off
+            raise ConnectionError from refusal
         return error_response(refusal)
     except web.HTTPException as error:
         known = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
@@ -3585,8 +4576,9 @@ async def run_platform(app: web.Application, settings: Settings, limits: Limits)
     """Open the store, then what stands on it; close them the other way round."""
     async with Store.open(Path(settings.db), limits) as store:
         registry = Registry()
-        cleaner = Cleaner(store, limits)
-        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, Identity(store), registry, cleaner)
+        cleaner = Cleaner(store, registry, limits)
+        identity = Identity(store, limits, settings.quota_devices)
+        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner)
         tasks = [
             asyncio.create_task(Heartbeat(registry, store.writer, limits, settings.heartbeat).run(), name="heartbeat"),
             asyncio.create_task(ConfigClock(store, limits).run(), name="config clock"),
@@ -3666,6 +4658,7 @@ REAL: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-
 FURTHEST: Final = 1e11  # seconds: the fifth millennium
 REPLAY_ROWS: Final = 50  # of a recorded file in one frame
 REPLAY_BYTES: Final = 256 * 1024  # likewise, well within what a frame may have
+HELD_SECONDS: Final = 60.0  # at most, after `throttled`: the quota may be raised, and until then the server just does not read
 PERMANENT: Final = (4400, 4401, 4403)  # close codes after which trying again is of no use
 
 
@@ -4037,6 +5030,7 @@ class Agent:
         self._applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
         self._config_version, self._config_document = self._applied.read()
         self._reported: dict[str, Any] | None = None
+        self._held_until = 0.0  # until then the server takes nothing
         self._wanted: dict[str, Any] | None = None  # the newest configuration that was not looked at yet
         self._wanted_changed = asyncio.Event()
         self._report = asyncio.Event()
@@ -4193,6 +5187,7 @@ class Agent:
             await link.send_json({"type": "hello", "token": self._token, "agent": f"iiot-agent/{VERSION}", "time": now_ms()})
             welcome = await self._expect(link, "welcome")
             log.info("connected as %s, session %s", welcome["device"], welcome["session"])
+            self._held_until = 0.0
             self._delivered += await self._spool.resume(welcome["seq"])
             self._want(welcome.get("config"))
             if self._spool.dropped != self._dropped:  # a report may have been among it
@@ -4231,6 +5226,7 @@ class Agent:
     async def _send(self, link: ClientWebSocketResponse) -> None:
         while True:
             frame = await self._spool.next()
+            await asyncio.sleep(max(0.0, self._held_until - time.monotonic()))
             await link.send_str(json.dumps(frame, separators=(",", ":")))
 
     async def _receive(self, link: ClientWebSocketResponse) -> None:
@@ -4245,6 +5241,9 @@ class Agent:
                 await self._send_apart(await self._spool.refuse(frame.get("seq", 0)))
             elif frame["type"] == "config":
                 self._want(frame)
+            elif frame["type"] == "throttled":
+                log.warning("the server takes no more for %.0f s: %s is used up", frame["retry_after"], frame["limit"])
+                self._held_until = time.monotonic() + min(frame["retry_after"], HELD_SECONDS)
             elif frame["type"] == "report":
                 self._reported = None  # state is sent whole
                 self._report.set()
@@ -4290,9 +5289,28 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def tenant_name(text: str) -> TenantName:
+    try:
+        return check_tenant_name(text)
+    except Invalid as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
+
 def options(arguments: argparse.Namespace, cls: type[T]) -> T:
     names = attrs.fields_dict(cast("type[attrs.AttrsInstance]", cls))
     return cls(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+
+
+def add_tenant_commands(parser: argparse.ArgumentParser) -> None:
+    tenant = parser.add_subparsers(dest="verb", required=True)
+    add = tenant.add_parser("add", help="make a tenant; prints its first admin token alone")
+    tenants = tenant.add_parser("list", help="print every tenant as a line of JSON, with what it uses and may use")
+    remove = tenant.add_parser("remove", help="remove a tenant with all its data")
+    remove.add_argument("--confirm", required=True, help="its name once more")
+    for command in (add, remove):
+        command.add_argument("name", type=tenant_name)
+    for command in (add, tenants, remove):
+        add_options(command, Settings, ("db", *(("quota_devices", "quota_connections", "quota_points") if command is tenants else ())))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -4309,6 +5327,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (token, key):
         command.add_argument("--tenant", default="default", help="whose it is (default)")
         add_options(command, Settings, ("db",))
+    add_tenant_commands(commands.add_parser("tenant", help="make, list and remove tenants, in the database file"))
     device = commands.add_parser("device", help="run this machine as a device")
     add_options(device, AgentOptions)
     add_options(device, Settings, ("log_level",))
@@ -4327,6 +5346,15 @@ def change_database(path: Path, function: Callable[[sqlite3.Connection], T]) -> 
                 return function(connection)
 
 
+def operator_at_the_machine(tenant_id: int | None) -> Actor:
+    """Who answers for what is done from the command line."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError):  # a user without a name
+        name = "unknown"
+    return Actor(tenant_id, None, name, "command line")
+
+
 def named_tenant(connection: sqlite3.Connection, name: str) -> int:
     try:
         return tenant_id_of(connection, name)
@@ -4340,6 +5368,8 @@ def mint_token(arguments: argparse.Namespace) -> None:
     def add(connection: sqlite3.Connection) -> None:
         tenant = None if arguments.role == "platform" else named_tenant(connection, arguments.tenant)
         insert_operator_token(connection, tenant, token.stored, arguments.name, arguments.role)
+        affected = Affected(token.stored.id, None, {"name": arguments.name, "role": arguments.role})
+        add_entries(connection, operator_at_the_machine(tenant), "token.create", "ok", [affected])
 
     change_database(Path(arguments.db), add)
     print(token.text)
@@ -4349,10 +5379,41 @@ def mint_key(arguments: argparse.Namespace) -> None:
     key = mint("prov")
 
     def add(connection: sqlite3.Connection) -> None:
-        insert_provisioning_key(connection, named_tenant(connection, arguments.tenant), key.stored, uses=arguments.uses)
+        tenant = named_tenant(connection, arguments.tenant)
+        insert_provisioning_key(connection, tenant, key.stored, uses=arguments.uses)
+        affected = Affected(key.stored.id, None, {"uses": arguments.uses})
+        add_entries(connection, operator_at_the_machine(tenant), "key.create", "ok", [affected])
 
     change_database(Path(arguments.db), add)
     print(key.text)
+
+
+def manage_tenants(arguments: argparse.Namespace) -> None:
+    """`tenant add`, `tenant list` and `tenant remove`. A running server notices a removal by itself."""
+    path, actor, token = Path(arguments.db), operator_at_the_machine(None), mint("op")
+
+    def add(connection: sqlite3.Connection) -> None:
+        tenant = insert_tenant(connection, arguments.name, {})
+        insert_operator_token(connection, tenant, token.stored, "first admin", "admin")
+        add_entries(connection, actor, "tenant.create", "ok", [Affected(arguments.name, None, {"token": token.stored.id})])
+
+    def remove(connection: sqlite3.Connection) -> None:
+        named_tenant(connection, arguments.name)
+        remove_tenant(connection, arguments.name)
+        add_entries(connection, actor, "tenant.remove", "ok", [Affected(arguments.name)])
+
+    match arguments.verb:
+        case "add":
+            change_database(path, add)
+            print(token.text)
+        case "list":
+            quotas = default_quotas(options(arguments, Settings))
+            for line in change_database(path, lambda connection: tenant_lines(connection, quotas)):
+                print(line)
+        case "remove":
+            if arguments.confirm != arguments.name:
+                raise StoreError("--confirm does not repeat the tenant's name")
+            change_database(path, remove)
 
 
 def first_credentials(path: Path) -> tuple[Secret, Secret] | None:
@@ -4360,11 +5421,14 @@ def first_credentials(path: Path) -> tuple[Secret, Secret] | None:
     token, key = mint("op"), mint("prov")
 
     def add(connection: sqlite3.Connection) -> bool:
-        if has_operator_tokens(connection):
+        if not is_untouched(connection):
             return False
         tenant = tenant_id_of(connection, "default")
         insert_operator_token(connection, tenant, token.stored, "first start", "admin")
         insert_provisioning_key(connection, tenant, key.stored)
+        made = {"token.create": token, "key.create": key}
+        for action, secret in made.items():
+            add_entries(connection, operator_at_the_machine(tenant), action, "ok", [Affected(secret.stored.id)])
         return True
 
     return (token, key) if change_database(path, add) else None
@@ -4407,6 +5471,13 @@ async def run_device(agent_options: AgentOptions) -> None:
     await Agent(agent_options).run()
 
 
+class RedactingFormatter(logging.Formatter):
+    """Log lines without the secrets that a peer may have put into an address, or into what it sent."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line; `python iiot.py` alone serves."""
     words = sys.argv[1:] if argv is None else argv
@@ -4414,7 +5485,9 @@ def main(argv: list[str] | None = None) -> None:
         words = ["serve", *words]
     arguments = make_parser().parse_args(words)
     level = getattr(arguments, "log_level", "info").upper()
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
     try:
         match arguments.command:
             case "serve":
@@ -4423,6 +5496,8 @@ def main(argv: list[str] | None = None) -> None:
                 mint_token(arguments)
             case "provisioning-key":
                 mint_key(arguments)
+            case "tenant":
+                manage_tenants(arguments)
             case "device":
                 asyncio.run(run_device(options(arguments, AgentOptions)))
     except KeyboardInterrupt:

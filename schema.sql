@@ -2,12 +2,24 @@
 -- Times are integer milliseconds since 1970-01-01 UTC. Every row that belongs to a customer reaches its tenant.
 -- Secrets are never stored: `secret_hash` is the SHA-256 of a token's secret part, its `id` part is the look-up key.
 
--- A customer, alone with their devices, tokens and data.
+-- A customer, alone with their devices, tokens and data. Numbers of tenants and devices are never given out again: what is
+-- under way to a removed one must not reach another.
 create table tenant (
-    id          integer primary key,
-    name        text not null unique,
-    created_at  integer not null
+    id                integer primary key autoincrement,
+    name              text unique,                             -- null: removed, and what is left of it is being deleted
+    created_at        integer not null,
+    devices_most      integer,                                 -- quotas; null: what the installation gives to every tenant
+    connections_most  integer,
+    points_most       integer                                  -- stored in one day, UTC
 ) strict;
+
+-- Points that a tenant stored, by day.
+create table usage (
+    tenant_id  integer not null references tenant on delete cascade,
+    day        integer not null,                               -- since 1970-01-01, UTC
+    points     integer not null,
+    primary key (tenant_id, day)
+) strict, without rowid;
 
 -- A person's or program's key to the HTTP interface.
 create table operator_token (
@@ -18,6 +30,7 @@ create table operator_token (
     secret_hash  blob not null,
     created_at   integer not null,
     expires_at   integer,                                      -- null: never
+    used_at      integer,                                      -- at most half a minute before its last use; null: never used
     check ((role = 'platform') = (tenant_id is null))
 ) strict, without rowid;
 create index operator_token_by_tenant on operator_token (tenant_id);
@@ -35,19 +48,22 @@ create index provisioning_key_by_tenant on provisioning_key (tenant_id);
 
 -- A machine in the plant. Rarely written; what changes with every frame is in `presence`.
 create table device (
-    id          integer primary key,
+    id          integer primary key autoincrement,
     tenant_id   integer not null references tenant on delete cascade,
     name        text not null,
     created_at  integer not null,
+    disabled    integer not null default 0 check (disabled in (0, 1)),  -- its tokens are known, and refused
+    labels      text not null default '{}' check (json_valid(labels)),  -- JSON: {name: text}, the operators' own
     unique (tenant_id, name)
 ) strict;
 
--- A device's token. Its holder is the device, whatever name it gives.
+-- A device's token. Its holder is the device, whatever name it gives. There are two while the device is given a new one.
 create table device_token (
     id           text primary key,
     device_id    integer not null references device on delete cascade,
     secret_hash  blob not null,
-    created_at   integer not null
+    created_at   integer not null,
+    pending      integer not null default 0 check (pending in (0, 1))   -- waits for its first use, which ends the one before it
 ) strict, without rowid;
 create index device_token_by_device on device_token (device_id);
 
@@ -98,7 +114,7 @@ create table telemetry (
     primary key (series_id, ts)
 ) strict, without rowid;
 
--- Series of devices that were removed: their readings are deleted little by little, for a device may have millions.
+-- Series of devices that were removed, alone or with their tenant: their readings are deleted little by little, for a device may have millions.
 create table removed_series (
     id  integer primary key
 ) strict;
@@ -131,3 +147,36 @@ create table config (
 ) strict, without rowid;
 -- For the clock that looks for verdicts that did not come.
 create index config_awaited on config (sent_at + timeout) where status in ('sent', 'in_progress');
+
+-- Who did what, to what, from where, and whether they might: every change and every debug access, refused ones too. An entry
+-- is written in the transaction of its change. None is ever changed; they go only with all else of a removed tenant.
+create table audit (
+    id         integer primary key autoincrement,
+    tenant_id  integer references tenant,         -- null: the platform's own affairs
+    at         integer not null,
+    token      text,                              -- the id of the token or provisioning key; null: the command line
+    name       text not null,                     -- of the token
+    role       text not null,
+    action     text not null,                     -- device.remove, config.push …
+    target     text,                              -- a name or an id, as the action has it
+    device     text,                              -- by name, where one is meant; the entry outlives it
+    address    text,
+    outcome    text not null,                     -- ok, or the code of the refusal
+    detail     text check (detail is null or json_valid(detail))  -- JSON: what else the action was told
+) strict;
+create index audit_by_tenant on audit (tenant_id, id);
+create index audit_by_device on audit (tenant_id, device, id) where device is not null;
+create trigger audit_is_not_updated before update on audit
+begin
+    select raise(abort, 'the audit is append-only');
+end;
+create trigger audit_is_not_deleted before delete on audit
+when old.tenant_id is null or exists (select 1 from tenant where id = old.tenant_id and name is not null)
+begin
+    select raise(abort, 'the audit is append-only');
+end;
+create trigger audit_is_not_replaced before insert on audit
+when exists (select 1 from audit where id = new.id)
+begin
+    select raise(abort, 'the audit is append-only');
+end;

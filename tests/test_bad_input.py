@@ -449,7 +449,7 @@ BODIES: list[tuple[str, bytes, int, str, list[str]]] = [
     ("/tokens", b"null", 400, "not_an_object", []),
     ("/tokens", b"[" * 5_000 + b"]" * 5_000, 422, "too_deep", []),
     ("/tokens", b'{"name":"a","role":"owner"}', 422, "invalid", ["role"]),
-    ("/tokens", b'{"name":"a","role":"platform"}', 422, "invalid", ["role"]),
+    ("/tokens", b'{"name":"a","role":"platform"}', 403, "forbidden", []),
     ("/tokens", b'{"name":1,"role":"viewer"}', 422, "invalid", ["name"]),
     ("/tokens", b'{"name":"a","role":["viewer"]}', 422, "invalid", ["role"]),
     ("/tokens", b'{"name":"a","role":"viewer","tenant":"other"}', 422, "invalid", ["tenant"]),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -324,29 +322,3 @@ async def test_a_timeout_goes_on_across_a_restart(tmp_path: Path) -> None:
         await until_status(plant, "press-1", "sent")
     async with plants.plant(tmp_path, limits) as plant:
         await until_status(plant, "press-1", "timed_out")
-
-
-def test_a_database_of_the_first_schema_becomes_one_of_the_last(tmp_path: Path) -> None:
-    path = tmp_path / "iiot.db"
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute(f"pragma application_id = {iiot.APPLICATION_ID}")
-        connection.executescript((Path(__file__).parent / "schema-1.sql").read_text())
-        connection.execute("insert into tenant (id, name, created_at) values (1, 'default', 0)")
-        connection.execute("insert into device (id, tenant_id, name, created_at) values (1, 1, 'press-1', 0)")
-        connection.execute("insert into presence (device_id, seq) values (1, 7)")
-        connection.execute("pragma user_version = 1")
-        connection.commit()
-    iiot.prepare_database(path)
-    iiot.prepare_database(tmp_path / "new.db")
-
-    def shape(file: Path) -> dict[str, Any]:
-        with closing(sqlite3.connect(file)) as connection:
-            names = [row[0] for row in connection.execute("select name from sqlite_schema where name not like 'sqlite_%' order by name")]
-            columns = {name: sorted(row[1:] for row in connection.execute(f"pragma table_xinfo({name})")) for name in names}
-            return {"columns": columns, "version": connection.execute("pragma user_version").fetchone()}
-
-    assert shape(path) == shape(tmp_path / "new.db")
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("select seq, config_version from presence").fetchall() == [(7, 0)]
-    with closing(sqlite3.connect(tmp_path / "iiot.db.schema-1")) as connection:
-        assert connection.execute("select seq from presence").fetchall() == [(7,)]

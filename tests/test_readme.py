@@ -135,7 +135,7 @@ async def first_start(walk: Walk) -> str:
 
 async def test_more_to_do_is_true(walk: Walk) -> None:
     (walk.folder / "recording.csv").write_text("time;level;flow\n2026-01-01 00:00:00;1.5;2\n2026-01-01 00:00:01;1.25;3\n")
-    replay, mint, register, configure = (text for _, text in BLOCK.findall(section("More to do")))
+    replay, mint, register, configure, rotate, tenants = (text for _, text in BLOCK.findall(section("More to do")))
     await walk.run(replay)
     viewer, key = (await walk.run(mint)).split()
     assert viewer.startswith("iiot_op_")
@@ -156,6 +156,26 @@ async def test_more_to_do_is_true(walk: Walk) -> None:
     finally:
         agent.terminate()
         await agent.wait()
+
+
+    rotated, patched, *entries = (json.loads(line) for line in (await walk.run(rotate)).splitlines())
+    assert rotated["token"].startswith("iiot_dev_")
+    assert (patched["disabled"], patched["labels"]) == (True, {"line": "3"})
+    assert [(entry["action"], entry["outcome"]) for entry in entries] == [
+        ("device.register", "ok"), ("device.token", "ok"), ("device.update", "ok"),
+    ]  # fmt: skip
+    made, listed = (json.loads(line) for line in (await walk.run(tenants)).splitlines())
+    assert made["name"] == "acme"
+    quotas = {item["name"]: item["quotas"] for item in listed["items"]}
+    assert quotas["acme"]["devices"] == {"used": 0, "limit": 500}
+    assert quotas["default"]["devices"]["used"] >= 3
+
+
+def test_actions_are_the_readme_s() -> None:
+    shown = re.search(r"Actions: (.*?)\.\n", section("HTTP contract"), re.DOTALL)
+    assert shown is not None
+    of_devices = {"device.provision"}  # at the socket, not at a route
+    assert set(re.findall(r"`([a-z.]+)`", shown[1])) == {route.action for route in iiot.ROUTES if route.action} | of_devices
 
 
 def test_install_and_test_lines_stand_once() -> None:

@@ -449,15 +449,12 @@ def test_whatever_is_not_a_whole_token_of_the_kind_is_refused() -> None:
         token.replace("iiot", "tiio"),
     ]
     for text in wrong:
-        with pytest.raises(iiot.Refusal) as caught:
-            iiot.take_apart("dev", text)
-        assert caught.value.fault.code == "unauthorized"
+        assert iiot.take_apart("dev", text) is None
 
 
 @given(st.text(max_size=90))
 def test_no_text_breaks_the_check_of_a_token(text: str) -> None:
-    with pytest.raises(iiot.Refusal):
-        iiot.take_apart("dev", text)
+    assert iiot.take_apart("dev", text) is None
 
 
 @pytest.mark.parametrize(
