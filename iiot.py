@@ -57,12 +57,12 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Final, NewType, Protocol, TypeVar, cast
+from typing import IO, Any, Final, NewType, NoReturn, Protocol, TypeVar, cast
 
 import aiosqlite
 import attrs
@@ -106,7 +106,10 @@ def quota(default: int, text: str) -> Any:
     return setting(default, f"{text} that a tenant may have, unless it has a quota of its own", lambda number: number >= 0, "at least 0")
 
 
-def networks(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+
+
+def networks(text: str) -> Networks:
     """Networks and addresses, separated by commas. ValueError."""
     return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
 
@@ -222,10 +225,15 @@ class Limits:
     # A live feed sends a comment after so long without an event, so that both ends notice a broken connection.
     feed_seconds: float = 15.0
     feed_events: int = 500
-    # Rows of removed devices and tenants that one transaction deletes, between those of devices that are there; and devices
-    # of a removed tenant, each with all its states and configurations.
-    removed_rows: int = 5_000
+    # What one transaction deletes of removed devices and tenants, between those of devices that are there: devices that it
+    # looks at, series likewise, small rows, and documents of up to `document_bytes`.
     removed_devices: int = 20
+    removed_series: int = 500
+    removed_rows: int = 5_000
+    removed_documents: int = 500
+    # Frames of a device whose tenant may store no more points for now: those that were under way when it was told. After so
+    # many bytes of them its socket is not read.
+    held_bytes: int = 16 * 1024
     # Rows of the audit that an export reads at one time.
     audit_rows: int = 1_000
     # Before a failed commit is tried again.
@@ -273,7 +281,7 @@ FAULTS: Final = fault_table(
     ("frame_too_big",        413, 1009, "The frame is too big."),
     ("handshake_timeout",    408, 4408, "No hello came in time."),
     ("invalid",              422, 4400, "The content is not as expected."),
-    ("last_token",           409, 4400, "This is the last token that may manage tokens; mint another first."),
+    ("last_token",           409, 4400, "No other token that may manage tokens lasts as long; mint one first."),
     ("method_not_allowed",   405, 4400, "The resource has no such method."),
     ("not_an_object",        400, 4400, "The content is not a JSON object."),
     ("not_binary",           400, 4400, "Binary frames belong to an open tunnel."),
@@ -331,6 +339,14 @@ class Invalid(ValueError):  # noqa: N818 - the project's word for it
         self.at = at
 
 
+SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
+
+
+def redacted(text: str) -> str:
+    """`text` without the secret part of any token or key in it."""
+    return SECRET.sub(r"\1…", text)
+
+
 # ==== Frames ====
 # Owns: an attrs class for every frame and request body, and the converter that makes them out of JSON text or says which
 # field is wrong. Must not know: sockets, SQL.
@@ -341,6 +357,7 @@ Expiry = NewType("Expiry", int)
 Clock = NewType("Clock", int)
 DeviceName = NewType("DeviceName", str)
 TenantName = NewType("TenantName", str)
+TokenName = NewType("TokenName", str)
 Value = float | int | str
 Values = NewType("Values", dict[str, Value])
 Document = NewType("Document", dict[str, Any])
@@ -492,7 +509,7 @@ class NewProvisioningKey:
 class NewToken:
     """Body of POST /tokens."""
 
-    name: str
+    name: TokenName
     role: str
     expires_at: Expiry | None = None
 
@@ -626,7 +643,15 @@ def check_device_name(value: object, _: object = None) -> DeviceName:
 
 
 def check_tenant_name(value: object, _: object = None) -> TenantName:
+    if value in (".", ".."):  # a path without them is another path
+        raise Invalid("is a step in a path")
     return TenantName(check_device_name(value))
+
+
+def check_token_name(value: object, _: object = None) -> TokenName:
+    if type(value) is not str or not 0 < len(value) <= 128 or not value.isprintable():
+        raise Invalid("is not 1 to 128 printable characters")
+    return TokenName(value)
 
 
 def check_quotas(value: object, _: object = None) -> QuotaChange:
@@ -675,6 +700,11 @@ def canonical(document: object) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_SORT_KEYS)
 
 
+def shown_path(path: str) -> str:
+    """The path of a field, whose name the peer chose."""
+    return redacted(path.lstrip("."))[:256]
+
+
 def field_errors(error: BaseException, path: str = "") -> Iterator[FieldError]:
     """Every field at fault in what the converter raised, with its path and a text made for the peer."""
     for note in getattr(error, "__notes__", ()):
@@ -686,9 +716,9 @@ def field_errors(error: BaseException, path: str = "") -> Iterator[FieldError]:
         for inner in error.exceptions:
             yield from field_errors(inner, path)
     elif isinstance(error, ForbiddenExtraKeysError):
-        yield from (FieldError(f"{path}.{name}".lstrip(".")[:256], "is not a known field") for name in sorted(error.extra_fields))
+        yield from (FieldError(shown_path(f"{path}.{name}"), "is not a known field") for name in sorted(error.extra_fields))
     elif isinstance(error, Invalid):
-        yield FieldError(f"{path}{error.at}".lstrip(".")[:256], str(error))
+        yield FieldError(shown_path(f"{path}{error.at}"), str(error))
     elif isinstance(error, KeyError):
         yield FieldError(path.lstrip("."), "is missing")
     else:
@@ -781,6 +811,7 @@ class Codec:
         converter.register_structure_hook(Clock, check_clock)
         converter.register_structure_hook(DeviceName, check_device_name)
         converter.register_structure_hook(TenantName, check_tenant_name)
+        converter.register_structure_hook(TokenName, check_token_name)
         converter.register_structure_hook(QuotaChange, check_quotas)
         converter.register_structure_hook(Labels, self._check_labels)
         largest = float("inf") if exact else INTEGERS  # the quick parser makes reals of integers of over 64 bits
@@ -879,7 +910,6 @@ class Codec:
 UNITS: Final = MappingProxyType({"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": DAY, "": 1_000})
 DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d|)")
 TOKEN: Final = re.compile(r"iiot_(dev|op|prov)_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
-SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
 AGGREGATES: Final = ("avg", "min", "max", "sum", "count", "last")
 
 
@@ -975,11 +1005,6 @@ def csv_lines(rows: bytes) -> bytes:
     return "".join(",".join(map(csv_field, row)) + "\n" for row in orjson.loads(rows)).encode()
 
 
-def redacted(text: str) -> str:
-    """`text` without the secret part of any token or key in it."""
-    return SECRET.sub(r"\1…", text)
-
-
 def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """An address, as sockets and proxies write it: alone, with a port, in brackets, or IPv4 within IPv6."""
     text = text.strip()
@@ -994,16 +1019,14 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def client_address(
-    peer: str, forwarded: Iterable[str], trusted: Iterable[ipaddress.IPv4Network | ipaddress.IPv6Network]
-) -> str:
+def client_address(peer: str, forwarded: Iterable[str], trusted: Networks) -> str:
     """Who a request comes from. Each proxy adds to X-Forwarded-For the peer it had, so the list is read from its end for as
     long as the one who wrote the entry is trusted; what stands before that anybody may have written."""
-    address, proxies = parse_address(peer), tuple(trusted)
+    address = parse_address(peer)
     if address is None:
         return peer
     hops = [hop for line in forwarded for hop in line.split(",")]
-    while hops and any(address in network for network in proxies):
+    while hops and any(address in network for network in trusted):
         hop = parse_address(hops.pop())
         if hop is None:
             break
@@ -1080,7 +1103,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     create table new_device (
         id          integer primary key autoincrement,
         tenant_id   integer not null references tenant on delete cascade,
-        name        text not null,
+        name        text,
         created_at  integer not null,
         disabled    integer not null default 0 check (disabled in (0, 1)),
         labels      text not null default '{}' check (json_valid(labels)),
@@ -1089,6 +1112,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     insert into new_device (id, tenant_id, name, created_at) select id, tenant_id, name, created_at from device;
     drop table device;
     alter table new_device rename to device;
+    create index device_removed on device (id) where name is null;
     alter table operator_token add column used_at integer;
     alter table device_token add column pending integer not null default 0 check (pending in (0, 1));
     create table usage (
@@ -1113,6 +1137,11 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     ) strict;
     create index audit_by_tenant on audit (tenant_id, id);
     create index audit_by_device on audit (tenant_id, device, id) where device is not null;
+    create trigger removed_tenant_stays_removed before update of name on tenant
+    when old.name is null
+    begin
+        select raise(abort, 'a removed tenant stays removed');
+    end;
     create trigger audit_is_not_updated before update on audit
     begin
         select raise(abort, 'the audit is append-only');
@@ -1230,6 +1259,7 @@ def migrate(connection: sqlite3.Connection, path: Path, version: int) -> None:
     copy = path.with_name(f"{path.name}.schema-{version}")
     log.info("migrating %s from schema %d to %d; the old one is kept as %s", path, version, SCHEMA_VERSION, copy)
     with closing(sqlite3.connect(copy)) as target:
+        shutil.copymode(path, copy)
         connection.backup(target)
     connection.execute("pragma foreign_keys = off")  # a step may put another table in the place of one that is referred to
     with transaction(connection):
@@ -1726,6 +1756,7 @@ class Writer:
         if self._stopping:
             raise Refusal("storage_unavailable")
         change = Change(function, asyncio.get_running_loop().create_future())
+        change.future.add_done_callback(lambda future: future.cancelled() or future.exception())  # its caller may be gone
         self._pending.changes.append(change)
         self._work.set()
         await asyncio.wait((change.future,), timeout=self._limits.storage_seconds)
@@ -1890,14 +1921,19 @@ class Affected:
     detail: Mapping[str, object] | None = None
 
 
+def shown_name(text: str | None) -> str | None:
+    """A name as a peer gave it, fit to be kept: it may be anything."""
+    return None if text is None else text.replace("\0", "\\0")[:256]
+
+
 def add_entries(connection: sqlite3.Connection, actor: Actor, action: str, outcome: str, affected: Iterable[Affected]) -> None:
     """Entries of the audit, one for all that was affected; none in a tenant that was removed."""
-    rows = [(row.target and redacted(row.target)[:256], row.device and redacted(row.device)[:256], row.detail) for row in affected]
+    rows = [(shown_name(row.target), shown_name(row.device), row.detail) for row in affected]
     connection.execute(
         """insert into audit (tenant_id, at, token, name, role, action, target, device, address, outcome, detail)
            select ?2, ?3, ?4, ?5, ?6, ?7, value ->> 0, value ->> 1, ?8, ?9, iif(json_type(value, '$[2]') = 'null', null, value -> 2)
            from json_each(?1) where ?2 is null or exists (select 1 from tenant where id = ?2 and name is not null) order by key""",
-        (*bind(rows), actor.tenant_id, now_ms(), actor.token_id, actor.name, actor.role, action, actor.address, outcome),
+        (redacted(*bind(rows)), actor.tenant_id, now_ms(), actor.token_id, actor.name, actor.role, action, actor.address, outcome),
     )
 
 
@@ -1946,10 +1982,15 @@ def insert_operator_token(
 
 def delete_operator_token(connection: sqlite3.Connection, tenant_id: int | None, token_id: str) -> None:
     """Revoke an operator's token of a tenant, or of the platform. Refusal: not_found, last_token."""
-    managing = """select json_group_array(id) from operator_token
-        where tenant_id is ? and role in ('admin', 'platform') and (expires_at is null or expires_at > ?)"""
-    (ids,) = connection.execute(managing, (tenant_id, now_ms())).fetchone()
-    if orjson.loads(ids) == [token_id]:
+    (outlasts_all,) = connection.execute(
+        """select exists (
+               select 1 from operator_token one where tenant_id is ?1 and id = ?2 and role in ('admin', 'platform')
+               and coalesce(expires_at, ?4) > ?3 and not exists (
+                   select 1 from operator_token other where tenant_id is ?1 and id <> ?2 and role in ('admin', 'platform')
+                   and coalesce(other.expires_at, ?4) >= coalesce(one.expires_at, ?4)))""",
+        (tenant_id, token_id, now_ms(), INTEGERS - 1),
+    ).fetchone()
+    if outlasts_all:
         raise Refusal("last_token")
     if connection.execute("delete from operator_token where tenant_id is ? and id = ?", (tenant_id, token_id)).rowcount == 0:
         raise Refusal("not_found")
@@ -2004,7 +2045,11 @@ def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
     connection.execute("delete from operator_token where tenant_id = ?", row)
     connection.execute("delete from provisioning_key where tenant_id = ?", row)
     connection.execute("delete from device_token where device_id in (select id from device where tenant_id = ?)", row)
+    connection.execute("update device set name = null where tenant_id = ?", row)
     return int(row[0])
+
+
+DEVICES_SQL: Final = "(select count(*) from device where tenant_id = tenant.id and device.name is not null)"
 
 
 def insert_device(
@@ -2018,8 +2063,7 @@ def insert_device(
     if row is None:
         raise Refusal("device_exists")
     (full,) = connection.execute(
-        """select (select count(*) from device where tenant_id = tenant.id) > coalesce(devices_most, ?) from tenant where id = ?""",
-        (most, tenant_id),
+        f"select {DEVICES_SQL} > coalesce(devices_most, ?) from tenant where id = ?", (most, tenant_id)
     ).fetchone()
     if full:
         raise Refusal("too_many_devices")
@@ -2068,7 +2112,7 @@ def rotate_token(
     return device_id
 
 
-def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: str) -> None:
+def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: str, address: str) -> None:
     """A device shows its token: if it is a new one, the one before it ends. Refusal: unauthorized when the token is gone by
     now, device_disabled."""
     row = connection.execute(
@@ -2083,7 +2127,7 @@ def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: s
     if pending:
         connection.execute("delete from device_token where device_id = ? and id <> ?", (device_id, token_id))
         connection.execute("update device_token set pending = 0 where id = ?", (token_id,))
-        add_event(connection, device_id, now_ms(), "credentials", {"token": token_id, "first_use": True})
+        add_event(connection, device_id, now_ms(), "credentials", {"token": token_id, "first_use": True, "address": address})
 
 
 def use_provisioning_key(connection: sqlite3.Connection, key_id: str) -> int:
@@ -2112,7 +2156,7 @@ class Opened:
 
 def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, address: str, agent: str | None) -> Opened:
     """Record that a device connected. Refusal: unauthorized when its token is gone by now, device_disabled."""
-    use_device_token(connection, device_id, token_id)
+    use_device_token(connection, device_id, token_id, address)
     now = now_ms()
     session, seq, stamp = connection.execute(
         """update presence set session = session + 1, connected = 1, connected_at = ?1, seen_at = ?1, address = ?2, agent = ?3
@@ -2229,49 +2273,79 @@ def time_out_configs(connection: sqlite3.Connection) -> int:
 
 
 def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str) -> int:
-    """Remove a device and all that is known of it; its id. Its readings are out of reach at once, and deleted by
-    `delete_removed`. Refusal: not_found."""
+    """Put a device out of reach with all that is known of it; its id. `delete_removed` deletes it. Refusal: not_found."""
     device_id, _ = device_row(connection, tenant_id, name)
-    connection.execute("insert into removed_series select id from series where device_id = ?", (device_id,))
-    connection.execute("delete from device where id = ?", (device_id,))
+    connection.execute("delete from device_token where device_id = ?", (device_id,))
+    connection.execute("update device set name = null where id = ?", (device_id,))
     return device_id
 
 
-def delete_removed_readings(connection: sqlite3.Connection, most: int) -> bool:
-    row = connection.execute("select id from removed_series limit 1").fetchone()
-    if row is None:
-        return False
-    deleted = connection.execute(
-        "delete from telemetry where series_id = ?1 and ts in (select ts from telemetry where series_id = ?1 limit ?2)", (*row, most)
-    ).rowcount
-    if deleted < most:
-        connection.execute("delete from removed_series where id = ?", row)
-    return True
+REMOVED_SQL: Final = """select (select json_group_array(id) from (select id from device where name is null limit :most)),
+    (select json_group_array(id) from tenant where name is null), exists (select 1 from removed_series)"""
 
 
-def delete_removed_tenant(connection: sqlite3.Connection, limits: Limits) -> bool:
-    """Rows of a removed tenant that may be many, then a few of its devices, and at last the tenant."""
-    row = connection.execute("select id from tenant where name is null limit 1").fetchone()
-    if row is None:
-        return False
-    for table in ("audit", "event"):
-        deleted = connection.execute(
-            f"delete from {table} where id in (select id from {table} where tenant_id = ? limit ?)", (*row, limits.removed_rows)
-        ).rowcount
-        if deleted:
-            return True
-    some = "select id from device where tenant_id = ? order by id limit ?"
+@attrs.frozen
+class Removed:
+    """Numbers of removed devices and tenants of which something is left, a few at a time; whether there are series too."""
+
+    devices: list[int]
+    tenants: list[int]
+    series: bool
+
+    @classmethod
+    def of(cls, row: tuple[Any, ...]) -> Removed:
+        return cls(orjson.loads(row[0]), orjson.loads(row[1]), bool(row[2]))
+
+    def __bool__(self) -> bool:
+        return bool(self.devices or self.tenants or self.series)
+
+
+def delete_removed_readings(connection: sqlite3.Connection, limits: Limits) -> None:
+    """Of a few series, which may have millions, or none."""
+    some = "select id from removed_series order by id limit ?"
     connection.execute(
-        f"insert into removed_series select id from series where device_id in ({some})", (*row, limits.removed_devices)
+        f"delete from telemetry where (series_id, ts) in (select series_id, ts from ({some}) join telemetry on series_id = id limit ?)",
+        (limits.removed_series, limits.removed_rows),
     )
-    if not connection.execute(f"delete from device where id in ({some})", (*row, limits.removed_devices)).rowcount:
-        connection.execute("delete from tenant where id = ?", row)
-    return True
+    connection.execute(
+        f"delete from removed_series where id in ({some}) and not exists (select 1 from telemetry where series_id = id)",
+        (limits.removed_series,),
+    )
 
 
-def delete_removed(connection: sqlite3.Connection, limits: Limits) -> bool:
-    """Delete a part of what removed devices and tenants left behind; whether there may be more."""
-    return delete_removed_readings(connection, limits.removed_rows) or delete_removed_tenant(connection, limits)
+def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], limits: Limits) -> None:
+    """Rows of which there may be many, then the devices; their readings are left to `delete_removed_readings`."""
+    ids = bind(devices)
+    of_them = "device_id in (select value from json_each(?))"
+    for table, key, most in (
+        ("event", "id", limits.removed_rows),
+        ("state", "device_id, version", limits.removed_documents),
+        ("config", "device_id, version", limits.removed_documents),
+    ):
+        sql = f"delete from {table} where ({key}) in (select {key} from {table} where {of_them} limit ?)"
+        if connection.execute(sql, (*ids, most)).rowcount:
+            return
+    connection.execute(f"insert into removed_series select id from series where {of_them}", ids)
+    connection.execute("delete from device where id in (select value from json_each(?))", ids)
+
+
+def delete_removed_tenant(connection: sqlite3.Connection, tenant_id: int, limits: Limits) -> None:
+    """The audit, then the tenant; its devices have gone before."""
+    deleted = connection.execute(
+        "delete from audit where id in (select id from audit where tenant_id = ? limit ?)", (tenant_id, limits.removed_rows)
+    ).rowcount
+    if not deleted:
+        connection.execute("delete from tenant where id = ?", (tenant_id,))
+
+
+def delete_removed(connection: sqlite3.Connection, removed: Removed, limits: Limits) -> None:
+    """Delete a part of what is left of `removed`. Nothing may be under way any more from its devices."""
+    if removed.series:
+        delete_removed_readings(connection, limits)
+    elif removed.devices:
+        delete_removed_devices(connection, removed.devices, limits)
+    else:
+        delete_removed_tenant(connection, removed.tenants[0], limits)
 
 
 def close_crashed_sessions(connection: sqlite3.Connection) -> int:
@@ -2306,10 +2380,11 @@ CONFIG_JSON: Final = f"""json_object('version', config.version, 'status', status
     'message', message, 'errors', json(errors), 'document', json(document))"""
 
 # One tenant; :today counts days since 1970-01-01, the others are the installation's defaults.
-QUOTAS_JSON: Final = """json_object(
-    'devices', json_object('used', (select count(*) from device where tenant_id = tenant.id), 'limit', coalesce(devices_most, :devices)),
+QUOTAS_JSON: Final = f"""json_object(
+    'devices', json_object('used', {DEVICES_SQL}, 'limit', coalesce(devices_most, :devices)),
     'connections', json_object('used', (
-        select count(*) from device join presence on device_id = device.id where tenant_id = tenant.id and connected),
+        select count(*) from device join presence on device_id = device.id
+        where tenant_id = tenant.id and device.name is not null and connected),
         'limit', coalesce(connections_most, :connections)),
     'points_per_day', json_object('used', coalesce((select points from usage where tenant_id = tenant.id and day = :today), 0),
         'limit', coalesce(points_most, :points_per_day)))"""
@@ -2318,9 +2393,6 @@ TENANT_ROWS: Final = f"""select name position,
     from tenant where name > :after order by name"""
 AUDIT_JSON: Final = f"""json_object('id', id, 'at', {time_sql("at")}, 'token', token, 'name', name, 'role', role, 'action', action,
     'target', target, 'device', device, 'address', address, 'outcome', outcome, 'detail', json(detail))"""
-AUDIT_WHERE: Final = """tenant_id is :tenant and (:device is null or device = :device) and at >= :start and at < :stop
-    and (:actor is null or token = :actor or name = :actor)
-    and (:actions is null or action in (select value from json_each(:actions)))"""
 
 LATEST_JSON: Final = f"""(select json_group_object(metric, json(point)) from (
     select metric, (select json_object('time', {time_sql("ts")}, 'value', {exact_sql("value")})
@@ -2522,7 +2594,8 @@ class DeviceToken:
     tenant: str
     connections_most: int | None
     points_most: int | None
-    points_today: int
+    day: int
+    points_of_day: int
 
 
 @attrs.frozen
@@ -2534,6 +2607,7 @@ class OperatorToken:
     name: str
     role: str
     expires_at: int | None
+    used_at: int | None
     tenant_id: int | None
     tenant: str | None
 
@@ -2548,14 +2622,15 @@ class ProvisioningKey:
 
 
 class TokenReads:
-    """Look-ups by the id part of a token or key; whether its secret is right the caller must find out."""
+    """Look-ups by the id part of a token or key; whether its secret is right the caller must find out. They are short, and so
+    is the one for what was removed: slow queries are kept from delaying them."""
 
     def __init__(self, readers: Readers) -> None:
         self._readers = readers
 
     async def device(self, token_id: str) -> DeviceToken | None:
         row = await self._readers.row(
-            """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name, connections_most, points_most,
+            """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
                       coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)
                from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
             {"id": token_id, "day": now_ms() // DAY},
@@ -2564,7 +2639,7 @@ class TokenReads:
 
     async def operator(self, token_id: str) -> OperatorToken | None:
         row = await self._readers.row(
-            """select operator_token.id, secret_hash, operator_token.name, role, expires_at, tenant_id, tenant.name
+            """select operator_token.id, secret_hash, operator_token.name, role, expires_at, used_at, tenant_id, tenant.name
                from operator_token left join tenant on tenant.id = tenant_id
                where operator_token.id = :id and (expires_at is null or expires_at > :now)""",
             {"id": token_id, "now": now_ms()},
@@ -2579,6 +2654,12 @@ class TokenReads:
         )
         return None if row is None else ProvisioningKey(*row)
 
+    async def removed(self, limits: Limits) -> Removed:
+        """Of what there is something left to delete."""
+        row = await self._readers.row(REMOVED_SQL, {"most": limits.removed_devices})
+        assert row is not None
+        return Removed.of(row)
+
 
 @attrs.frozen
 class AuditFilter:
@@ -2589,6 +2670,18 @@ class AuditFilter:
     device: str | None
     start: int
     stop: int
+
+    @property
+    def where(self) -> str:
+        """Only what is asked for, so that an index can serve it."""
+        conditions = ["tenant_id is :tenant and at >= :start and at < :stop"]
+        if self.actor is not None:
+            conditions.append("(token = :actor or name = :actor)")
+        if self.actions is not None:
+            conditions.append("action in (select value from json_each(:actions))")
+        if self.device is not None:
+            conditions.append("device = :device")
+        return " and ".join(conditions)
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -2629,14 +2722,10 @@ class AccountReads(Queries):
         """For the platform alone: every tenant, with what it uses and may use."""
         return await self._list(TENANT_ROWS, limit, after=after, today=now_ms() // DAY, **defaults)
 
-    async def removed_tenants(self) -> list[int]:
-        """Tenants of which there is something left to delete."""
-        return cast("list[int]", orjson.loads(await self._json("select json_group_array(id) from tenant where name is null") or "[]"))
-
     async def audit(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> str:
         """A page of the audit, newest first; `after` is the id of the last entry seen."""
         return await self._list(
-            f"select id position, {AUDIT_JSON} item from audit where {AUDIT_WHERE} and id < :after order by id desc",
+            f"select id position, {AUDIT_JSON} item from audit where {wanted.where} and id < :after order by id desc",
             limit, tenant=tenant, after=after, **wanted.parameters,
         )  # fmt: skip
 
@@ -2644,7 +2733,7 @@ class AccountReads(Queries):
         """So many entries after one, oldest first, a line of JSON each; and the last one's id, None at the end."""
         text = await self._json(
             f"""select json_array(group_concat(item, char(10)), iif(count(*) = :limit, max(id), null)) from (
-                select id, {AUDIT_JSON} item from audit where {AUDIT_WHERE} and id > :after order by id limit :limit)""",
+                select id, {AUDIT_JSON} item from audit where {wanted.where} and id > :after order by id limit :limit)""",
             tenant=tenant, limit=limit, after=after, **wanted.parameters,
         )  # fmt: skip
         lines, last = orjson.loads(text or "[null, null]")
@@ -2703,7 +2792,7 @@ class Reads(Queries):
                 select event.id id, kind, json_patch(json_object('id', event.id, 'device', name, 'kind', kind, 'at', {time_sql("at")}),
                        detail) item
                 from event join device on device.id = device_id
-                where event.tenant_id = :tenant and event.id > :after order by event.id limit :limit)""",
+                where event.tenant_id = :tenant and event.id > :after and name is not null order by event.id limit :limit)""",
             tenant=tenant, after=after, limit=limit,
         )  # fmt: skip
         return cast("list[tuple[int, str, str]]", orjson.loads(text or "[]"))
@@ -2791,7 +2880,8 @@ class Store:
                 log.warning("the last run did not end well: closed %d sessions that it left open", crashed)
             (next_series,) = await connection.run(
                 lambda c: c.execute(
-                    "select coalesce(max(id), 0) + 1 from (select id from series union all select id from removed_series)"
+                    """select coalesce(max(id), 0) + 1 from (
+                           select id from series union all select id from removed_series union all select max(series_id) from telemetry)"""
                 ).fetchone()
             )
             readers = []
@@ -2846,6 +2936,12 @@ def take_apart(kind: str, text: str) -> NewSecret | None:
     return NewSecret(found[2], hashlib.sha256(found[3].encode()).digest())
 
 
+def token_id_of(text: str) -> str | None:
+    """The id part of a token, whoever shows it."""
+    found = TOKEN.fullmatch(text)
+    return found[2] if found else None
+
+
 @attrs.frozen
 class Principal:
     """Who makes a request; `tenant_id` and `tenant` are None for the platform's own tokens, `expires_at` for those without end."""
@@ -2879,7 +2975,7 @@ class Guesses:
         now, network, a_second = time.monotonic(), network_of(address), self._most / 60
         level, at = self._networks.pop(network, (0.0, now))
         level = max(0.0, level - (now - at) * a_second) + 1
-        self._networks[network] = min(level, self._most), now
+        self._networks[network] = level if level <= self._most else level - 1, now  # what is refused does not prolong it
         if len(self._networks) > self._networks_most:
             del self._networks[next(iter(self._networks))]
         if level <= self._most:
@@ -2905,7 +3001,6 @@ class Identity:
         self._devices_most = devices_most
         self._guesses = Guesses(limits)
         self._used_seconds = limits.seen_seconds
-        self._used: dict[str, int] = {}  # when the use of a token was last recorded
 
     async def operator(self, text: str, address: str) -> Principal:
         """Refusal: unauthorized, too_many_attempts."""
@@ -2913,8 +3008,7 @@ class Identity:
             raise Refusal("unauthorized")  # nothing is shown, nothing guessed
         known = await self._known("op", text, address, self._store.read.tokens.operator)
         now = now_ms()
-        if now - self._used.get(known.token_id, 0) >= self._used_seconds * 1000:
-            self._used[known.token_id] = now
+        if now - (known.used_at or 0) >= self._used_seconds * 1000:
             self._store.writer.token_used(known.token_id, now)
         return Principal(known.token_id, known.name, known.role, known.tenant_id, known.tenant, known.expires_at)
 
@@ -2948,7 +3042,7 @@ class Identity:
         try:
             await self._store.writer.change(lambda connection: add_entries(connection, actor, action, code, affected))
         except Refusal as failure:
-            log.error("cannot enter in the audit (%s): %s was refused %s: %s", failure, actor.name, action, code)
+            log.error("cannot enter in the audit (%s): %r was refused %s: %s", failure, actor.name, action, code)
 
     async def _known(self, kind: str, text: str, address: str, look_up: Callable[[str], Awaitable[Known | None]]) -> Known:
         shown = take_apart(kind, text)
@@ -2977,13 +3071,13 @@ def websocket_frame(opcode: int, payload: bytes) -> bytes:
 class TenantUse:
     """What a tenant uses of its quotas, counted as it happens."""
 
-    def __init__(self, tenant_id: int, connections_most: int, points_most: int, points: int) -> None:
+    def __init__(self, tenant_id: int, connections_most: int, points_most: int, day: int = 0, points: int = 0) -> None:
         self.tenant_id = tenant_id
         self.connections = 0
         self.connections_most = connections_most
         self.points = points  # of this day
         self.points_most = points_most
-        self.day_end = (now_ms() // DAY + 1) * DAY
+        self.day_end = (day + 1) * DAY
 
     def add_points(self, now: int, points: int) -> None:
         """The frame that goes over the quota is still stored: after it the server reads no more."""
@@ -3016,14 +3110,42 @@ class Live(Protocol):
     def abort(self, code: str) -> None: ...
 
 
-@attrs.frozen(eq=False)
 class Running:
-    """A request under way: whose token it stands on, and the deadline that ends it."""
+    """A request under way: the token it stands on, and the deadline that ends it. It is entered before the token is looked up:
+    a revocation that comes between must find it."""
 
-    token_id: str
-    tenant_id: int | None
-    deadline: asyncio.Timeout
-    task: asyncio.Task[Any] | None
+    def __init__(self, token_id: str | None, deadline: asyncio.Timeout) -> None:
+        self.token_id = token_id
+        self.tenant_id: int | None = None
+        self._until: float | None = None
+        self._changing = False
+        self._deadline = deadline
+        self._task = asyncio.current_task()
+
+    def end(self) -> None:
+        """It goes on only if it is the one that asks for this."""
+        if self._task is not asyncio.current_task():
+            self.lasts(0.0)
+
+    def lasts(self, seconds: float) -> None:
+        until = asyncio.get_running_loop().time() + seconds
+        self._until = until if self._until is None else min(self._until, until)  # who has ended it ended it for good
+        self._arm()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """A change is made or refused by its own transaction. What follows from it, and the answer, must not be cut off from it."""
+        self._changing = True
+        self._arm()
+        try:
+            yield
+        finally:
+            self._changing = False
+            self._arm()
+
+    def _arm(self) -> None:
+        if not self._deadline.expired():
+            self._deadline.reschedule(None if self._changing else self._until)
 
 
 FEED_END_SECONDS: Final = 1.0  # for a live feed to write what it is at, when the server stops
@@ -3037,6 +3159,8 @@ class Registry:
         self.closing = asyncio.Event()
         self._live: dict[int, Live] = {}
         self._uses: dict[int, TenantUse] = {}
+        self._quotas: dict[int, tuple[int, int]] = {}  # those that were set since the start
+        self._removed_tenants: set[int] = set()
         self._running: set[Running] = set()
         self._feeds: set[asyncio.Transport | None] = set()
 
@@ -3050,28 +3174,35 @@ class Registry:
             self._feeds.discard(transport)
 
     @asynccontextmanager
-    async def request(self, token_id: str, tenant_id: int | None, seconds: float | None) -> AsyncIterator[None]:
-        """A request lasts no longer than its token, for `seconds` or until that is revoked. Refusal: unauthorized."""
-        running = None
+    async def request(self, token_id: str | None) -> AsyncIterator[Running]:
+        """A request lasts no longer than its token. Refusal: unauthorized, when that is revoked or expires meanwhile."""
+        deadline = asyncio.timeout(None)
         try:
-            async with asyncio.timeout(seconds) as deadline:
-                running = Running(token_id, tenant_id, deadline, asyncio.current_task())
+            async with deadline:
+                running = Running(token_id, deadline)
                 self._running.add(running)
                 try:
-                    yield
+                    yield running
                 finally:
                     self._running.discard(running)
         except TimeoutError:
-            if running is None or not running.deadline.expired():
+            if not deadline.expired():
                 raise
             raise Refusal("unauthorized") from None
 
-    def end_requests(self, *, token_id: str | None = None, tenant_id: int | None = None) -> None:
-        """End what is under way for a token, or for a whole tenant; but not what asks for this."""
+    def stands(self, running: Running, tenant_id: int | None, seconds: float | None) -> None:
+        """The token of a request is known, and how long it lasts. Refusal: unauthorized, when its tenant was removed meanwhile."""
+        if tenant_id in self._removed_tenants:
+            raise Refusal("unauthorized")
+        running.tenant_id = tenant_id
+        if seconds is not None:
+            running.lasts(seconds)
+
+    def end_requests(self, token_id: str) -> None:
+        """A token was revoked: end what is under way for it."""
         for running in self._running:
-            ended = running.token_id == token_id or (tenant_id is not None and running.tenant_id == tenant_id)
-            if ended and running.task is not asyncio.current_task() and not running.deadline.expired():
-                running.deadline.reschedule(0)
+            if running.token_id == token_id:
+                running.end()
 
     def use_of(self, token: DeviceToken, quotas: Mapping[str, int]) -> TenantUse:
         """What a tenant uses. At the first session since the start that is what the token's row says of it, and `quotas` where
@@ -3080,11 +3211,13 @@ class Registry:
         if use is None:
             connections = quotas["connections"] if token.connections_most is None else token.connections_most
             points = quotas["points_per_day"] if token.points_most is None else token.points_most
-            use = self._uses[token.tenant_id] = TenantUse(token.tenant_id, connections, points, token.points_today)
+            newer = self._quotas.get(token.tenant_id, (connections, points))
+            use = self._uses[token.tenant_id] = TenantUse(token.tenant_id, *newer, token.day, token.points_of_day)
         return use
 
     def set_quotas(self, tenant_id: int, connections: int, points: int) -> None:
         """What a tenant may use from now on. Sessions that wait for more points look again."""
+        self._quotas[tenant_id] = connections, points
         use = self._uses.get(tenant_id)
         if use is not None:
             use.connections_most, use.points_most = connections, points
@@ -3094,10 +3227,10 @@ class Registry:
     def take_over(self, device_id: int, session: Live) -> None:
         """`session` speaks for the device from now on; the one before it is superseded. Refusal: too_many_connected."""
         before = self._live.get(device_id)
+        if before is None and session.use.connections >= session.use.connections_most:
+            raise Refusal("too_many_connected")
         if before is not None:
             before.end("superseded")
-        if session.use.connections >= session.use.connections_most:
-            raise Refusal("too_many_connected")
         self._live[device_id] = session
         session.use.connections += 1
 
@@ -3134,7 +3267,11 @@ class Registry:
     def end_tenant(self, tenant_id: int) -> None:
         """A tenant was removed: end its sessions and requests."""
         self._uses.pop(tenant_id, None)
-        self.end_requests(tenant_id=tenant_id)
+        self._quotas.pop(tenant_id, None)
+        self._removed_tenants.add(tenant_id)
+        for running in self._running:
+            if running.tenant_id == tenant_id:
+                running.end()
         for session in self._of_tenant(tenant_id):
             session.end("tenant_removed")
 
@@ -3241,13 +3378,14 @@ class Cleaner:
                 self.wanted.set()
 
     async def _clean(self) -> None:
-        removed = await self._store.read.accounts.removed_tenants()
-        for tenant_id in removed:
-            self._registry.end_tenant(tenant_id)
-        if removed or self.wanted.is_set():
-            self.wanted.clear()
-            while await self._store.writer.change(lambda connection: delete_removed(connection, self._limits)):
-                pass
+        """First nothing more may come from what was removed: frames that are under way are stored before the change that deletes."""
+        self.wanted.clear()
+        while removed := await self._store.read.tokens.removed(self._limits):
+            for tenant_id in removed.tenants:
+                self._registry.end_tenant(tenant_id)
+            for device_id in removed.devices:
+                self._registry.end(device_id, "device_removed")
+            await self._store.writer.change(functools.partial(delete_removed, removed=removed, limits=self._limits))
 
 
 # ==== Sessions ====
@@ -3294,6 +3432,7 @@ class Platform:
     identity: Identity
     registry: Registry
     cleaner: Cleaner
+    trusted: Networks
 
 
 def metrics_of(frame: Telemetry) -> set[str]:
@@ -3361,6 +3500,79 @@ async def handshake(
     return await platform.identity.device(frame.token, address), frame
 
 
+@attrs.define
+class Intake:
+    """A device's readings on their way to the writer: its series by metric, and the last time of receipt given to a sample
+    without one."""
+
+    writer: Writer
+    device_id: int
+    series: dict[str, str]
+    stamp: int
+
+    def take(self, frame: Telemetry, now: int, most: int) -> int:
+        """Hand the points of a frame over; how many. Refusal: too_many_series; then none of the frame is taken."""
+        series = self.series
+        if len(series) + sum(len(sample.values) for sample in frame.samples) > most < len(metrics_of(frame).union(series)):
+            raise Refusal("too_many_series")
+        rows, count = self.writer.points(), 0
+        for sample in frame.samples:
+            moment = sample.ts
+            if moment is None:  # always a new one: two samples of one series in one millisecond would be one point
+                self.stamp = stamp = max(now, self.stamp + 1)
+                ts = str(stamp)
+            else:
+                ts = str(moment)
+            for metric, value in sample.values.items():
+                number = series.get(metric)
+                if number is None:
+                    number = series[metric] = self.writer.add_series(self.device_id, metric)
+                points = rows.get(number)
+                if points is None:
+                    rows[number] = {ts: value}
+                else:
+                    points[ts] = value
+            count += len(sample.values)
+        return count
+
+
+class Throttle:
+    """Holds back what a device sends while its tenant may store no more points: not stored, not acknowledged, not lost."""
+
+    def __init__(self, use: TenantUse, take: Callable[[bytes], None], send: Callable[[bytes], None]) -> None:
+        self._use, self._take, self._send = use, take, send
+        self._frames: deque[bytes] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self.size = 0
+
+    def hold(self, data: bytes) -> None:
+        self._frames.append(data)
+        self.size += len(data)
+        self.look()
+
+    def look(self) -> None:
+        """Let go of what may be stored by now; if not all, tell the device for how long, and look again then."""
+        if not self._use.rest(now_ms()):
+            self.stop()
+        while self._frames and not self._use.rest(now_ms()):
+            data = self._frames.popleft()
+            self.size -= len(data)
+            self._take(data)
+        rest = self._use.rest(now_ms())
+        if rest and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(rest, self._look_again)
+            self._send(encode(Throttled("points_per_day", rest)))
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self.look()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class Session:
     """One device's connection.
 
@@ -3377,18 +3589,18 @@ class Session:
         self._device_id = 0
         self._progress_key = ""
         self._number = 0
-        self._series: dict[str, str] = {}
+        self._intake = Intake(self._writer, 0, {}, 0)
         self._taken = 0  # the highest frame number handed to the writer, or refused
         self._durable = 0  # the highest frame number on disk
         self._frames = 0  # handed to the writer in this session
         self._frames_stored = 0
-        self._stamp = 0  # the last time of receipt given to a sample without one
         self._welcomed = False
         self._config_sent = 0  # the highest version that went out in this session
         self._bad_frames = Tally()
         self._room = asyncio.Event()
         self._ended = ""  # why, once it has
-        self.use = TenantUse(0, 0, 0, 0)  # until it is known which device this is
+        self.use = TenantUse(0, 0, 0)  # until it is known which device this is
+        self._throttle: Throttle | None = None  # made when it is needed
         self.reading = True
         self.pinged = False
         self.heard = asyncio.get_running_loop().time()
@@ -3403,7 +3615,6 @@ class Session:
             async with asyncio.timeout(limits.hello_seconds):
                 token, hello = await handshake(self._platform, self._socket, self._address, self._send_frame)
             await self._open(token, hello)
-            await self._wait_for_quota()
             await self._converse()
         except TimeoutError:
             self.end("handshake_timeout")
@@ -3424,7 +3635,7 @@ class Session:
         opened = await self._writer.change(
             lambda connection: open_session(connection, token.device_id, token.token_id, self._address, hello.agent)
         )
-        self._number, self._series, self._stamp = opened.session, opened.series, opened.stamp
+        self._number, self._intake = opened.session, Intake(self._writer, token.device_id, opened.series, opened.stamp)
         self._taken = self._durable = opened.seq
         if self._ended:  # superseded meanwhile
             self._record_parting()
@@ -3436,6 +3647,8 @@ class Session:
             if config is not None:
                 self._config_sent = config.version
                 self._writer.config_sent(self._device_id, config.version)
+            if self.use.points >= self.use.points_most:
+                self._throttled().look()
 
     async def _converse(self) -> None:
         """Take frames until the socket closes. After our own close frame the rest is read and thrown away: a socket closed
@@ -3447,16 +3660,17 @@ class Session:
             if self._ended:
                 continue
             if message.type == WSMsgType.TEXT:
-                self._take(cast(bytes, message.data))
+                self._take_or_hold(cast(bytes, message.data))
                 taken += len(message.data) // long
             elif message.type == WSMsgType.PING:
                 self._send_frame(WSMsgType.PONG, message.data)
             elif message.type == WSMsgType.BINARY:
                 self._bad_frame(Refusal("not_binary"), None)
             taken += 1
-            if self.use.points >= self.use.points_most or self._writer.full or self._frames - self._frames_stored >= most:
+            if self._writer.full or self._frames - self._frames_stored >= most:
                 await self._wait_for_room()
-                await self._wait_for_quota()
+            elif self._throttle is not None and self._throttle.size > limits.held_bytes:
+                await self._wait_for_quota(self._throttle)
             elif taken >= turn:
                 taken = 0
                 await asyncio.sleep(0)
@@ -3481,23 +3695,32 @@ class Session:
             self.reading = True
             self.heard = asyncio.get_running_loop().time()
 
-    async def _wait_for_quota(self) -> None:
-        """Read no more until the tenant may store again. Pings go on: a device that was unplugged does not confirm their bytes,
-        and the system gives its connection up (`TCP_USER_TIMEOUT`)."""
-        heartbeat, told = self._platform.settings.heartbeat, 0.0
+    async def _wait_for_quota(self, throttle: Throttle) -> None:
+        """The device goes on sending although it was told: read no more until its tenant may store again. Pings go on: a
+        device that was unplugged does not confirm their bytes, and the system gives its connection up."""
         self.reading = False
-        while (rest := self.use.rest(now_ms())) > 0 and not self._ended and not self._transport.is_closing():
-            if not told:
-                told = rest
-                self.send(encode(Throttled("points_per_day", rest)))
+        while throttle.size > self._platform.limits.held_bytes and not self._ended:
+            if self._transport.is_closing():
+                self._sign_off("connection_lost")
             self._room.clear()
             try:
-                async with asyncio.timeout(min(rest, heartbeat)):
+                async with asyncio.timeout(self._platform.settings.heartbeat / 4):
                     await self._room.wait()
             except TimeoutError:
                 self.ping()
         self.reading = True
         self.heard = asyncio.get_running_loop().time()
+
+    def _throttled(self) -> Throttle:
+        if self._throttle is None:
+            self._throttle = Throttle(self.use, self._take, self.send)
+        return self._throttle
+
+    def _take_or_hold(self, data: bytes) -> None:
+        if self.use.points >= self.use.points_most or (self._throttle is not None and self._throttle.size):
+            self._throttled().hold(data)  # behind what is held already
+        else:
+            self._take(data)
 
     def _take(self, data: bytes) -> None:
         """One text frame."""
@@ -3518,31 +3741,13 @@ class Session:
 
     def _take_telemetry(self, frame: Telemetry, size: int) -> None:
         """Hand the points to the writer. Refusal: too_many_series; then none of the frame is taken."""
-        series, most = self._series, self._platform.limits.series_per_device
-        if len(series) + sum(len(sample.values) for sample in frame.samples) > most < len(metrics_of(frame).union(series)):
-            raise Refusal("too_many_series")
         now = now_ms()
-        rows, count = self._writer.points(), 0
-        for sample in frame.samples:
-            moment = sample.ts
-            if moment is None:  # always a new one: two samples of one series in one millisecond would be one point
-                self._stamp = stamp = max(now, self._stamp + 1)
-                ts = str(stamp)
-            else:
-                ts = str(moment)
-            for metric, value in sample.values.items():
-                number = series.get(metric)
-                if number is None:
-                    number = series[metric] = self._writer.add_series(self._device_id, metric)
-                points = rows.get(number)
-                if points is None:
-                    rows[number] = {ts: value}
-                else:
-                    points[ts] = value
-            count += len(sample.values)
+        count = self._intake.take(frame, now, self._platform.limits.series_per_device)
         self.use.add_points(now, count)
         self._writer.points_taken(self.use.tenant_id, count)
         self._frame_taken(frame.seq, now, count, size)
+        if self.use.points >= self.use.points_most:
+            self._throttled().look()
 
     def _take_state(self, frame: State, size: int) -> None:
         now = now_ms()
@@ -3559,7 +3764,7 @@ class Session:
     def _frame_taken(self, seq: int, now: int, points: int, size: int) -> None:
         self._taken = seq
         self._frames += 1
-        self._writer.frame_taken(self, self._progress_key, (seq, self._frames), now, self._stamp, points, size)
+        self._writer.frame_taken(self, self._progress_key, (seq, self._frames), now, self._intake.stamp, points, size)
 
     def _acknowledge_again(self, seq: int) -> None:
         """A duplicate: on disk already, or about to be and acknowledged then."""
@@ -3613,8 +3818,10 @@ class Session:
         self._send_frame(WSMsgType.PING, b"")
 
     def wake(self) -> None:
-        """What it waits for may have come."""
-        self._room.set()
+        """Its tenant's quota has changed."""
+        if self._throttle is not None and not self._ended:
+            self._throttle.look()
+            self._room.set()
 
     def _send_frame(self, opcode: int, payload: bytes) -> None:
         if (self._ended and opcode != WSMsgType.CLOSE) or self._transport.is_closing():
@@ -3643,6 +3850,8 @@ class Session:
             return
         self._ended = code
         self._room.set()
+        if self._throttle is not None:
+            self._throttle.stop()
         if self._device_id:
             self._platform.registry.leave(self._device_id, self)
         if self._number:
@@ -3834,9 +4043,9 @@ def make_query_converter() -> Converter:
     return converter
 
 
-def remote_address(request: web.Request, settings: Settings) -> str:
+def remote_address(request: web.Request, trusted: Networks) -> str:
     """Who the request comes from, behind the proxies that are trusted."""
-    return client_address(request.remote or "", request.headers.getall("X-Forwarded-For", ()), networks(settings.trusted_proxy))
+    return client_address(request.remote or "", request.headers.getall("X-Forwarded-For", ()), trusted)
 
 
 @attrs.define
@@ -3847,7 +4056,9 @@ class Call:
     platform: Platform
     principal: Principal
     action: str = ""
+    running: Running | None = None
     query: Any = None
+    subject: str | None = None
     accounted: bool = False
 
     @property
@@ -3863,7 +4074,7 @@ class Call:
 
     @property
     def address(self) -> str:
-        return remote_address(self.request, self.platform.settings)
+        return remote_address(self.request, self.platform.trusted)
 
     @property
     def by(self) -> dict[str, object]:
@@ -3872,9 +4083,9 @@ class Call:
 
     @property
     def affected(self) -> Affected:
-        """What the address of the request names."""
+        """What the address of the request names, or its body (`subject`)."""
         names = self.request.match_info
-        return Affected(next(iter(names.values()), None), names.get("device"))
+        return Affected(self.subject or next(iter(names.values()), None), names.get("device"))
 
     async def change(
         self, function: Callable[[sqlite3.Connection], T], affected: Callable[[T], Iterable[Affected]] | None = None, **detail: object
@@ -3889,7 +4100,9 @@ class Call:
 
         usual = [attrs.evolve(self.affected, detail=detail or None)]
         actor = self.principal.actor(self.address)
-        result = await self.platform.store.writer.change(accounted(actor, self.action, stand_and_change, affected or (lambda _: usual)))
+        with self.running.changing() if self.running else nullcontext():
+            change = accounted(actor, self.action, stand_and_change, affected or (lambda _: usual))
+            result = await self.platform.store.writer.change(change)
         self.accounted = True
         return result
 
@@ -4019,10 +4232,11 @@ async def streaming(call: Call, content_type: str) -> AsyncIterator[web.StreamRe
         await response.write_eof()
     except ConnectionError:
         return  # the client has gone
-    except BaseException:
+    except BaseException as error:  # whatever it was, the transport must go; all but the client's slowness goes on
         if call.request.transport is not None:
             call.request.transport.abort()
-        raise
+        if not isinstance(error, TimeoutError):  # the client does not read
+            raise
 
 
 async def csv_pieces(
@@ -4188,6 +4402,7 @@ async def push_back(call: Call) -> web.StreamResponse:
 
 async def push_many(call: Call) -> web.StreamResponse:
     tenant, body = call.tenant, await call.body(Push)
+    call.subject = body.match
     document = canonical(body.config)
     new = new_config(call, document.decode())
     rows = await call.change(
@@ -4230,17 +4445,11 @@ async def follow_events(call: Call) -> web.StreamResponse:
         last = int(shown)
     if last is None:
         last = await platform.store.read.last_event(tenant)
-    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "text/event-stream", hdrs.CACHE_CONTROL: "no-store"})
-    await response.prepare(call.request)
-    transport = call.request.transport
-    with suppress(ConnectionError), platform.registry.feed(transport):
-        try:
+    async with streaming(call, "text/event-stream") as response:
+        with platform.registry.feed(call.request.transport):
             async for lines in feed_pieces(platform, tenant, last):
                 async with asyncio.timeout(platform.limits.query_seconds):
                     await response.write(lines)
-        except TimeoutError:  # the client does not read
-            if transport is not None:
-                transport.abort()
     return response
 
 
@@ -4273,6 +4482,7 @@ async def list_tokens(call: Call) -> web.StreamResponse:
 async def create_token(call: Call) -> web.StreamResponse:
     """A token of the caller's own tenant, or of the platform for its own; not above the caller's role."""
     who, token, body = call.principal, mint("op"), await call.body(NewToken)
+    call.subject = body.name
     if body.role not in (*RANKS, "platform"):
         raise Refusal("invalid", FieldError("role", f"is not one of {', '.join((*RANKS, 'platform'))}"))
     if (body.role == "platform") != (who.tenant_id is None) or not who.may(body.role):
@@ -4287,7 +4497,7 @@ async def create_token(call: Call) -> web.StreamResponse:
 async def revoke_token(call: Call) -> web.StreamResponse:
     tenant, token_id = call.principal.tenant_id, call.request.match_info["id"]
     await call.change(lambda connection: delete_operator_token(connection, tenant, token_id))
-    call.platform.registry.end_requests(token_id=token_id)
+    call.platform.registry.end_requests(token_id)
     return web.Response(status=204)
 
 
@@ -4308,6 +4518,7 @@ async def list_tenants(call: Call) -> web.StreamResponse:
 async def create_tenant(call: Call) -> web.StreamResponse:
     """A tenant with its first admin token: who asks for it has no other way in."""
     token, body = mint("op"), await call.body(NewTenant)
+    call.subject = body.name
 
     def create(connection: sqlite3.Connection) -> None:
         tenant = insert_tenant(connection, body.name, body.quotas)
@@ -4451,6 +4662,12 @@ ROUTES: Final = (
 NOBODY: Final = Principal("", "", "public", None, None)
 
 
+def bearer_token(request: web.Request) -> str:
+    """The token that a request shows (RFC 6750, section 2.1), empty without one."""
+    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
 def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """A route as aiohttp calls it: who is it, may they, is the query right; then the handler."""
 
@@ -4458,19 +4675,19 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
         platform = request.app[PLATFORM]
         if route.role == "public":
             return await handle_known(Call(request, platform, NOBODY))
-        scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-        address = remote_address(request, platform.settings)
-        who = await platform.identity.operator(token.strip() if scheme.lower() == "bearer" else "", address)
-        seconds = None if who.expires_at is None else (who.expires_at - now_ms()) / 1000
-        async with platform.registry.request(who.token_id, who.tenant_id, seconds):
-            call = Call(request, platform, who, route.action)
-            try:
+        token, call = bearer_token(request), None
+        try:
+            async with platform.registry.request(token_id_of(token)) as running:
+                who = await platform.identity.operator(token, remote_address(request, platform.trusted))
+                platform.registry.stands(running, who.tenant_id, None if who.expires_at is None else (who.expires_at - now_ms()) / 1000)
+                call = Call(request, platform, who, route.action, running)
                 if not who.may(route.role):
                     raise Refusal("forbidden")
                 return await handle_known(call)
-            except Refusal as refusal:
+        except Refusal as refusal:
+            if call is not None:
                 await call.refused(refusal)
-                raise
+            raise
 
     async def handle_known(call: Call) -> web.StreamResponse:
         shown = call.request.query
@@ -4502,7 +4719,7 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
     except ConnectionError:  # the client went away
         raise
     except Exception:  # the boundary: whatever a handler did wrong, the next request is answered
-        log.exception("%s %s failed", request.method, request.rel_url.path)
+        log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         return error_response(Refusal("server_fault"))
 
 
@@ -4527,7 +4744,10 @@ class PlainRequestHandler(web.RequestHandler):
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is under way already")
-        log.log(logging.ERROR if status == 500 else logging.DEBUG, "cannot serve %s: %s", request.remote, message, exc_info=exc)
+        if status == 500:
+            log.error("cannot serve %s: %s", request.remote, message, exc_info=exc)
+        else:  # what the parser says quotes the peer, secrets and all
+            log.debug("cannot serve %s: %s", request.remote, type(exc).__name__)
         response = error_response(Refusal("server_fault" if status == 500 else "bad_request"))
         response.force_close()
         return response
@@ -4578,7 +4798,7 @@ async def run_platform(app: web.Application, settings: Settings, limits: Limits)
         registry = Registry()
         cleaner = Cleaner(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
-        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner)
+        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, networks(settings.trusted_proxy))
         tasks = [
             asyncio.create_task(Heartbeat(registry, store.writer, limits, settings.heartbeat).run(), name="heartbeat"),
             asyncio.create_task(ConfigClock(store, limits).run(), name="config clock"),
@@ -5289,9 +5509,10 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def tenant_name(text: str) -> TenantName:
+def checked(check: Callable[[object], T], text: str) -> T:
+    """An argument that must pass the check of a frame's field."""
     try:
-        return check_tenant_name(text)
+        return check(text)
     except Invalid as error:
         raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
 
@@ -5308,20 +5529,26 @@ def add_tenant_commands(parser: argparse.ArgumentParser) -> None:
     remove = tenant.add_parser("remove", help="remove a tenant with all its data")
     remove.add_argument("--confirm", required=True, help="its name once more")
     for command in (add, remove):
-        command.add_argument("name", type=tenant_name)
+        command.add_argument("name", type=functools.partial(checked, check_tenant_name))
     for command in (add, tenants, remove):
         add_options(command, Settings, ("db", *(("quota_devices", "quota_connections", "quota_points") if command is tenants else ())))
 
 
+class RedactingParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(redacted(message))
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="iiot.py", description="Industrial-IoT platform in one process.")
+    parser = RedactingParser(prog="iiot.py", description="Industrial-IoT platform in one process.")
     parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="run the server (the default)")
     add_options(serve, Settings)
     token = commands.add_parser("token", help="mint an operator token from the database file; prints it alone")
     token.add_argument("--role", required=True, choices=(*RANKS, "platform"))
-    token.add_argument("--name", default="command line", help="what the token is called")
+    named = functools.partial(checked, check_token_name)
+    token.add_argument("--name", default="command line", type=named, help="what the token is called")
     key = commands.add_parser("provisioning-key", help="mint a provisioning key from the database file; prints it alone")
     key.add_argument("--uses", type=whole_number, default=None, help="how many devices it may provision (any number)")
     for command in (token, key):
@@ -5505,7 +5732,7 @@ def main(argv: list[str] | None = None) -> None:
     except Refusal as refusal:
         sys.exit(f"iiot.py: {refusal.fault.message}")
     except (StoreError, AgentError, OSError, sqlite3.Error) as error:
-        sys.exit(f"iiot.py: {error}")
+        sys.exit(redacted(f"iiot.py: {error}"))
 
 
 if __name__ == "__main__":

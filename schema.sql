@@ -2,8 +2,8 @@
 -- Times are integer milliseconds since 1970-01-01 UTC. Every row that belongs to a customer reaches its tenant.
 -- Secrets are never stored: `secret_hash` is the SHA-256 of a token's secret part, its `id` part is the look-up key.
 
--- A customer, alone with their devices, tokens and data. Numbers of tenants and devices are never given out again: what is
--- under way to a removed one must not reach another.
+-- A customer, alone with their devices, tokens and data. Numbers of tenants, devices and series are never given out again:
+-- what is under way to a removed one must not reach another.
 create table tenant (
     id                integer primary key autoincrement,
     name              text unique,                             -- null: removed, and what is left of it is being deleted
@@ -50,12 +50,13 @@ create index provisioning_key_by_tenant on provisioning_key (tenant_id);
 create table device (
     id          integer primary key autoincrement,
     tenant_id   integer not null references tenant on delete cascade,
-    name        text not null,
+    name        text,                                                   -- null: removed, and what is left of it is being deleted
     created_at  integer not null,
     disabled    integer not null default 0 check (disabled in (0, 1)),  -- its tokens are known, and refused
     labels      text not null default '{}' check (json_valid(labels)),  -- JSON: {name: text}, the operators' own
     unique (tenant_id, name)
 ) strict;
+create index device_removed on device (id) where name is null;
 
 -- A device's token. Its holder is the device, whatever name it gives. There are two while the device is given a new one.
 create table device_token (
@@ -166,6 +167,11 @@ create table audit (
 ) strict;
 create index audit_by_tenant on audit (tenant_id, id);
 create index audit_by_device on audit (tenant_id, device, id) where device is not null;
+create trigger removed_tenant_stays_removed before update of name on tenant
+when old.name is null
+begin
+    select raise(abort, 'a removed tenant stays removed');
+end;
 create trigger audit_is_not_updated before update on audit
 begin
     select raise(abort, 'the audit is append-only');

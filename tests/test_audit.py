@@ -1,0 +1,1083 @@
+"""The audit: every change and every reach into a device is accounted for, refused ones too, and nothing takes an entry back."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import json
+import random
+import signal
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import attrs
+import plant as plants
+import pytest
+from aiohttp import ClientError, ClientSession
+from plant import PATIENCE, Closed, Device, Plant, Process, admin_token, command
+
+import iiot
+
+Entry = dict[str, Any]
+Row = tuple[str | None, str | None, Any]  # target, device, detail
+ACCOUNTED = [route for route in iiot.ROUTES if route.action]
+KILLS = 4
+
+
+def id_of(text: str) -> str:
+    """The id part of a token or key."""
+    return text.split("_")[2]
+
+
+def altered(text: str) -> str:
+    """A token of the same id with another secret."""
+    return text[:-2] + ("AA" if text[-2:] != "AA" else "BB")
+
+
+def minted(plant: Plant, role: str, name: str, tenant: str = "default") -> str:
+    """A new operator's token, made without an entry."""
+    token = iiot.mint("op")
+
+    def add(connection: sqlite3.Connection) -> None:
+        owner = None if role == "platform" else iiot.tenant_id_of(connection, tenant)
+        iiot.insert_operator_token(connection, owner, token.stored, name, role)
+
+    iiot.change_database(plant.database, add)
+    return token.text
+
+
+async def ask(plant: Plant, method: str, path: str, body: Any = None, token: str = "", **headers: str) -> tuple[int, Any]:
+    """Status and parsed JSON of an answer to a request with headers of its own."""
+    shown = {"Authorization": f"Bearer {token or plant.token}", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    data = None if body is None else json.dumps(body).encode()
+    async with asyncio.timeout(PATIENCE), plant.client.request(method, plant.url + path, data=data, headers=shown) as response:
+        text = await response.text()
+        return response.status, json.loads(text) if text else None
+
+
+async def entries(plant: Plant, query: str = "", token: str | None = None, path: str = "/audit") -> list[Entry]:
+    """The audit, newest first, where one page holds it."""
+    status, body = await plant.ask("GET", f"{path}?limit=1000{query}", token=token)
+    assert status == 200, body
+    assert body["next"] is None
+    items: list[Entry] = body["items"]
+    return items
+
+
+async def exported(plant: Plant, query: str = "", token: str | None = None, path: str = "/audit") -> list[Entry]:
+    """The audit as NDJSON, oldest first."""
+    status, text = await plant.ask("GET", f"{path}?format=ndjson{query}", token=token)
+    assert status == 200, text
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # other ends of lines may stand in a line of JSON
+
+
+def rows(database: Path, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
+    """What a program beside the server sees."""
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(sql, parameters).fetchall()
+
+
+def contents(database: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """Every table but the audit, without the moments at which somebody was last heard."""
+    found = {}
+    for (table,) in rows(database, "select name from sqlite_schema where type = 'table' and name not like 'sqlite%' and name <> 'audit'"):
+        columns = [name for (name,) in rows(database, "select name from pragma_table_info(?)", table) if name not in ("used_at", "seen_at")]
+        found[table] = rows(database, f"select {', '.join(columns)} from {table}")
+    return found
+
+
+@contextmanager
+def locked(database: Path) -> Iterator[None]:
+    """Another program holds the write lock."""
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("begin immediate")
+        try:
+            yield
+        finally:
+            other.execute("rollback")
+
+
+@contextmanager
+def no_entry_possible(database: Path) -> Iterator[None]:
+    """The database takes no entry of what was done."""
+    with closing(sqlite3.connect(database)) as other:
+        other.execute("create trigger full before insert on audit when new.outcome = 'ok' begin select raise(abort, 'full'); end")
+        try:
+            yield
+        finally:
+            other.execute("drop trigger full")
+
+
+# ---- every action
+
+
+class World:
+    """A server with something of everything, and a token of every role."""
+
+    def __init__(self, plant: Plant) -> None:
+        self.plant = plant
+        self.roles = {role: minted(plant, role, f"the {role}") for role in ("viewer", "operator", "admin", "platform")}
+        self.names: dict[str, str] = {}
+
+    async def furnish(self) -> None:
+        """press-1 is connected, press-2 is not and has a configuration."""
+        plant, platform = self.plant, self.roles["platform"]
+        await plant.device("press-1")
+        await plant.register("press-2")
+        for method, path, body, token in (
+            ("POST", "/iiot/press-2", {"speed": 1}, None),
+            ("POST", "/provisioning-keys", {}, None),
+            ("POST", "/tokens", {"name": "spare", "role": "viewer"}, None),
+            ("POST", "/tenants", {"name": "acme"}, platform),
+            ("POST", "/platform/tokens", {"name": "spare", "role": "platform"}, platform),
+        ):
+            status, answer = await plant.ask(method, path, body, token=token)
+            assert status in (201, 202), answer
+            self.names[path] = answer.get("id", "")
+        # then there is one token that may manage tokens
+        assert (await plant.ask("DELETE", f"/tokens/{id_of(plant.token)}", token=self.roles["admin"]))[0] == 204
+
+    def real(self, path: str) -> str:
+        """A path with the ids of this world in place of [where they were made]."""
+        for name, value in {**self.names, "admin": id_of(self.roles["admin"])}.items():
+            path = path.replace(f"[{name}]", value)
+        return path
+
+    async def audit(self) -> dict[str, list[Entry]]:
+        """Both audits, oldest first."""
+        found = {}
+        for scope, token, path in (("tenant", "admin", "/audit"), ("platform", "platform", "/platform/audit")):
+            found[scope] = (await entries(self.plant, token=self.roles[token], path=path))[::-1]
+        return found
+
+    async def left(
+        self, role: str, method: str, path: str, body: Any = None, data: bytes | None = None, headers: Any = None
+    ) -> tuple[int, Any, list[Entry]]:
+        """Ask as somebody of this role: status, answer, and the entries that this left. They are where they belong, complete,
+        and of this time."""
+        before, start = await self.audit(), iiot.now_ms()
+        token = self.roles[role]
+        if headers:
+            status, answer = await ask(self.plant, method, path, body, token, **headers)
+        else:
+            status, answer = await self.plant.ask(method, path, body, token=token, data=data)
+        end, after = iiot.now_ms(), await self.audit()
+        mine, other = ("platform", "tenant") if role == "platform" else ("tenant", "platform")
+        assert after[other] == before[other]
+        assert after[mine][: len(before[mine])] == before[mine]
+        new = after[mine][len(before[mine]) :]
+        for entry in new:
+            assert start <= (iiot.parse_rfc3339(entry["at"]) or 0) <= end
+            assert (entry["token"], entry["name"], entry["role"]) == (id_of(token), f"the {role}", role)
+            assert entry["address"] == "127.0.0.1"
+            assert set(entry) == {
+                "id", "at", "token", "name", "role", "action", "target", "device", "address", "outcome", "detail"
+            }  # fmt: skip
+        return status, answer, new
+
+
+def told(entry: Entry) -> tuple[Any, ...]:
+    """What an entry says was tried, on what, and what came of it."""
+    return entry["action"], entry["target"], entry["device"], entry["outcome"], entry["detail"]
+
+
+@attrs.frozen
+class Refused:
+    """A call that is refused; `target` is what its body names."""
+
+    status: int
+    code: str
+    path: str = ""
+    body: Any = None
+    headers: dict[str, str] = attrs.field(factory=dict)
+    target: str | None = None
+
+
+@attrs.frozen
+class Case:
+    """An allowed call of a route, the entries that it leaves by its answer, and refused ones."""
+
+    path: str
+    body: Any
+    status: int
+    leaves: Callable[[Any], list[Row]]
+    refused: tuple[Refused, ...]
+
+
+def device_row(detail: Any = None, device: str = "press-1") -> Callable[[Any], list[Row]]:
+    return lambda _: [(device, device, detail)]
+
+
+EXPIRY = "2099-01-01T00:00:00.000Z"
+NOBODY = "/iiot/nobody"
+CASES = {
+    ("POST", "/iiot"): Case(
+        "/iiot?timeout=5s", {"match": "press-*", "config": {"speed": 2}}, 202,
+        lambda _: [(f"press-{n}", f"press-{n}", {"version": n, "match": "press-*"}) for n in (1, 2)],
+        (
+            Refused(422, "invalid", body={"match": "press-*"}), Refused(400, "not_an_object", body=[]),
+            Refused(400, "bad_query", "/iiot?timeout=90000s", {"match": "*", "config": {}}, target="*"),
+        ),
+    ),
+    ("PUT", "/iiot/{device}"): Case(
+        "/iiot/press-9", None, 201, device_row(device="press-9"),
+        (
+            Refused(409, "device_exists", "/iiot/press-1"), Refused(422, "invalid", "/iiot/bad%20name"),
+            Refused(422, "invalid", body={"a": 1}),
+        ),
+    ),
+    ("PATCH", "/iiot/{device}"): Case(
+        "/iiot/press-1", {"disabled": True, "labels": {"line": "3"}}, 200, device_row({"disabled": True, "labels": {"line": "3"}}),
+        (
+            Refused(404, "not_found", NOBODY, {"disabled": True}), Refused(422, "invalid", body={"disabled": 3}),
+            Refused(422, "invalid", body={"labels": {f"l{n}": "" for n in range(33)}}),
+        ),
+    ),
+    ("DELETE", "/iiot/{device}"): Case("/iiot/press-1", None, 204, device_row(), (Refused(404, "not_found", NOBODY),)),
+    ("POST", "/iiot/{device}/token"): Case(
+        "/iiot/press-1/token", {"revoke": True}, 201,
+        lambda answer: [("press-1", "press-1", {"token": id_of(answer["token"]), "revoke": True})],
+        (Refused(404, "not_found", f"{NOBODY}/token"), Refused(422, "invalid", body={"revoke": 1})),
+    ),
+    ("POST", "/iiot/{device}"): Case(
+        "/iiot/press-1", {"speed": 2}, 202, device_row({"version": 1}),
+        (
+            Refused(404, "not_found", NOBODY, {}), Refused(400, "not_an_object", body=[]),
+            Refused(412, "precondition_failed", body={}, headers={"If_Match": "7"}),
+            Refused(422, "invalid", body={}, headers={"If_Match": "x"}), Refused(400, "bad_query", "/iiot/press-1?wait=1h", {}),
+            Refused(413, "too_large", body={"a": "x" * 70_000}), Refused(413, "too_large", body={"a": "x" * 300_000}),
+        ),
+    ),
+    ("POST", "/iiot/{device}/config/rollback"): Case(
+        "/iiot/press-2/config/rollback", {"version": 1}, 202, device_row({"version": 2, "document_of": 1}, "press-2"),
+        (
+            Refused(404, "not_found", body={"version": 99}), Refused(404, "not_found", f"{NOBODY}/config/rollback", {"version": 1}),
+            Refused(422, "invalid", body={"version": 0}),
+        ),
+    ),
+    ("POST", "/iiot/{device}/report"): Case(
+        "/iiot/press-1/report", {"what": "telemetry"}, 202, device_row({"what": "telemetry"}),
+        (
+            Refused(404, "not_found", f"{NOBODY}/report", {"what": "state"}), Refused(422, "invalid", body={"what": "everything"}),
+            Refused(409, "device_offline", "/iiot/press-2/report", {"what": "state"}),
+        ),
+    ),
+    ("POST", "/provisioning-keys"): Case(
+        "/provisioning-keys", {"uses": 3, "expires_at": EXPIRY}, 201,
+        lambda answer: [(answer["id"], None, {"uses": 3, "expires_at": EXPIRY})],
+        (Refused(422, "invalid", body={"uses": 0}), Refused(422, "invalid", body={"expires_at": "tomorrow"})),
+    ),
+    ("DELETE", "/provisioning-keys/{id}"): Case(
+        "/provisioning-keys/[/provisioning-keys]", None, 204, lambda _: [("[/provisioning-keys]", None, None)],
+        (Refused(404, "not_found", "/provisioning-keys/0123456789abcdef"),),
+    ),
+    ("POST", "/tokens"): Case(
+        "/tokens", {"name": "new", "role": "operator"}, 201,
+        lambda answer: [(answer["id"], None, {"name": "new", "role": "operator", "expires_at": None})],
+        (
+            Refused(403, "forbidden", body={"name": "new", "role": "platform"}, target="new"),
+            Refused(422, "invalid", body={"name": "new", "role": "boss"}, target="new"),
+        ),
+    ),
+    ("DELETE", "/tokens/{id}"): Case(
+        "/tokens/[/tokens]", None, 204, lambda _: [("[/tokens]", None, None)],
+        (Refused(404, "not_found", "/tokens/[/platform/tokens]"), Refused(409, "last_token", "/tokens/[admin]")),
+    ),
+    ("POST", "/tenants"): Case(
+        "/tenants", {"name": "other", "quotas": {"devices": 5}}, 201,
+        lambda answer: [("other", None, {"quotas": {"devices": 5}, "token": id_of(answer["token"])})],
+        (Refused(422, "invalid", body={"name": ""}), Refused(422, "invalid", body={"name": "other", "quotas": {"devices": -1}})),
+    ),
+    ("PATCH", "/tenants/{tenant}"): Case(
+        "/tenants/acme", {"quotas": {"devices": 7, "connections": None}}, 200,
+        lambda _: [("acme", None, {"quotas": {"devices": 7, "connections": None}})],
+        (Refused(404, "not_found", "/tenants/nobody", {"quotas": {}}), Refused(422, "invalid", body={"quotas": {"metals": 1}})),
+    ),
+    ("DELETE", "/tenants/{tenant}"): Case(
+        "/tenants/acme?confirm=acme", None, 204, lambda _: [("acme", None, None)],
+        (
+            Refused(400, "bad_query", "/tenants/acme"), Refused(400, "bad_query", "/tenants/acme?confirm=other"),
+            Refused(404, "not_found", "/tenants/nobody?confirm=nobody"),
+        ),
+    ),
+    ("POST", "/platform/tokens"): Case(
+        "/platform/tokens", {"name": "new", "role": "platform", "expires_at": EXPIRY}, 201,
+        lambda answer: [(answer["id"], None, {"name": "new", "role": "platform", "expires_at": EXPIRY})],
+        (Refused(403, "forbidden", body={"name": "new", "role": "admin"}, target="new"), Refused(422, "invalid", body={"name": "new"})),
+    ),
+    ("DELETE", "/platform/tokens/{id}"): Case(
+        "/platform/tokens/[/platform/tokens]", None, 204, lambda _: [("[/platform/tokens]", None, None)],
+        (Refused(404, "not_found", "/platform/tokens/[admin]"),),
+    ),
+}  # fmt: skip
+
+
+def named_by(route: iiot.Route, path: str) -> tuple[str | None, str | None]:
+    """Target and device that a path names."""
+    shown = zip(route.path.split("/"), path.partition("?")[0].split("/"), strict=True)
+    names = {pattern: unquote(text) for pattern, text in shown if pattern.startswith("{")}
+    return next(iter(names.values()), None), names.get("{device}")
+
+
+@pytest.mark.parametrize("route", ACCOUNTED, ids=[f"{route.method} {route.path}" for route in ACCOUNTED])
+async def test_a_call_leaves_its_exact_entry_allowed_or_refused(plant: Plant, route: iiot.Route) -> None:
+    case = CASES[route.method, route.path]
+    world = World(plant)
+    await world.furnish()
+    real = world.real
+
+    async def refused(role: str, code: str, path: str, body: Any = None, data: bytes | None = None, call: Refused | None = None) -> int:
+        status, answer, new = await world.left(role, route.method, path, body, data, call.headers if call else None)
+        assert answer["error"]["code"] == code
+        target, device = named_by(route, path)
+        assert [told(entry) for entry in new] == [(route.action, (call.target if call else None) or target, device, code, None)]
+        return status
+
+    path = real(case.path)
+    state = contents(plant.database)
+    with no_entry_possible(plant.database):
+        status, _, new = await world.left(route.role, route.method, path, case.body)
+    assert status >= 500
+    assert new == []
+    assert contents(plant.database) == state, "what cannot be accounted for does not happen"
+
+    ranks = ["viewer", "operator", "admin"]
+    for role in [*ranks[: ranks.index(route.role)], "platform"] if route.role in ranks else ranks:
+        assert await refused(role, "forbidden", path, case.body) == 403
+    mark = "&" if "?" in path else "?"
+    assert await refused(route.role, "bad_query", f"{path}{mark}nonsense=1", case.body) == 400
+    if case.body is not None:
+        assert await refused(route.role, "not_json", path, data=b"{") == 400
+    for call in case.refused:
+        status = await refused(route.role, call.code, real(call.path) or path, call.body, call=call)
+        assert status == call.status
+    assert contents(plant.database) == state
+
+    status, answer, new = await world.left(route.role, route.method, path, case.body)
+    assert status == case.status, answer
+    expected = [(target and real(target), device, detail) for target, device, detail in case.leaves(answer)]
+    assert [told(entry) for entry in new] == [(route.action, target, device, "ok", detail) for target, device, detail in expected]
+    if route.action != "device.report":
+        assert contents(plant.database) != state
+
+
+def test_every_route_that_can_change_something_has_an_action() -> None:
+    assert {(route.method, route.path) for route in ACCOUNTED} >= {(r.method, r.path) for r in iiot.ROUTES if r.method != "GET"}
+    assert set(CASES) == {(route.method, route.path) for route in ACCOUNTED}
+
+
+async def test_a_refused_creation_names_what_was_to_be_created(plant: Plant) -> None:
+    world = World(plant)
+    await world.furnish()
+    status, _, new = await world.left("platform", "POST", "/tenants", {"name": "acme"})
+    assert status == 409
+    assert [told(entry)[:4] for entry in new] == [("tenant.create", "acme", None, "tenant_exists")]
+
+
+async def test_a_push_to_many_leaves_an_entry_for_each_with_its_version(plant: Plant) -> None:
+    names = [f"press-{n}" for n in range(12)]
+    for number, name in enumerate(names):
+        await plant.register(name)
+        for _ in range(number % 3):
+            assert (await plant.ask("POST", f"/iiot/{name}", {}))[0] == 202
+    before = len(await entries(plant))
+    status, answer = await plant.ask("POST", "/iiot", {"match": "press-*", "config": {"speed": 2}})
+    assert status == 202
+    new = (await entries(plant))[:-before]
+    assert sorted((e["device"], e["detail"]["version"]) for e in new) == sorted((i["device"], i["version"]) for i in answer["items"])
+    assert {(e["action"], e["outcome"], e["detail"]["match"], e["target"] == e["device"]) for e in new} == {
+        ("config.push", "ok", "press-*", True)
+    }
+    assert len(new) == len(names)
+    assert (await plant.ask("POST", "/iiot", {"match": "pump-*", "config": {}}))[0] == 202
+    to_none = (await entries(plant))[: -before - len(names)]
+    assert [told(entry)[:4] for entry in to_none] == [("config.push", "pump-*", None, "ok")]
+
+
+async def test_a_read_leaves_no_entry(plant: Plant) -> None:
+    world = World(plant)
+    await world.furnish()
+    before = await world.audit()
+    reads = [route for route in iiot.ROUTES if route.method == "GET" and route.path not in ("/events", "/device")]
+    assert len(reads) > 10
+    statuses: Counter[int] = Counter()
+    for route in reads:
+        for role in world.roles.values():
+            for device in ("press-2", "nobody"):
+                for query in ("", "?nonsense=1"):
+                    statuses[(await plant.ask("GET", route.path.replace("{device}", device) + query, token=role))[0]] += 1
+    assert {200, 400, 403, 404} <= set(statuses)
+    assert await world.audit() == before
+
+
+async def test_a_wrong_token_leaves_no_entry(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), guesses=10_000)) as plant:
+        world = World(plant)
+        await world.furnish()
+        before, state = await world.audit(), contents(plant.database)
+        revoked, of_a_device = plant.token, plant.tokens["press-1"]
+        wrong = [iiot.mint("op").text, altered(world.roles["admin"]), revoked, of_a_device, "nonsense", ""]
+        for route in ACCOUNTED:
+            case = CASES[route.method, route.path]
+            for token in wrong:
+                assert (await plant.ask(route.method, world.real(case.path), case.body, token=token))[0] == 401
+        assert await world.audit() == before
+        assert contents(plant.database) == state
+
+
+# ---- provisioning, the command line, the first start
+
+
+async def provision(plant: Plant, key: str, name: str) -> Closed | None:
+    """Provision a device; how the server closed the socket if it refused."""
+    device = await plant.connect()
+    await device.send("provision", key=key, device=name)
+    try:
+        answer = await device.receive()
+    except Closed as closed:
+        return closed
+    if answer["type"] == "error":
+        return await device.closed()
+    assert answer["type"] == "credentials"
+    await device.close()
+    return None
+
+
+async def new_key(plant: Plant, **chosen: Any) -> str:
+    status, body = await plant.ask("POST", "/provisioning-keys", chosen)
+    assert status == 201, body
+    return str(body["key"])
+
+
+async def test_provisioning_is_accounted_by_its_key_allowed_or_refused(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, quota_devices=2) as plant:
+        await plant.register("press-1")
+        key = await new_key(plant)
+        before, start = len(await entries(plant)), iiot.now_ms()
+        assert await provision(plant, key, "press-2") is None
+        for name, code in (("press-1", "device_exists"), ("press-3", "too_many_devices")):
+            closed = await provision(plant, key, name)
+            assert closed is not None
+            assert closed.reason == iiot.FAULTS[code].message
+        for shown in (iiot.mint("prov").text, altered(key), "nonsense"):
+            closed = await provision(plant, shown, "press-4")
+            assert closed is not None
+            assert closed.code == 4401
+        new, end = (await entries(plant))[:-before][::-1], iiot.now_ms()
+    assert [told(entry) for entry in new] == [
+        ("device.provision", "press-2", "press-2", "ok", None),
+        ("device.provision", "press-1", "press-1", "device_exists", None),
+        ("device.provision", "press-3", "press-3", "too_many_devices", None),
+    ]
+    for entry in new:
+        assert (entry["token"], entry["name"], entry["role"]) == (id_of(key), "provisioning key", "provisioning")
+        assert entry["address"] == "127.0.0.1"
+        assert start <= (iiot.parse_rfc3339(entry["at"]) or 0) <= end
+
+
+async def test_a_device_is_not_provisioned_without_an_entry(plant: Plant) -> None:
+    key = await new_key(plant, uses=1)
+    state = contents(plant.database)
+    with no_entry_possible(plant.database):
+        closed = await provision(plant, key, "press-1")
+    assert closed is not None
+    assert closed.code == 1011
+    assert contents(plant.database) == state
+    assert await provision(plant, key, "press-1") is None
+    assert [(e["target"], e["outcome"]) for e in await entries(plant, "&action=device.provision")] == [("press-1", "ok")]
+
+
+async def test_the_command_line_is_accounted_by_the_name_of_the_systems_user(plant: Plant, tmp_path: Path) -> None:
+    platform = admin_token(plant.database, "platform")
+    start = iiot.now_ms()
+
+    async def run(*arguments: str) -> tuple[str, str]:
+        """What it printed, and the id part of it."""
+        code, out, err = await command(*arguments, folder=tmp_path)
+        assert code == 0, err
+        return out.strip(), id_of(out) if out else ""
+
+    (_, token), (_, key), (_, master), (_, acme) = await asyncio.gather(
+        run("token", "--role", "viewer", "--name", "wall display"), run("provisioning-key", "--uses", "3"),
+        run("token", "--role", "platform", "--name", "master"), run("tenant", "add", "acme"),
+    )  # fmt: skip
+    theirs, _ = await run("token", "--role", "admin", "--tenant", "acme")
+    in_acme = [told(entry) for entry in await entries(plant, token=theirs)]
+    failed, _, _ = await asyncio.gather(
+        command("tenant", "remove", "nobody", "--confirm", "nobody", folder=tmp_path),
+        run("tenant", "remove", "acme", "--confirm", "acme"), run("tenant", "list"),
+    )  # fmt: skip
+    assert failed[0] != 0
+    end = iiot.now_ms()
+    ours, platforms = await entries(plant), await entries(plant, token=platform, path="/platform/audit")
+    assert sorted(map(told, ours), key=str) == sorted([
+        ("token.create", token, None, "ok", {"name": "wall display", "role": "viewer"}),
+        ("key.create", key, None, "ok", {"uses": 3}),
+    ], key=str)  # fmt: skip
+    assert sorted(map(told, platforms), key=str) == sorted([
+        ("token.create", master, None, "ok", {"name": "master", "role": "platform"}),
+        ("tenant.create", "acme", None, "ok", {"token": acme}),
+        ("tenant.remove", "acme", None, "ok", None),
+    ], key=str)  # fmt: skip
+    assert in_acme == [("token.create", id_of(theirs), None, "ok", {"name": "command line", "role": "admin"})]
+    for entry in ours + platforms:
+        assert (entry["token"], entry["name"], entry["role"], entry["address"]) == (None, getpass.getuser(), "command line", None)
+        assert start <= (iiot.parse_rfc3339(entry["at"]) or 0) <= end
+
+
+async def test_the_first_start_accounts_for_what_it_prints(process: Process) -> None:
+    await process.start()
+    token, key = await process.read_first_start()
+    async with ClientSession() as client:
+        found = await exported(process.plant(client, token))
+    assert [(e["action"], e["target"], e["device"], e["outcome"]) for e in found] == [
+        ("token.create", id_of(token), None, "ok"), ("key.create", id_of(key), None, "ok"),
+    ]  # fmt: skip
+    for entry in found:
+        assert (entry["token"], entry["name"], entry["role"], entry["address"]) == (None, getpass.getuser(), "command line", None)
+
+
+# ---- one transaction
+
+
+async def test_what_cannot_be_stored_leaves_neither_change_nor_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), storage_seconds=0.3, retry_seconds=0.05)) as plant:
+        viewer = minted(plant, "viewer", "viewer")
+        await plant.register("press-1")
+        before, state = await entries(plant), contents(plant.database)
+        changes: list[tuple[str, str, Any]] = [
+            ("PUT", "/iiot/press-2", None), ("PATCH", "/iiot/press-1", {"labels": {"a": "b"}}), ("POST", "/iiot/press-1", {"speed": 1}),
+            ("POST", "/tokens", {"name": "x", "role": "viewer"}), ("DELETE", "/iiot/press-1", None),
+        ]  # fmt: skip
+        with locked(plant.database):
+            answers = await asyncio.gather(
+                *(plant.ask(*change) for change in changes), plant.ask("DELETE", "/iiot/press-1", token=viewer)
+            )
+            assert [status for status, _ in answers] == [503] * len(changes) + [403]
+        assert "cannot enter in the audit" in caplog.text
+        assert (await plant.ask("PUT", "/iiot/press-3"))[0] == 201  # what might still have waited would be on disk before it
+        new = (await entries(plant))[: -len(before)]
+        assert [told(entry) for entry in new] == [("device.register", "press-3", "press-3", "ok", None)]
+        assert (await plant.ask("DELETE", "/iiot/press-3"))[0] == 204
+        async with asyncio.timeout(PATIENCE):
+            while contents(plant.database) != state:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_change_whose_token_is_revoked_first_is_neither_done_nor_entered_as_done(plant: Plant) -> None:
+    other = minted(plant, "admin", "other")
+    assert (await plant.ask("GET", "/whoami", token=other))[0] == 200
+    with locked(plant.database):  # what comes meanwhile is done in the order in which it came
+        revoking = asyncio.create_task(plant.ask("DELETE", f"/tokens/{id_of(other)}"))
+        for _ in range(5):
+            await plant.get("/whoami")
+        late = asyncio.create_task(plant.ask("PUT", "/iiot/press-1", token=other))
+        for _ in range(5):
+            await plant.get("/whoami")
+    assert (await revoking)[0] == 204
+    assert (await late)[0] == 401
+    assert rows(plant.database, "select * from device") == []
+    assert [told(entry)[0] for entry in await entries(plant) if entry["outcome"] == "ok"] == ["token.revoke"]
+
+
+async def test_the_command_line_does_nothing_without_an_entry(plant: Plant, tmp_path: Path) -> None:
+    assert (await plant.ask("POST", "/tenants", {"name": "acme"}, token=admin_token(plant.database, "platform")))[0] == 201
+    state, before = contents(plant.database), rows(plant.database, "select * from audit")
+    with no_entry_possible(plant.database):
+        results = await asyncio.gather(*(command(*words.split(), folder=tmp_path) for words in (
+            "token --role admin", "token --role platform", "provisioning-key", "tenant add other", "tenant remove acme --confirm acme"
+        )))  # fmt: skip
+    for code, out, _ in results:
+        assert code != 0
+        assert out == ""
+    assert contents(plant.database) == state
+    assert rows(plant.database, "select * from audit") == before
+
+
+def answered(action: str, target: str, outcome: str = "ok", more: object = None) -> tuple[str, str, str, object]:
+    return action, target, outcome, more
+
+
+class Clerk:
+    """A client that changes things one after the other, and remembers what it was answered."""
+
+    def __init__(self, name: str, key: str) -> None:
+        self.name = name
+        self.key = key
+        self.done: list[tuple[str, str, str, object]] = []
+        self._numbers = count()
+
+    async def run(self, plant: Plant) -> None:
+        """Until the server is gone."""
+        try:
+            while True:
+                await self.work(plant, f"{self.name}-{next(self._numbers)}")
+        except (ClientError, Closed, OSError):
+            return
+
+    async def work(self, plant: Plant, device: str) -> None:
+        """A device's life. Each change can be told from every other by what it leaves in the database and in the audit."""
+        path = f"/iiot/{device}"
+        await self.ask(plant, "PUT", path, 201)
+        self.done.append(answered("device.register", device))
+        await self.ask(plant, "PUT", path, 409)
+        self.done.append(answered("device.register", device, "device_exists"))
+        for label in ("a", "b"):
+            await self.ask(plant, "PATCH", path, 200, {"labels": {label: ""}})
+            self.done.append(answered("device.update", device, more=label))
+            pushed = await self.ask(plant, "POST", path, 202, {"speed": 1})
+            self.done.append(answered("config.push", device, more=pushed["version"]))
+        token = await self.ask(plant, "POST", f"{path}/token", 201)
+        self.done.append(answered("device.token", device, more=id_of(token["token"])))
+        token = await self.ask(plant, "POST", "/tokens", 201, {"name": device, "role": "viewer"})
+        self.done.append(answered("token.create", token["id"]))
+        if (closed := await provision(plant, self.key, f"{device}-x")) is not None:
+            raise closed
+        self.done.append(answered("device.provision", f"{device}-x"))
+        if device[-1] in "13579":
+            await self.ask(plant, "DELETE", path, 204)
+            self.done.append(answered("device.remove", device))
+
+    async def ask(self, plant: Plant, method: str, path: str, expected: int, body: Any = None) -> Any:
+        status, answer = await plant.ask(method, path, body)
+        assert status == expected, answer
+        return answer
+
+
+def accounted(entry: Entry) -> tuple[str, str, str, object]:
+    """An entry as a clerk remembers its change."""
+    more: object = None
+    match entry["action"], entry["detail"]:
+        case "device.update", {"labels": labels}:
+            (more,) = labels
+        case ("config.push", {"version": more}) | ("device.token", {"token": more}):
+            pass
+    return answered(entry["action"], entry["target"], entry["outcome"], more)
+
+
+def changed(database: Path) -> dict[str, set[tuple[str, object]]]:
+    """What the database has of the clerks' changes, by action."""
+    found = {
+        "device.register": rows(database, "select name, null from device where name not like '%-x'"),
+        "device.provision": rows(database, "select name, null from device where name like '%-x'"),
+        "device.update": rows(database, "select name, key from device, json_each(labels) where name is not null"),
+        "config.push": rows(database, "select name, version from config join device on device.id = device_id where name is not null"),
+        "device.token": rows(database, "select name, t.id from device_token t join device on device.id = device_id where pending"),
+        "token.create": rows(database, "select id, null from operator_token where role = 'viewer'"),
+    }
+    assert all(len(set(some)) == len(some) for some in found.values())
+    return {action: {(target, more) for target, more in some} for action, some in found.items()}
+
+
+async def test_whenever_the_server_is_killed_what_is_done_is_accounted_for_and_nothing_else(process: Process) -> None:
+    iiot.prepare_database(process.database)
+    token, key, chance = admin_token(process.database), iiot.mint("prov"), random.Random()
+    iiot.change_database(process.database, lambda connection: iiot.insert_provisioning_key(connection, 1, key.stored))
+    clerks = [Clerk(f"clerk-{n}", key.text) for n in range(6)]
+    for _ in range(KILLS):
+        await process.start()
+        before = sum(len(clerk.done) for clerk in clerks)
+        async with ClientSession() as client:
+            plant = process.plant(client, token)
+            working = [asyncio.create_task(clerk.run(plant)) for clerk in clerks]
+            async with asyncio.timeout(PATIENCE):
+                while sum(len(clerk.done) for clerk in clerks) < before + 50:
+                    await asyncio.sleep(0)
+            await asyncio.sleep(chance.uniform(0, 0.3))
+            await process.stop(signal.SIGKILL)
+            await asyncio.gather(*working)
+    await process.start()
+    async with ClientSession() as client:
+        found = [accounted(entry) for entry in await exported(process.plant(client, token))]
+    await process.stop()
+
+    done = {entry for entry in found if entry[2] == "ok"}
+    assert len(done) == sum(outcome == "ok" for _, _, outcome, _ in found), "one entry a change"
+    removed = {target for action, target, _, _ in done if action == "device.remove"}
+    for action, stored in changed(process.database).items():
+        entered = {(target, more) for name, target, _, more in done if name == action}
+        assert stored == {(target, more) for target, more in entered if target not in removed}, action
+    assert removed <= {target for action, target, _, _ in done if action == "device.register"}
+    missing = Counter(entry for clerk in clerks for entry in clerk.done) - Counter(found)
+    assert not missing, "what was answered is all there"
+
+
+# ---- nothing is taken back
+
+OVERWRITES = (
+    "update audit set outcome = 'ok'",
+    "update audit set name = 'somebody else' where id = :id",
+    "update or ignore audit set at = 0 where id = :id",
+    "update or replace audit set id = :id where id = :other",
+    "update audit set id = 1000000 where id = :id",
+    "update audit set tenant_id = 7 where id = :id",
+    "delete from audit",
+    "delete from audit where id = :id",
+    "insert or replace into audit (id, tenant_id, at, name, role, action, outcome) values (:id, :tenant, 0, '', '', '', '')",
+    "replace into audit (id, tenant_id, at, name, role, action, outcome) values (:id, :tenant, 0, '', '', '', '')",
+    "replace into audit select * from audit where id = :id",
+    """insert into audit (id, tenant_id, at, name, role, action, outcome) values (:id, :tenant, 0, '', '', '', '')
+       on conflict (id) do update set outcome = 'ok'""",
+    """insert into audit (id, tenant_id, at, name, role, action, outcome) values (:id, :tenant, 0, '', '', '', '')
+       on conflict do update set name = 'somebody else'""",
+)
+
+
+async def test_the_database_refuses_to_change_or_delete_an_entry(plant: Plant) -> None:
+    platform = admin_token(plant.database, "platform")
+    await plant.register("press-1")
+    assert (await plant.ask("PUT", "/iiot/press-1"))[0] == 409
+    for name in ("acme", "other"):
+        assert (await plant.ask("POST", "/tenants", {"name": name}, token=platform))[0] == 201
+    before = rows(plant.database, "select * from audit order by id")
+    ours = [row[0] for row in before if row[1] is not None]
+    platforms = [row[0] for row in before if row[1] is None]
+    assert len(ours) == len(platforms) == 2
+    for recursive in (0, 1):
+        with closing(sqlite3.connect(plant.database, isolation_level=None)) as other:
+            other.execute(f"pragma recursive_triggers = {recursive}")
+            for (one, another), tenant in ((ours, 1), (platforms, None)):
+                for statement in OVERWRITES:
+                    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                        other.execute(statement, {"id": one, "other": another, "tenant": tenant})
+    assert rows(plant.database, "select * from audit order by id") == before
+    await plant.register("press-2")
+    assert (await entries(plant))[0]["target"] == "press-2"
+
+
+async def test_the_entries_of_a_tenant_do_not_go_while_it_stays(plant: Plant) -> None:
+    await plant.register("press-1")
+    before = rows(plant.database, "select * from audit order by id")
+    with closing(sqlite3.connect(plant.database, isolation_level=None)) as other, suppress(sqlite3.IntegrityError):
+        other.execute("begin")
+        other.execute("update tenant set name = null where id = 1")
+        other.execute("delete from audit where tenant_id = 1")
+        other.execute("update tenant set name = 'default' where id = 1")
+        other.execute("commit")
+    assert rows(plant.database, "select * from audit order by id") == before
+
+
+async def test_the_audit_of_a_removed_tenant_goes_with_it_and_the_platform_keeps_that_it_went(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), removed_rows=3)) as plant:
+        platform = minted(plant, "platform", "the owner")
+        await plant.register("press-1")
+        status, body = await plant.ask("POST", "/tenants", {"name": "acme"}, token=platform)
+        assert status == 201
+        for number in range(10):
+            assert (await plant.ask("PUT", f"/iiot/press-{number}", token=body["token"]))[0] == 201
+            assert (await plant.ask("DELETE", f"/tokens/{number}", token=body["token"]))[0] == 404
+        ours = await entries(plant)
+        ((theirs,),) = rows(plant.database, "select id from tenant where name = 'acme'")
+        assert rows(plant.database, "select count(*) from audit where tenant_id = ?", theirs) == [(20,)]
+        assert (await plant.ask("DELETE", "/tenants/acme?confirm=acme", token=platform))[0] == 204
+        async with asyncio.timeout(PATIENCE):
+            while rows(plant.database, "select 1 from tenant where id = ?", theirs):
+                await asyncio.sleep(0.01)
+        assert rows(plant.database, "select count(*) from audit where tenant_id = ?", theirs) == [(0,)]
+        assert await entries(plant) == ours
+        kept = await entries(plant, token=platform, path="/platform/audit")
+        assert [told(entry) for entry in kept[::-1]] == [
+            ("tenant.create", "acme", None, "ok", {"quotas": {}, "token": id_of(body["token"])}),
+            ("tenant.remove", "acme", None, "ok", None),
+        ]
+        assert {(entry["token"], entry["name"]) for entry in kept} == {(id_of(platform), "the owner")}
+
+
+# ---- filters, pages and export
+
+
+async def lived(plant: Plant) -> list[Entry]:
+    """Entries of several people, two of one name, on several devices; newest first."""
+    people = [minted(plant, "admin", "Jörg & Söhne, Schicht 1"), minted(plant, "admin", "twin"), minted(plant, "operator", "twin")]
+    key = await new_key(plant)
+    for number, person in enumerate([*people, plant.token]):
+        for device in ("press-1", f"press-{number}", "a:b.c_d-e"):
+            await plant.ask("PUT", f"/iiot/{device}", token=person)
+            await plant.ask("POST", f"/iiot/{device}", {"speed": number}, token=person)
+            await plant.ask("PATCH", f"/iiot/{device}", {"labels": {"line": "ü"}}, token=person)
+        for match in ("press-*", "two\nlines \u2028 \r"):
+            await plant.ask("POST", "/iiot", {"match": match, "config": {}}, token=person)
+    assert await provision(plant, key, "press-9") is None
+    items = await entries(plant)
+    assert len(items) > 40
+    assert len({item["at"] for item in items}) > 5
+    return items
+
+
+async def both(plant: Plant, query: str) -> list[Entry]:
+    """What a query finds, newest first; its export is the same."""
+    items = await entries(plant, query)
+    assert await exported(plant, query) == items[::-1]
+    return items
+
+
+async def test_the_audit_is_filtered_by_actor_action_device_and_time(plant: Plant) -> None:
+    items = await lived(plant)
+    assert await both(plant, "") == items
+    people = {item["name"] for item in items} | {item["token"] for item in items}
+    assert len(people) == 4 + 5
+    for actor in [*people, "nobody", "twi", "TWIN", "%", ""]:
+        expected = [item for item in items if actor in (item["name"], item["token"])]
+        assert await both(plant, f"&actor={quote(actor)}") == expected, actor
+    for actions in (["device.register"], ["config.push", "key.create"], ["device.provision", "device.register", "nothing"], ["device"]):
+        query = "".join(f"&action={action}" for action in actions)
+        assert await both(plant, query) == [item for item in items if item["action"] in actions]
+    for device in ("press-1", "press-9", "a:b.c_d-e", "press", "nobody"):
+        assert await both(plant, f"&device={device}") == [item for item in items if item["device"] == device]
+    for at in {item["at"] for item in items}:
+        assert await entries(plant, f"&from={at}") == [item for item in items if item["at"] >= at]
+        assert await entries(plant, f"&to={at}") == [item for item in items if item["at"] < at]
+    low, high = items[-5]["at"], items[5]["at"]
+    assert await both(plant, f"&from={low}&to={high}") == [item for item in items if low <= item["at"] < high]
+    assert await both(plant, f"&from={iiot.parse_rfc3339(low)}") == [item for item in items if item["at"] >= low]
+    assert await both(plant, "&from=-1h") == items
+    assert await both(plant, "&to=-1h") == []
+
+
+async def test_filters_are_combined(plant: Plant) -> None:
+    items = await lived(plant)
+    low, high = items[-3]["at"], items[3]["at"]
+    twin = next(item["token"] for item in items if item["name"] == "twin" and item["role"] == "operator")
+    query = f"&actor=twin&action=config.push&action=device.update&device=press-1&from={low}&to={high}"
+    expected = [
+        item for item in items
+        if item["name"] == "twin" and item["action"] in ("config.push", "device.update") and item["device"] == "press-1"
+        and low <= item["at"] < high
+    ]  # fmt: skip
+    assert {item["role"] for item in expected} == {"admin", "operator"}
+    assert {item["outcome"] for item in expected} == {"ok", "forbidden"}
+    assert await both(plant, query) == expected
+    assert await both(plant, query.replace("twin", twin)) == [item for item in expected if item["token"] == twin]
+
+
+async def test_the_audit_comes_in_pages_that_are_complete_while_it_grows(plant: Plant) -> None:
+    await lived(plant)
+    writing = True
+
+    async def write() -> None:
+        for number in count():
+            await plant.register(f"new-{number}")
+            if not writing:
+                return
+
+    growing = asyncio.create_task(write())
+    try:
+        for query in ("", "&actor=twin", "&action=device.register"):
+            found: list[Entry] = []
+            after = ""
+            while True:
+                page = await plant.get(f"/audit?limit=3{query}{after}")
+                assert len(page["items"]) <= 3
+                found += page["items"]
+                if page["next"] is None:
+                    break
+                after = f"&after={page['next']}"
+            everything = await both_while_growing(plant, query)
+            assert found == [item for item in everything if item["id"] <= found[0]["id"]]
+            assert len(found) > 10
+    finally:
+        writing = False
+        await growing
+
+
+async def both_while_growing(plant: Plant, query: str) -> list[Entry]:
+    """As `both`, where more may come between the two."""
+    items = await entries(plant, query)
+    lines = await exported(plant, query)
+    assert lines[: len(items)] == items[::-1]
+    assert [line["id"] for line in lines] == sorted({line["id"] for line in lines})
+    return items
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "nonsense=1", "who=x", "outcome=ok", "actor=a&actor=b", "device=a&device=b", "limit=0", "limit=1001", "limit=x", "after=x",
+        "after=-1", "from=yesterday", "to=2026-13-01", "from=-1h&from=-2h", "format=csv", "format=", "format=NDJSON",
+        "format=ndjson&limit=5", "format=ndjson&nonsense=1", "format=ndjson&format=json", "actor=%00",
+    ],
+)  # fmt: skip
+async def test_a_query_that_is_not_understood_is_refused(plant: Plant, query: str) -> None:
+    platform = admin_token(plant.database, "platform")
+    for path, token in (("/audit", plant.token), ("/platform/audit", platform)):
+        status, body = await plant.ask("GET", f"{path}?{query}", token=token)
+        assert (status, body["error"]["code"]) == (400, "bad_query")
+        problem = body["error"]["details"][0]["path"]
+        assert problem in query
+
+
+async def test_the_export_is_a_line_of_json_for_each_entry_oldest_first_beyond_one_slice(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), audit_rows=4)) as plant:
+        items = await lived(plant)
+        async with plant.client.get(f"{plant.url}/audit?format=ndjson", headers={"Authorization": f"Bearer {plant.token}"}) as response:
+            assert (response.status, response.content_type) == (200, "application/x-ndjson")
+            body = await response.read()
+        assert body.endswith(b"\n")
+        lines = body[:-1].split(b"\n")
+        assert [json.loads(line) for line in lines] == items[::-1]
+        for size in range(1, 10):  # of the last slice, and slices that are just full
+            first = items[size - 1]["id"] - 1
+            assert await exported(plant, f"&after={first}") == items[:size][::-1]
+        for name, number in {"n0": 0, "n4": 4, "n5": 5, "n8": 8}.items():
+            for _ in range(number):
+                await plant.ask("DELETE", f"/iiot/{name}")
+            status, text = await plant.ask("GET", f"/audit?format=ndjson&device={name}")
+            assert status == 200
+            assert text.count("\n") == number
+            assert [json.loads(line)["device"] for line in text.split("\n")[:-1]] == [name] * number
+        status, text = await plant.ask("GET", "/audit?format=ndjson&actor=nobody")
+        assert (status, text) == (200, "")
+
+
+async def test_the_platforms_audit_is_filtered_and_exported_too(plant: Plant) -> None:
+    platform = minted(plant, "platform", "the owner")
+    other = minted(plant, "platform", "the deputy")
+    for name in ("acme", "other"):
+        for token in (platform, other):
+            await plant.ask("POST", "/tenants", {"name": name}, token=token)
+            await plant.ask("PUT", f"/iiot/{name}", token=token)
+    items = await entries(plant, token=platform, path="/platform/audit")
+    assert len(items) == 8
+    assert await exported(plant, token=platform, path="/platform/audit") == items[::-1]
+    for query, expected in (
+        (f"&actor={id_of(other)}", [item for item in items if item["name"] == "the deputy"]),
+        ("&actor=the%20owner&action=tenant.create", [i for i in items if (i["name"], i["action"]) == ("the owner", "tenant.create")]),
+        ("&device=acme", [item for item in items if item["target"] == "acme" and item["action"] == "device.register"]),
+        (f"&to={items[4]['at']}", [item for item in items if item["at"] < items[4]["at"]]),
+    ):
+        assert await entries(plant, query, token=platform, path="/platform/audit") == expected
+        assert await exported(plant, query, token=platform, path="/platform/audit") == expected[::-1]
+
+
+# ---- who may see what
+
+
+async def test_the_audit_of_a_tenant_is_its_admins_alone(plant: Plant) -> None:
+    world = World(plant)
+    await world.furnish()
+    platform = world.roles["platform"]
+    status, body = await plant.ask("POST", "/tenants", {"name": "b"}, token=platform)
+    assert status == 201
+    theirs: str = body["token"]
+    for name in ("press-1", "press-7"):
+        assert (await plant.ask("PUT", f"/iiot/{name}", token=theirs))[0] == 201
+    assert (await plant.ask("POST", "/tenants", {"name": "c"}, token=theirs))[0] == 403
+    ours = await entries(plant, token=world.roles["admin"])
+    of_b = await entries(plant, token=theirs)
+    of_platform = await entries(plant, token=platform, path="/platform/audit")
+    assert [(e["action"], e["target"], e["outcome"]) for e in of_b] == [
+        ("tenant.create", None, "forbidden"), ("device.register", "press-7", "ok"), ("device.register", "press-1", "ok"),
+    ]  # fmt: skip
+    ids = [entry["id"] for entry in ours + of_b + of_platform]
+    assert len(ids) == len(set(ids)) == rows(plant.database, "select count(*) from audit")[0][0]
+    assert {entry["token"] for entry in ours} == {id_of(plant.token), id_of(world.roles["admin"])}
+    assert {entry["token"] for entry in of_b} == {id_of(theirs)}
+    assert {entry["token"] for entry in of_platform} == {id_of(platform)}
+    admin = world.roles["admin"]
+    queries = (f"&actor={id_of(theirs)}", "&device=press-7", f"&actor={id_of(platform)}", "&action=tenant.create", f"&after={max(ids) + 1}")
+    for query in queries:
+        found = await entries(plant, query, token=admin)
+        assert found == (ours if "after" in query else [])
+    assert await exported(plant, f"&after={min(ids) - 1}", token=admin) == ours[::-1]
+
+
+async def test_only_an_admin_sees_the_audit_and_who_was_refused(plant: Plant) -> None:
+    world = World(plant)
+    await world.furnish()
+    before = await world.audit()
+    for path, roles in (("/audit", ("viewer", "operator", "platform")), ("/platform/audit", ("viewer", "operator", "admin"))):
+        for role in roles:
+            for query in ("", "?format=ndjson", "?nonsense=1"):
+                status, body = await plant.ask("GET", path + query, token=world.roles[role])
+                assert (status, body["error"]["code"]) == (403, "forbidden")
+    assert await world.audit() == before
+    routes = [route for route in ACCOUNTED if route.role != "public"]
+    for route in routes:
+        path = route.path.replace("{device}", "press-1").replace("{id}", "abc").replace("{tenant}", "acme")
+        assert (await plant.ask(route.method, path, {}, token=world.roles["viewer"]))[0] == 403
+    found = await entries(plant, "&actor=the%20viewer", token=world.roles["admin"])
+    assert [(entry["action"], entry["outcome"], entry["role"]) for entry in found[::-1]] == [
+        (route.action, "forbidden", "viewer") for route in routes
+    ]
+    assert {entry["token"] for entry in found} == {id_of(world.roles["viewer"])}
+
+
+# ---- what an entry holds
+
+
+async def test_the_secret_of_a_token_in_a_path_is_kept_nowhere(plant: Plant) -> None:
+    secret = {kind: iiot.mint(kind).text for kind in ("op", "prov", "dev")}
+    viewer = minted(plant, "viewer", "viewer")
+    paths = [
+        f"{folder}/{text}{more}" for text in (*secret.values(), viewer, plant.token) for more in ("", "x", "%20", "%2F")
+        for folder in ("/tokens", "/provisioning-keys", "/iiot")
+    ]  # fmt: skip
+    for path in paths:
+        for token in (plant.token, viewer):
+            assert (await plant.ask("DELETE", path, token=token))[0] in (403, 404)
+    found = await entries(plant)
+    assert len(found) == 2 * len(paths)
+    assert {entry["target"] for entry in found} >= {f"iiot_op_{id_of(plant.token)}_…", f"iiot_prov_{id_of(secret['prov'])}_…"}
+    files = b"".join(path.read_bytes() for path in plant.database.parent.iterdir())
+    assert id_of(secret["op"]).encode() in files
+    for text in (*secret.values(), viewer, plant.token):
+        assert text[-43:] not in json.dumps(found)
+        assert text[-43:].encode() not in files
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("x" * 2_000, "x" * 256), ("a%0Ab%22", 'a\nb"'), ("%C3%BC%F0%9F%98%80", "ü😀"), ("%E2%80%A8", "\u2028"),
+        ("%FF", None), ("%ED%A0%80", None),
+    ],
+)  # fmt: skip
+async def test_a_strange_name_is_refused_and_entered(plant: Plant, name: str, shown: str | None) -> None:
+    status, body = await plant.ask("PUT", f"/iiot/{name}")
+    assert (status, body["error"]["code"]) == (422, "invalid")
+    assert (await plant.ask("DELETE", f"/iiot/{name}"))[0] == 404
+    found = await both(plant, "")
+    assert [(entry["action"], entry["outcome"]) for entry in found] == [("device.remove", "not_found"), ("device.register", "invalid")]
+    if shown is not None:
+        assert {(entry["target"], entry["device"]) for entry in found} == {(shown, shown)}
+
+
+async def test_a_name_with_a_zero_character_is_not_entered_as_that_of_a_device(plant: Plant) -> None:
+    await plant.register("press-1")
+    assert (await plant.ask("DELETE", "/iiot/press-1%00"))[0] == 404
+    assert [entry["action"] for entry in await entries(plant, "&device=press-1")] == ["device.register"]
+
+
+FORWARDED = "198.51.100.9, 203.0.113.7"
+
+
+async def addresses(plant: Plant) -> dict[str, str]:
+    """Addresses of the newest entries of a change, a refusal and a provisioning, each with the header of a proxy."""
+    key = await new_key(plant)
+    viewer = minted(plant, "viewer", "viewer")
+    assert (await ask(plant, "PUT", "/iiot/press-1", X_Forwarded_For=FORWARDED))[0] == 201
+    assert (await ask(plant, "PUT", "/iiot/press-2", token=viewer, X_Forwarded_For=FORWARDED))[0] == 403
+    async with plant.client.ws_connect(f"{plant.url}/device", headers={"X-Forwarded-For": FORWARDED}) as link:
+        await Device(link).send("provision", key=key, device="press-3")
+        await Device(link).expect("credentials")
+    await plant.register("press-4")
+    return {entry["target"]: entry["address"] for entry in await entries(plant) if entry["device"]}
+
+
+async def test_behind_a_trusted_proxy_the_address_is_the_forwarded_one(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, trusted_proxy="127.0.0.1/32") as plant:
+        forwarded = {f"press-{number}": "203.0.113.7" for number in (1, 2, 3)}
+        assert await addresses(plant) == {**forwarded, "press-4": "127.0.0.1"}
+
+
+@pytest.mark.parametrize("trusted", ["", "10.0.0.0/8"])
+async def test_without_a_trusted_proxy_the_address_is_the_peers(tmp_path: Path, trusted: str) -> None:
+    async with plants.plant(tmp_path, trusted_proxy=trusted) as plant:
+        assert await addresses(plant) == {f"press-{number}": "127.0.0.1" for number in (1, 2, 3, 4)}
