@@ -5653,9 +5653,9 @@ def first_credentials(path: Path) -> tuple[Secret, Secret] | None:
         tenant = tenant_id_of(connection, "default")
         insert_operator_token(connection, tenant, token.stored, "first start", "admin")
         insert_provisioning_key(connection, tenant, key.stored)
-        made = {"token.create": token, "key.create": key}
-        for action, secret in made.items():
-            add_entries(connection, operator_at_the_machine(tenant), action, "ok", [Affected(secret.stored.id)])
+        actor = operator_at_the_machine(tenant)
+        add_entries(connection, actor, "token.create", "ok", [Affected(token.stored.id, None, {"name": "first start", "role": "admin"})])
+        add_entries(connection, actor, "key.create", "ok", [Affected(key.stored.id, None, {"uses": None})])
         return True
 
     return (token, key) if change_database(path, add) else None
