@@ -1618,22 +1618,19 @@ class Batch:
                    from json_each(?) new where device_id = cast(new.key as integer)""",
                 bind(self.progress),
             )
-        if self.usage or self.tokens_used:
-            self._write_use(connection)
+        if self.usage:
+            connection.execute(
+                """insert into usage (tenant_id, day, points)
+                   select value ->> 0, ?2, value ->> 1 from json_each(?1) where value ->> 0 in (select id from tenant)
+                   on conflict do update set points = points + excluded.points""",
+                (*bind(list(self.usage.items())), now_ms() // DAY),
+            )
+        if self.tokens_used:
+            connection.execute(
+                "update operator_token set used_at = value from json_each(?) where operator_token.id = key", bind(self.tokens_used)
+            )
         if self.partings:
             self._write_partings(connection, bind([attrs.asdict(parting) for _, parting in self.partings]))
-
-    def _write_use(self, connection: sqlite3.Connection) -> None:
-        """What tenants stored today, and when tokens were last used."""
-        connection.execute(
-            """insert into usage (tenant_id, day, points)
-               select value ->> 0, ?2, value ->> 1 from json_each(?1) where value ->> 0 in (select id from tenant)
-               on conflict do update set points = points + excluded.points""",
-            (*bind(list(self.usage.items())), now_ms() // DAY),
-        )
-        connection.execute(
-            "update operator_token set used_at = value from json_each(?) where operator_token.id = key", bind(self.tokens_used)
-        )
 
     @staticmethod
     def _write_partings(connection: sqlite3.Connection, rows: tuple[str]) -> None:
@@ -2026,15 +2023,15 @@ def set_quotas(connection: sqlite3.Connection, name: str, quotas: Mapping[str, i
     return cast("tuple[int, int | None, int | None]", row)
 
 
-def insert_tenant(connection: sqlite3.Connection, name: str, quotas: Mapping[str, int | None]) -> int:
-    """A new tenant; its id. Refusal: tenant_exists."""
+def insert_tenant(connection: sqlite3.Connection, name: str, admin: NewSecret, quotas: Mapping[str, int | None]) -> None:
+    """A new tenant with its first admin token. Refusal: tenant_exists."""
     row = connection.execute(
         "insert into tenant (name, created_at) values (?, ?) on conflict do nothing returning id", (name, now_ms())
     ).fetchone()
     if row is None:
         raise Refusal("tenant_exists")
     set_quotas(connection, name, quotas)
-    return int(row[0])
+    insert_operator_token(connection, row[0], admin, "first admin", "admin")
 
 
 def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
@@ -2047,6 +2044,14 @@ def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
     connection.execute("delete from device_token where device_id in (select id from device where tenant_id = ?)", row)
     connection.execute("update device set name = null where tenant_id = ?", row)
     return int(row[0])
+
+
+def insert_device_token(connection: sqlite3.Connection, device_id: int, new: NewSecret, *, pending: bool) -> None:
+    """`pending`: its first use ends the token before it."""
+    connection.execute(
+        "insert into device_token (id, device_id, secret_hash, created_at, pending) values (?, ?, ?, ?, ?)",
+        (new.id, device_id, new.secret_hash, now_ms(), pending),
+    )
 
 
 DEVICES_SQL: Final = "(select count(*) from device where tenant_id = tenant.id and device.name is not null)"
@@ -2068,9 +2073,7 @@ def insert_device(
     if full:
         raise Refusal("too_many_devices")
     connection.execute("insert into presence (device_id) values (?)", row)
-    connection.execute(
-        "insert into device_token (id, device_id, secret_hash, created_at) values (?, ?, ?, ?)", (new.id, row[0], new.secret_hash, now)
-    )
+    insert_device_token(connection, row[0], new, pending=False)
     add_event(connection, row[0], now, "credentials", {"token": new.id, **detail})
 
 
@@ -2104,10 +2107,7 @@ def rotate_token(
     """Give a device a new token; its id. The old one ends with the first use of the new, or now with `revoke`. Refusal: not_found."""
     device_id, _ = device_row(connection, tenant_id, name)
     connection.execute("delete from device_token where device_id = ? and (pending or ?)", (device_id, revoke))
-    connection.execute(
-        "insert into device_token (id, device_id, secret_hash, created_at, pending) values (?, ?, ?, ?, ?)",
-        (new.id, device_id, new.secret_hash, now_ms(), not revoke),
-    )
+    insert_device_token(connection, device_id, new, pending=not revoke)
     add_event(connection, device_id, now_ms(), "credentials", {"token": new.id, "revoked": revoke, **by})
     return device_id
 
@@ -4055,6 +4055,7 @@ class Call:
     request: web.Request
     platform: Platform
     principal: Principal
+    address: str
     action: str = ""
     running: Running | None = None
     query: Any = None
@@ -4071,10 +4072,6 @@ class Call:
     @property
     def device(self) -> str:
         return self.request.match_info["device"]
-
-    @property
-    def address(self) -> str:
-        return remote_address(self.request, self.platform.trusted)
 
     @property
     def by(self) -> dict[str, object]:
@@ -4519,12 +4516,10 @@ async def create_tenant(call: Call) -> web.StreamResponse:
     """A tenant with its first admin token: who asks for it has no other way in."""
     token, body = mint("op"), await call.body(NewTenant)
     call.subject = body.name
-
-    def create(connection: sqlite3.Connection) -> None:
-        tenant = insert_tenant(connection, body.name, body.quotas)
-        insert_operator_token(connection, tenant, token.stored, "first admin", "admin")
-
-    await call.change(create, lambda _: [Affected(body.name, None, {"quotas": body.quotas, "token": token.stored.id})])
+    await call.change(
+        lambda connection: insert_tenant(connection, body.name, token.stored, body.quotas),
+        lambda _: [Affected(body.name, None, {"quotas": body.quotas, "token": token.stored.id})],
+    )
     return answer({"name": body.name, "token": token.text}, 201)
 
 
@@ -4673,14 +4668,15 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
 
     async def handle(request: web.Request) -> web.StreamResponse:
         platform = request.app[PLATFORM]
+        address = remote_address(request, platform.trusted)
         if route.role == "public":
-            return await handle_known(Call(request, platform, NOBODY))
+            return await handle_known(Call(request, platform, NOBODY, address))
         token, call = bearer_token(request), None
         try:
             async with platform.registry.request(token_id_of(token)) as running:
-                who = await platform.identity.operator(token, remote_address(request, platform.trusted))
+                who = await platform.identity.operator(token, address)
                 platform.registry.stands(running, who.tenant_id, None if who.expires_at is None else (who.expires_at - now_ms()) / 1000)
-                call = Call(request, platform, who, route.action, running)
+                call = Call(request, platform, who, address, route.action, running)
                 if not who.may(route.role):
                     raise Refusal("forbidden")
                 return await handle_known(call)
@@ -5620,8 +5616,7 @@ def manage_tenants(arguments: argparse.Namespace) -> None:
     path, actor, token = Path(arguments.db), operator_at_the_machine(None), mint("op")
 
     def add(connection: sqlite3.Connection) -> None:
-        tenant = insert_tenant(connection, arguments.name, {})
-        insert_operator_token(connection, tenant, token.stored, "first admin", "admin")
+        insert_tenant(connection, arguments.name, token.stored, {})
         add_entries(connection, actor, "tenant.create", "ok", [Affected(arguments.name, None, {"token": token.stored.id})])
 
     def remove(connection: sqlite3.Connection) -> None:

@@ -9,8 +9,8 @@ import re
 import signal
 import sqlite3
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -157,6 +157,17 @@ def admin_token(database: Path, role: str = "admin") -> str:
 
     iiot.change_database(database, add)
     return token.text
+
+
+@contextmanager
+def locked(database: Path) -> Iterator[None]:
+    """Another program holds the write lock."""
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("begin immediate")
+        try:
+            yield
+        finally:
+            other.execute("rollback")
 
 
 @asynccontextmanager

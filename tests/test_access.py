@@ -10,7 +10,7 @@ import shutil
 import socket
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import attrs
 import plant as plants
 import pytest
 from aiohttp import ClientPayloadError, StreamReader, web
-from plant import PATIENCE, Device, Plant
+from plant import PATIENCE, Device, Plant, locked
 
 import iiot
 
@@ -822,17 +822,6 @@ async def test_a_token_revoked_before_the_body_is_there_changes_nothing(site: Si
     ]
     del before["operator_token"], after["operator_token"]
     assert after == before
-
-
-@contextmanager
-def locked(database: Path) -> Iterator[None]:
-    """Another program holds the write lock."""
-    with closing(sqlite3.connect(database, isolation_level=None)) as other:
-        other.execute("begin immediate")
-        try:
-            yield
-        finally:
-            other.execute("rollback")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import attrs
 import plant as plants
 import pytest
 from aiohttp import ClientError, ClientSession
-from plant import PATIENCE, Closed, Device, Plant, Process, admin_token, command
+from plant import PATIENCE, Closed, Device, Plant, Process, admin_token, command, locked
 
 import iiot
 
@@ -91,17 +91,6 @@ def contents(database: Path) -> dict[str, list[tuple[Any, ...]]]:
         columns = [name for (name,) in rows(database, "select name from pragma_table_info(?)", table) if name not in ("used_at", "seen_at")]
         found[table] = rows(database, f"select {', '.join(columns)} from {table}")
     return found
-
-
-@contextmanager
-def locked(database: Path) -> Iterator[None]:
-    """Another program holds the write lock."""
-    with closing(sqlite3.connect(database, isolation_level=None)) as other:
-        other.execute("begin immediate")
-        try:
-            yield
-        finally:
-            other.execute("rollback")
 
 
 @contextmanager

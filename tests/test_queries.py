@@ -15,8 +15,7 @@ from typing import Any
 import attrs
 import plant as plants
 import pytest
-from plant import Device, Plant
-from test_sessions import locked
+from plant import Device, Plant, locked
 
 import iiot
 

@@ -9,8 +9,8 @@ import resource
 import sqlite3
 import struct
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,12 @@ import attrs
 import plant as plants
 import pytest
 from aiohttp import ClientSession, WSMsgType
-from plant import Device, Plant
+from plant import Device, Plant, locked
 
 import iiot
 
 REASONS = {fault.message for fault in iiot.FAULTS.values()}
 NUMBER = 2**63 - 1
-
-
-@contextmanager
-def locked(database: Path) -> Iterator[None]:
-    """Another program holds the write lock."""
-    with closing(sqlite3.connect(database, isolation_level=None)) as other:
-        other.execute("begin immediate")
-        try:
-            yield
-        finally:
-            other.execute("rollback")
 
 
 def stored(database: Path, sql: str) -> Any:

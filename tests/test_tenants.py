@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import plant as plants
 import pytest
-from aiohttp import ClientError, ClientResponse, ClientSession, WSMsgType
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientWebSocketResponse, WSMsgType
 from plant import PATIENCE, Closed, Device, Plant, Process
 
 import iiot
@@ -870,15 +870,21 @@ async def test_the_end_of_the_server_is_the_end_of_throttled_sessions_too(tmp_pa
     assert json.loads(detail)["reason"] == "shutting_down"
 
 
+async def throttled_by_hand(site: Site) -> tuple[Plant, ClientWebSocketResponse, Device]:
+    """A tenant, and its device that has used up the quota and whose pings the test answers itself."""
+    acme = await site.add("acme", points_per_day=1)
+    token = await acme.register("press-1")
+    link = await acme.client.ws_connect(acme.url + "/device", autoping=False, max_msg_size=0)
+    device = await Device(link).hello(token)
+    await device.telemetry({"values": {"level": 1}})
+    await held(device, 1)
+    return acme, link, device
+
+
 @pytest.mark.usefixtures("same_day")
 async def test_a_throttled_device_that_answers_pings_stays_connected(tmp_path: Path) -> None:
     async with opened(tmp_path, heartbeat=0.2) as site:
-        acme = await site.add("acme", points_per_day=1)
-        token = await acme.register("press-1")
-        link = await acme.client.ws_connect(acme.url + "/device", autoping=False, max_msg_size=0)
-        device = await Device(link).hello(token)
-        await device.telemetry({"values": {"level": 1}})
-        await held(device, 1)
+        acme, link, device = await throttled_by_hand(site)
         for _ in range(6):
             message = await link.receive(PATIENCE)
             assert message.type == WSMsgType.PING
@@ -896,12 +902,7 @@ async def test_a_throttled_device_that_answers_pings_stays_connected(tmp_path: P
 @pytest.mark.usefixtures("same_day")
 async def test_a_throttled_device_whose_sends_have_come_to_a_stand_loses_neither_session_nor_frame(tmp_path: Path) -> None:
     async with opened(tmp_path, heartbeat=0.2) as site:
-        acme = await site.add("acme", points_per_day=1)
-        token = await acme.register("press-1")
-        link = await acme.client.ws_connect(acme.url + "/device", autoping=False, max_msg_size=0)
-        device = await Device(link).hello(token)
-        await device.telemetry({"values": {"level": 1}})
-        await held(device, 1)
+        acme, link, device = await throttled_by_hand(site)
 
         async def send_much() -> None:
             for number in range(2, 202):
