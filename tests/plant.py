@@ -257,13 +257,20 @@ class Process:
         return Plant(self.url, client, token, self.database)
 
 
-async def command(*arguments: str, folder: Path, stdin: bytes = b"", **environment: str) -> tuple[int, str, str]:
-    """Run `python iiot.py …` to its end: exit code, standard output, standard error."""
+async def command(
+    *arguments: str, folder: Path, program: str = "iiot.py", stdin: bytes = b"", **environment: str
+) -> tuple[int, str, str]:
+    """Run `python iiot.py …`, or another program of the project, to its end: exit code, standard output, standard error."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(ROOT / "iiot.py"), *arguments, cwd=folder, env={**os.environ, **environment},
+        sys.executable, str(ROOT / program), *arguments, cwd=folder, env={**os.environ, **environment},
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     async with asyncio.timeout(120):
         out, err = await process.communicate(stdin)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
+
+
+async def agent_command(*arguments: str, folder: Path) -> tuple[int, str, str]:
+    """Run `python agent.py …` to its end."""
+    return await command(*arguments, folder=folder, program="agent.py")

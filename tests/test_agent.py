@@ -23,8 +23,9 @@ import pytest
 from aiohttp import ClientSession
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from plant import PATIENCE, ROOT, Plant, Process, command
+from plant import PATIENCE, ROOT, Plant, Process, agent_command
 
+import agent
 import iiot
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -79,10 +80,10 @@ class Running:
 
 
 @asynccontextmanager
-async def agent(folder: Path, *arguments: str, **environment: str) -> AsyncIterator[Running]:
-    """`python iiot.py device …`, killed at the end if it still runs."""
+async def started(folder: Path, *arguments: str, **environment: str) -> AsyncIterator[Running]:
+    """`python agent.py …`, killed at the end if it still runs."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(ROOT / "iiot.py"), "device", *arguments, cwd=folder, env={**os.environ, **environment},
+        sys.executable, str(ROOT / "agent.py"), *arguments, cwd=folder, env={**os.environ, **environment},
         stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -96,7 +97,7 @@ async def agent(folder: Path, *arguments: str, **environment: str) -> AsyncItera
 async def replay(plant: Plant, folder: Path, name: str, *arguments: str) -> tuple[int, str]:
     """Send `run.csv` as a device; exit code and standard error. Nothing belongs on standard output."""
     token = plant.tokens.get(name) or await plant.register(name)
-    code, out, err = await command("device", "--url", plant.url, "--token", token, "--replay", "run.csv", *arguments, folder=folder)
+    code, out, err = await agent_command("--url", plant.url, "--token", token, "--replay", "run.csv", *arguments, folder=folder)
     assert out == ""
     assert "Traceback" not in err
     return code, err
@@ -105,7 +106,7 @@ async def replay(plant: Plant, folder: Path, name: str, *arguments: str) -> tupl
 async def replay_by_key(plant: Plant, folder: Path, *arguments: str) -> str:
     """Send `run.csv` as a new device; standard error."""
     key = await provisioning_key(plant)
-    code, _, err = await command("device", "--url", plant.url, "--key", key, "--replay", "run.csv", *arguments, folder=folder)
+    code, _, err = await agent_command("--url", plant.url, "--key", key, "--replay", "run.csv", *arguments, folder=folder)
     assert code == 0, err
     return err
 
@@ -156,7 +157,7 @@ async def test_the_agent_provisions_itself_and_keeps_its_token_in_a_file_of_mode
     assert file.read_text().strip() not in err
     assert names(tmp_path, "*.token*") == ["press-1.token"]
     assert [item["device"] for item in (await plant.get("/iiot"))["items"]] == ["press-1"]
-    assert (await plant.get("/iiot/press-1"))["agent"] == f"iiot-agent/{iiot.VERSION}"
+    assert (await plant.get("/iiot/press-1"))["agent"] == f"iiot-agent/{agent.VERSION}"
 
 
 async def test_the_agent_comes_back_with_the_token_file_alone(plant: Plant, tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ async def test_the_agent_comes_back_with_the_token_file_alone(plant: Plant, tmp_
     await replay_by_key(plant, tmp_path, "--name", "press-1", "--token-file", "kept")
     kept = (tmp_path / "kept").read_text()
     plant.tokens["press-1"] = kept.strip()
-    code, _, err = await command("device", "--url", plant.url, "--token-file", "kept", "--replay", "run.csv", folder=tmp_path)
+    code, _, err = await agent_command("--url", plant.url, "--token-file", "kept", "--replay", "run.csv", folder=tmp_path)
     assert code == 0, err
     assert "connected as press-1, session 2" in err
     assert (tmp_path / "kept").read_text() == kept
@@ -179,7 +180,7 @@ async def test_a_token_given_as_an_argument_or_a_variable_is_not_written_down(pl
     before = names(tmp_path)
     assert (await replay(plant, tmp_path, "press-1"))[0] == 0
     variables = {"IIOT_URL": plant.url, "IIOT_TOKEN": plant.tokens["press-1"], "IIOT_REPLAY": "run.csv"}
-    async with agent(tmp_path, **variables) as running:
+    async with started(tmp_path, **variables) as running:
         assert (await running.end())[0] == 0
     assert names(tmp_path) == before
 
@@ -196,7 +197,7 @@ async def test_a_token_file_that_cannot_be_written_costs_no_device_its_name(plan
     record(tmp_path / "run.csv", 1)
     key = await provisioning_key(plant)
     arguments = ("--key", key, "--name", "press-1", "--token-file", "no-such-folder/token", "--replay", "run.csv")
-    code, _, err = await command("device", "--url", plant.url, *arguments, folder=tmp_path)
+    code, _, err = await agent_command("--url", plant.url, *arguments, folder=tmp_path)
     assert code != 0
     assert "no-such-folder" in err
     assert "Traceback" not in err
@@ -208,7 +209,7 @@ async def test_a_token_file_that_cannot_be_written_costs_no_device_its_name(plan
 
 async def test_the_agent_sends_this_machines_readings(plant: Plant, tmp_path: Path) -> None:
     before = iiot.now_ms()
-    async with agent(tmp_path, "--url", plant.url, "--token", await plant.register("press-1"), "--interval", "0.05"):
+    async with started(tmp_path, "--url", plant.url, "--token", await plant.register("press-1"), "--interval", "0.05"):
         shown = await plant.until("/iiot/press-1", lambda body: body["connected"] and "cpu_percent" in body["latest"])
     latest = {metric: point["value"] for metric, point in shown["latest"].items()}
     assert latest.keys() >= {"load_1m", "disk_used_percent", "memory_used_percent", "memory_available_bytes", "cpu_percent"}
@@ -218,7 +219,7 @@ async def test_the_agent_sends_this_machines_readings(plant: Plant, tmp_path: Pa
 
 
 async def test_a_report_triggers_a_reading_at_once(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, "--url", plant.url, "--token", await plant.register("press-1"), "--interval", "3600"):
+    async with started(tmp_path, "--url", plant.url, "--token", await plant.register("press-1"), "--interval", "3600"):
         await plant.until("/iiot/press-1", lambda body: "load_1m" in body["latest"])
         for readings in (2, 3):
             status, body = await plant.ask("POST", "/iiot/press-1/report", {"what": "telemetry"})
@@ -335,7 +336,7 @@ async def test_a_recording_longer_than_the_spool_waits_for_room(tmp_path: Path) 
         expected = record(tmp_path / "run.csv", 120)
         arguments = ("--url", plant.url, "--token", token, "--replay", "run.csv", "--spool", "2")
         try:
-            async with agent(tmp_path, *arguments) as running:
+            async with started(tmp_path, *arguments) as running:
                 await running.line("no session")  # all that the spool takes is in it by now
                 await process.start()
                 code, err = await running.end()
@@ -358,7 +359,7 @@ async def test_a_recording_goes_on_when_the_server_is_back_and_nothing_is_lost_o
         expected = record(tmp_path / "run.csv", 240, step=timedelta(milliseconds=5))
         token = await plant.register("press-1")
         try:
-            async with agent(tmp_path, "--url", plant.url, "--token", token, "--replay", "run.csv", "--speed", "1") as running:
+            async with started(tmp_path, "--url", plant.url, "--token", token, "--replay", "run.csv", "--speed", "1") as running:
                 await plant.until(f"/iiot/press-1/telemetry?metric={SENSORS[0]}", enough_points(60))
                 await process.stop(number)
                 await running.line("no session")
@@ -378,7 +379,7 @@ def enough_points(least: int) -> Any:
 async def test_what_was_stored_but_not_acknowledged_counts_as_replayed(plant: Plant, tmp_path: Path) -> None:
     expected = record(tmp_path / "run.csv", 120)
     token = await plant.register("press-1")
-    async with deaf_link(plant) as url, agent(tmp_path, "--url", url, "--token", token, "--replay", "run.csv") as running:
+    async with deaf_link(plant) as url, started(tmp_path, "--url", url, "--token", token, "--replay", "run.csv") as running:
         code, err = await running.end()
     assert code == 0, err
     assert "session 2" in err
@@ -430,7 +431,7 @@ async def test_an_outage_costs_no_more_memory_than_the_spool(tmp_path: Path) -> 
         plant = process.plant(client, (await process.read_first_start())[0])
         token = await plant.register("press-1")
         try:
-            async with agent(tmp_path, "--url", plant.url, "--token", token, "--interval", "0.01", "--spool", "7") as running:
+            async with started(tmp_path, "--url", plant.url, "--token", token, "--interval", "0.01", "--spool", "7") as running:
                 path = "/iiot/press-1/telemetry?metric=load_1m&limit=10000"
                 await plant.until(path, enough_points(3))
                 await process.stop()
@@ -454,28 +455,28 @@ async def expect_refusal(running: Running, *words: str) -> None:
     assert code not in (0, None)
     assert "Traceback" not in err
     last = err.splitlines()[-1]
-    assert last.startswith("iiot.py: ")
+    assert last.startswith("agent.py: ")
     for word in words:
         assert word in last
 
 
 async def test_a_wrong_key_ends_the_agent(plant: Plant, tmp_path: Path) -> None:
     key = iiot.mint("prov").text
-    async with agent(tmp_path, "--url", plant.url, "--key", key, "--name", "press-1") as running:
+    async with started(tmp_path, "--url", plant.url, "--key", key, "--name", "press-1") as running:
         await expect_refusal(running, "4401", "A valid token is needed.")
     assert names(tmp_path, "*.token*") == []
 
 
 async def test_a_taken_name_ends_the_agent(plant: Plant, tmp_path: Path) -> None:
     await plant.register("press-1")
-    async with agent(tmp_path, "--url", plant.url, "--key", await provisioning_key(plant), "--name", "press-1") as running:
+    async with started(tmp_path, "--url", plant.url, "--key", await provisioning_key(plant), "--name", "press-1") as running:
         await expect_refusal(running, "A device of this name is registered already.")
     assert names(tmp_path, "*.token*") == []
 
 
 @pytest.mark.parametrize("name", ["press 1", "x" * 65])
 async def test_a_name_that_cannot_be_ends_the_agent(plant: Plant, tmp_path: Path, name: str) -> None:
-    async with agent(tmp_path, "--url", plant.url, "--key", await provisioning_key(plant), "--name", name) as running:
+    async with started(tmp_path, "--url", plant.url, "--key", await provisioning_key(plant), "--name", name) as running:
         await expect_refusal(running)
     assert (await plant.get("/iiot"))["items"] == []
 
@@ -487,12 +488,12 @@ async def test_a_name_that_cannot_be_ends_the_agent(plant: Plant, tmp_path: Path
 )
 async def test_a_token_file_that_is_no_devices_ends_the_agent(plant: Plant, tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "press-1.token").write_bytes(content)
-    async with agent(tmp_path, "--url", plant.url, "--name", "press-1") as running:
+    async with started(tmp_path, "--url", plant.url, "--name", "press-1") as running:
         await expect_refusal(running, words)
 
 
 async def test_an_agent_without_key_or_token_says_what_it_needs(tmp_path: Path) -> None:
-    async with agent(tmp_path, "--name", "press-1") as running:
+    async with started(tmp_path, "--name", "press-1") as running:
         await expect_refusal(running, "--key", "--token")
 
 
@@ -503,7 +504,7 @@ async def test_a_revoked_token_ends_an_agent_that_comes_back(tmp_path: Path) -> 
         async with ClientSession() as client:
             plant = process.plant(client, (await process.read_first_start())[0])
             token = await plant.register("press-1")
-            async with agent(tmp_path, "--url", plant.url, "--token", token) as running:
+            async with started(tmp_path, "--url", plant.url, "--token", token) as running:
                 await running.line("connected as press-1")
                 await process.stop()
                 with closing(iiot.connect(process.database)) as connection:
@@ -522,7 +523,7 @@ async def test_an_option_that_cannot_be_is_refused_by_name(plant: Plant, tmp_pat
     record(tmp_path / "run.csv", 1)
     token = await plant.register("press-1")
     arguments = {"--url": plant.url, "--token": token, option: value}
-    async with agent(tmp_path, *(word for pair in arguments.items() for word in pair)) as running:
+    async with started(tmp_path, *(word for pair in arguments.items() for word in pair)) as running:
         async with asyncio.timeout(4):
             code, err = await running.end()
     assert code != 0
@@ -543,23 +544,23 @@ async def test_an_option_that_cannot_be_is_refused_by_name(plant: Plant, tmp_pat
     ],
 )  # fmt: skip
 def test_a_cell_is_read_as_what_it_says(text: str, value: object) -> None:
-    read = iiot.parse_cell(text)
+    read = agent.parse_cell(text)
     assert (type(read), read) == (type(value), value)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e200, max_value=1e200))
 def test_every_real_is_read_exactly(value: float) -> None:
-    assert iiot.parse_cell(repr(value)) == value
+    assert agent.parse_cell(repr(value)) == value
 
 
 @given(st.integers(min_value=-(2**63) + 1, max_value=2**63 - 1))
 def test_every_integer_is_read_exactly(value: int) -> None:
-    assert iiot.parse_cell(str(value)) == value
+    assert agent.parse_cell(str(value)) == value
 
 
 @given(st.text())
 def test_whatever_a_cell_holds_is_a_value_for_the_wire_or_none(text: str) -> None:
-    value = iiot.parse_cell(text)
+    value = agent.parse_cell(text)
     assert value is None or value == json.loads(json.dumps(value, allow_nan=False))
 
 
@@ -578,13 +579,13 @@ def test_whatever_a_cell_holds_is_a_value_for_the_wire_or_none(text: str) -> Non
     ],
 )
 def test_a_recorded_time_is_utc_or_names_its_zone(text: str, moment: int) -> None:
-    assert iiot.parse_recorded_time(text) == moment
+    assert agent.parse_recorded_time(text) == moment
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "nan", "inf", "-inf", "1e400", "2020-13-09", "2020-03-09 25:00:00", "10:14", "9.3.20"])
 def test_what_is_no_time_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        iiot.parse_recorded_time(text)
+        agent.parse_recorded_time(text)
 
 
 @given(st.integers(min_value=946_684_800_000, max_value=4_000_000_000_000))
@@ -592,14 +593,14 @@ def test_what_is_no_time_is_a_value_error(text: str) -> None:
 def test_every_millisecond_is_read_exactly_in_each_form(moment: int) -> None:
     seconds, milliseconds = divmod(moment, 1000)
     utc = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=moment)
-    assert iiot.parse_recorded_time(f"{seconds}.{milliseconds:03d}") == moment
-    assert iiot.parse_recorded_time(utc.isoformat()) == moment
-    assert iiot.parse_recorded_time(utc.replace(tzinfo=None).isoformat(" ")) == moment
+    assert agent.parse_recorded_time(f"{seconds}.{milliseconds:03d}") == moment
+    assert agent.parse_recorded_time(utc.isoformat()) == moment
+    assert agent.parse_recorded_time(utc.replace(tzinfo=None).isoformat(" ")) == moment
 
 
 def test_a_recording_knows_its_rows_before_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "run.csv").write_text("time,a\n2026-01-01,1\n\n2026-01-02,\n")
-    recording = iiot.Recording(tmp_path / "run.csv")
+    recording = agent.Recording(tmp_path / "run.csv")
     assert recording.rows == 2
     assert list(recording.samples()) == [{"ts": 1_767_225_600_000, "values": {"a": 1}}, {"ts": 1_767_312_000_000, "values": {}}]
 
@@ -624,9 +625,9 @@ def test_a_recording_knows_its_rows_before_it_is_read(tmp_path: Path) -> None:
 )
 def test_a_recording_yields_what_stands_above_the_line_at_which_it_breaks_off(tmp_path: Path, tail: bytes, line: int) -> None:
     (tmp_path / "run.csv").write_bytes(f"time,a,b\n{GOOD}".encode() + tail)
-    samples = iiot.Recording(tmp_path / "run.csv").samples()
+    samples = agent.Recording(tmp_path / "run.csv").samples()
     taken = [next(samples), next(samples)]
-    with pytest.raises(iiot.AgentError, match=rf"run\.csv: line {line}: "):
+    with pytest.raises(agent.AgentError, match=rf"run\.csv: line {line}: "):
         list(samples)
     assert [sample["values"] for sample in taken] == [{"a": 1.5, "b": 2.5}, {"a": 3.5, "b": 4.5}]
 
@@ -642,13 +643,13 @@ def test_a_recording_yields_what_stands_above_the_line_at_which_it_breaks_off(tm
 )
 def test_a_file_that_is_no_recording_is_refused_at_its_first_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.csv").write_text(content)
-    with pytest.raises(iiot.AgentError, match=r"run\.csv: line 1: "):
-        list(iiot.Recording(tmp_path / "run.csv").samples())
+    with pytest.raises(agent.AgentError, match=r"run\.csv: line 1: "):
+        list(agent.Recording(tmp_path / "run.csv").samples())
 
 
 def test_a_token_file_is_replaced_whole_and_private(tmp_path: Path) -> None:
     path = tmp_path / "press-1.token"
-    file = iiot.TokenFile(path)
+    file = agent.TokenFile(path)
     assert file.read() == ""
     path.write_text("old\n")
     path.chmod(0o644)
@@ -698,7 +699,7 @@ STEPS = st.lists(st.sampled_from(["put", "put", "send", "send", "store", "acknow
 @example(["put", "put", "send", "send", "put", "store", "break"], 2, 0)
 def test_whatever_breaks_the_spool_brings_each_frame_once_and_in_order(steps: list[str], most: int, known: int) -> None:
     async def run() -> None:
-        spool, peer, way, made = iiot.Spool(most), Peer(known), list[dict[str, Any]](), 0
+        spool, peer, way, made = agent.Spool(most), Peer(known), list[dict[str, Any]](), 0
         await spool.resume(peer.seq)
         unsent = 0
         for step in [*steps, "break", *["send"] * most, *["store"] * most, "acknowledge"]:
@@ -731,7 +732,7 @@ def test_whatever_breaks_the_spool_brings_each_frame_once_and_in_order(steps: li
 
 def test_a_full_spool_lets_go_of_the_oldest() -> None:
     async def run() -> list[int]:
-        spool = iiot.Spool(3)
+        spool = agent.Spool(3)
         for number in range(1, 6):
             await spool.put(frame(number))
         assert spool.dropped == 2
@@ -742,7 +743,7 @@ def test_a_full_spool_lets_go_of_the_oldest() -> None:
 
 def test_a_frame_keeps_its_number_when_it_is_sent_again_and_new_ones_go_above_the_servers() -> None:
     async def run() -> list[int]:
-        spool, numbers = iiot.Spool(10), []
+        spool, numbers = agent.Spool(10), []
         await spool.resume(7)
         for number in range(3):
             await spool.put(frame(number))
@@ -756,7 +757,7 @@ def test_a_frame_keeps_its_number_when_it_is_sent_again_and_new_ones_go_above_th
 
 def test_acknowledging_counts_the_samples_let_go_of() -> None:
     async def run() -> tuple[int, int, int]:
-        spool = iiot.Spool(10)
+        spool = agent.Spool(10)
         for number in range(3):
             await spool.put({"type": "telemetry", "samples": [{}] * (number + 1)})
             await spool.next()
@@ -767,7 +768,7 @@ def test_acknowledging_counts_the_samples_let_go_of() -> None:
 
 def test_waiting_for_room_ends_when_there_is_some() -> None:
     async def run() -> None:
-        spool = iiot.Spool(10)
+        spool = agent.Spool(10)
         for number in range(3):
             await spool.put(frame(number))
             await spool.next()
@@ -781,7 +782,7 @@ def test_waiting_for_room_ends_when_there_is_some() -> None:
 
 
 def test_readings_are_numbers_that_the_wire_takes() -> None:
-    readings = iiot.Readings()
+    readings = agent.Readings()
     values = readings.take()
     codec = iiot.Codec(iiot.Limits())
     taken = codec.frame(json.dumps({"type": "telemetry", "seq": 1, "samples": [{"ts": iiot.now_ms(), "values": values}]}).encode())

@@ -17,8 +17,9 @@ from typing import Any
 
 import attrs
 import pytest
-from plant import PATIENCE, ROOT, Plant, command
+from plant import PATIENCE, ROOT, Plant, agent_command
 
+import agent
 import iiot
 
 
@@ -48,13 +49,13 @@ class Running:
 
 
 @asynccontextmanager
-async def agent(folder: Path, plant: Plant, *arguments: str, name: str = "press-1", url: str = "") -> AsyncIterator[Running]:
-    """`python iiot.py device …` as `name`, killed at the end if it still runs."""
+async def started(folder: Path, plant: Plant, *arguments: str, name: str = "press-1", url: str = "") -> AsyncIterator[Running]:
+    """`python agent.py …` as `name`, killed at the end if it still runs."""
     token = plant.tokens.get(name) or await plant.register(name)
     log = folder / f"{name}.log"
     with log.open("ab") as errors:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, str(ROOT / "iiot.py"), "device", "--url", url or plant.url, "--token", token, "--name", name, *arguments,
+            sys.executable, str(ROOT / "agent.py"), "--url", url or plant.url, "--token", token, "--name", name, *arguments,
             cwd=folder, stdout=asyncio.subprocess.DEVNULL, stderr=errors, env={**os.environ, "PYTHONWARNINGS": "error"},
         )  # fmt: skip
     running = Running(process, log)
@@ -174,35 +175,35 @@ def free_port() -> int:
 
 
 async def test_the_agent_reports_what_its_machine_is(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, plant):
+    async with started(tmp_path, plant):
         document = await reported(plant, lambda _: True)
     assert document["hostname"] == socket.gethostname()
     assert document["operating_system"] == platform.platform()
     assert document["kernel"] == platform.release()
     assert document["python"] == platform.python_version()
-    assert document["software_version"] == iiot.VERSION
+    assert document["software_version"] == agent.VERSION
     assert document["config_version"] == 0
     assert isinstance(document["addresses"], dict)
     if sys.platform == "linux":
         assert "127.0.0.1" in document["addresses"]["lo"]
         assert {"lo"} <= set(document["addresses"]) <= {name for _, name in socket.if_nameindex()}
-    assert (await plant.get("/iiot"))["items"][0]["software_version"] == iiot.VERSION
+    assert (await plant.get("/iiot"))["items"][0]["software_version"] == agent.VERSION
 
 
 async def test_the_agent_reports_once_as_long_as_nothing_changes(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, plant, "--interval", "0.02"):
+    async with started(tmp_path, plant, "--interval", "0.02"):
         await readings(plant, 10)
     assert [item["version"] for item in await state_frames(plant)] == [1]
     frames = (await plant.device("press-1")).welcome["seq"]
     count = await readings(plant, 10)
     assert frames - count in (1, 2), "frames besides the readings: the state, and again once it is connected"
-    async with agent(tmp_path, plant, "--interval", "0.02"):
+    async with started(tmp_path, plant, "--interval", "0.02"):
         await readings(plant, count + 5)
     assert [item["version"] for item in await state_frames(plant)] == [1], "nor does a new start change anything"
 
 
 async def test_the_agent_reports_again_what_changed_alone(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, plant, "--interval", "0.02"):
+    async with started(tmp_path, plant, "--interval", "0.02"):
         await online(plant)
         await push(plant, {"speed": 1}, wait="10")
         await reported(plant, lambda document: document["config_version"] == 1)
@@ -213,7 +214,7 @@ async def test_the_agent_reports_again_what_changed_alone(plant: Plant, tmp_path
 
 async def test_a_device_whose_first_report_was_dropped_while_it_was_offline_reports_after_all(plant: Plant, tmp_path: Path) -> None:
     port = free_port()
-    async with agent(tmp_path, plant, "--interval", "0.01", "--spool", "3", url=f"http://127.0.0.1:{port}") as running:
+    async with started(tmp_path, plant, "--interval", "0.01", "--spool", "3", url=f"http://127.0.0.1:{port}") as running:
         await running.says("no session")
         before = running.cpu_ticks()
         async with asyncio.timeout(PATIENCE):
@@ -227,7 +228,7 @@ async def test_a_device_whose_first_report_was_dropped_while_it_was_offline_repo
 
 
 async def test_asked_for_its_state_the_agent_sends_it_whole(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, plant, "--interval", "0.02"):
+    async with started(tmp_path, plant, "--interval", "0.02"):
         document = await reported(plant, lambda _: True)
         await readings(plant, 5)  # by now it reports nothing but changes
         with closing(sqlite3.connect(plant.database)) as other:  # behind the server's back
@@ -246,7 +247,7 @@ async def test_asked_for_its_state_the_agent_sends_it_whole(plant: Plant, tmp_pa
 
 async def test_a_configuration_is_applied_and_kept_without_a_command(plant: Plant, tmp_path: Path) -> None:
     documents: list[dict[str, Any]] = [{"speed": 3, "text": "ümläut ☃", "deep": {"list": [1, 2.5, None, True]}}, {}, {"speed": 4}]
-    async with agent(tmp_path, plant):
+    async with started(tmp_path, plant):
         await online(plant)
         for version, document in enumerate(documents, 1):
             answer = await push(plant, document, wait="10")
@@ -260,7 +261,7 @@ async def test_a_configuration_is_applied_and_kept_without_a_command(plant: Plan
 
 
 async def test_a_configuration_may_be_kept_elsewhere(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, plant, "--config-file", "kept.json"):
+    async with started(tmp_path, plant, "--config-file", "kept.json"):
         await online(plant)
         assert (await push(plant, {"a": 1}, wait="10"))["status"] == "applied"
     assert json.loads((tmp_path / "kept.json").read_text()) == {"version": 1, "document": {"a": 1}}
@@ -268,7 +269,7 @@ async def test_a_configuration_may_be_kept_elsewhere(plant: Plant, tmp_path: Pat
 
 
 async def test_a_configuration_that_cannot_be_kept_is_rejected(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, plant, "--config-file", "no-such-folder/kept.json"):
+    async with started(tmp_path, plant, "--config-file", "no-such-folder/kept.json"):
         await online(plant)
         answer = await push(plant, {"a": 1}, wait="10")
     assert (answer["status"], answer["message"]) == ("rejected", "cannot keep it: No such file or directory")
@@ -278,7 +279,7 @@ async def test_a_configuration_that_cannot_be_kept_is_rejected(plant: Plant, tmp
 async def test_the_command_is_given_the_document_and_exit_0_applies_it(plant: Plant, tmp_path: Path) -> None:
     document = {"speed": 3, "text": "ümläut ☃ \n \"quoted\" $HOME", "deep": {"list": [1, 2.5, None, True]}}
     command = script(tmp_path, f"{RECORD}\nprint('on standard output')\nprint('a warning', file=sys.stderr)")
-    async with agent(tmp_path, plant, "--on-config", command):
+    async with started(tmp_path, plant, "--on-config", command):
         await online(plant)
         answer = await push(plant, document, wait="10")
         assert answer == {"device": "press-1", "version": 1, "status": "applied"}
@@ -302,7 +303,7 @@ async def test_the_command_is_given_the_document_and_exit_0_applies_it(plant: Pl
     ],
 )
 async def test_a_command_that_fails_rejects_with_what_it_says(plant: Plant, tmp_path: Path, body: str, message: str | None) -> None:
-    async with agent(tmp_path, plant, "--on-config", script(tmp_path, body)):
+    async with started(tmp_path, plant, "--on-config", script(tmp_path, body)):
         await online(plant)
         answer = await push(plant, {"speed": 3}, wait="10")
         assert (answer["version"], answer["status"]) == (1, "rejected")
@@ -315,7 +316,7 @@ async def test_a_command_that_fails_rejects_with_what_it_says(plant: Plant, tmp_
 
 
 async def test_a_command_that_is_not_there_rejects(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, plant, "--on-config", "./no-such-command"):
+    async with started(tmp_path, plant, "--on-config", "./no-such-command"):
         await online(plant)
         answer = await push(plant, {}, wait="10")
     assert answer["status"] == "rejected"
@@ -325,14 +326,14 @@ async def test_a_command_that_is_not_there_rejects(plant: Plant, tmp_path: Path)
 
 async def test_a_command_need_not_read_the_document(plant: Plant, tmp_path: Path) -> None:
     large = {"a": "x" * 60_000}
-    async with agent(tmp_path, plant, "--on-config", "exec <&-; true"):
+    async with started(tmp_path, plant, "--on-config", "exec <&-; true"):
         await online(plant)
         assert (await push(plant, large, wait="10"))["status"] == "applied"
     assert kept(tmp_path)["document"] == large
 
 
 async def test_a_command_may_leave_a_process_behind(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, plant, "--on-config", "sleep 6 & cat > received; exit 0"):  # say, the service that it restarts
+    async with started(tmp_path, plant, "--on-config", "sleep 6 & cat > received; exit 0"):  # say, the service that it restarts
         await online(plant)
         answer = await push(plant, {"a": 1}, wait="3")
     assert json.loads((tmp_path / "received").read_text()) == {"a": 1}
@@ -340,11 +341,11 @@ async def test_a_command_may_leave_a_process_behind(plant: Plant, tmp_path: Path
 
 
 async def test_a_command_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(iiot, "ON_CONFIG_SECONDS", 0.5)
+    monkeypatch.setattr(agent, "ON_CONFIG_SECONDS", 0.5)
     file = tmp_path / "pid"
     command_line = f"sh -c 'echo $$ > {shlex.quote(str(file))}; exec sleep 6'; true"
     async with asyncio.timeout(3):
-        status, message = await iiot.run_on_config(command_line, {})
+        status, message = await agent.run_on_config(command_line, {})
     assert (status, message) == ("rejected", "the command took longer than 0 s")
     child = Path("/proc") / file.read_text().strip() / "stat"
     async with asyncio.timeout(2):  # what goes on may still change the machine
@@ -353,7 +354,7 @@ async def test_a_command_that_takes_too_long_is_ended_with_all_that_it_started(t
 
 
 async def test_of_several_pushes_while_a_command_runs_the_newest_alone_is_applied_next(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, plant, "--on-config", script(tmp_path, f"{RECORD}\n{UNTIL_GO}")):
+    async with started(tmp_path, plant, "--on-config", script(tmp_path, f"{RECORD}\n{UNTIL_GO}")):
         await online(plant)
         for number in range(1, 5):
             await push(plant, {"n": number})
@@ -367,7 +368,7 @@ async def test_of_several_pushes_while_a_command_runs_the_newest_alone_is_applie
 
 
 async def test_the_agent_goes_on_sending_readings_while_a_command_runs(plant: Plant, tmp_path: Path) -> None:
-    async with agent(tmp_path, plant, "--interval", "0.02", "--on-config", script(tmp_path, UNTIL_GO)):
+    async with started(tmp_path, plant, "--interval", "0.02", "--on-config", script(tmp_path, UNTIL_GO)):
         await online(plant)
         await push(plant, {})
         await plant.until("/iiot/press-1/config", lambda body: body["status"] == "in_progress")
@@ -386,7 +387,7 @@ async def test_what_was_pushed_while_the_agent_was_offline_is_applied_within_a_s
     arguments = ("--on-config", script(tmp_path, RECORD))
     async with AsyncExitStack() as stack:
         async with relay(port, plant.url):
-            await stack.enter_async_context(agent(tmp_path, plant, *arguments, url=f"http://127.0.0.1:{port}"))
+            await stack.enter_async_context(started(tmp_path, plant, *arguments, url=f"http://127.0.0.1:{port}"))
             await online(plant)
         await plant.until("/iiot/press-1", lambda body: not body["connected"])
         for number in range(1, 4):
@@ -405,7 +406,7 @@ async def test_a_verdict_that_came_while_the_connection_was_broken_is_told_after
     arguments = ("--on-config", script(tmp_path, f"{RECORD}\n{UNTIL_GO}"))
     async with AsyncExitStack() as stack:
         async with relay(port, plant.url):
-            running = await stack.enter_async_context(agent(tmp_path, plant, *arguments, url=f"http://127.0.0.1:{port}"))
+            running = await stack.enter_async_context(started(tmp_path, plant, *arguments, url=f"http://127.0.0.1:{port}"))
             await online(plant)
             await push(plant, {"n": 1})
             await plant.until("/iiot/press-1/config", lambda body: body["status"] == "in_progress")
@@ -421,11 +422,11 @@ async def test_a_verdict_that_came_while_the_connection_was_broken_is_told_after
 
 async def test_the_agent_started_again_does_not_run_the_command_for_what_is_applied(plant: Plant, tmp_path: Path) -> None:
     command = script(tmp_path, RECORD)
-    async with agent(tmp_path, plant, "--on-config", command):
+    async with started(tmp_path, plant, "--on-config", command):
         await online(plant)
         assert (await push(plant, {"n": 1}, wait="10"))["status"] == "applied"
         await reported(plant, lambda shown: shown["config_version"] == 1)
-    async with agent(tmp_path, plant, "--on-config", command):
+    async with started(tmp_path, plant, "--on-config", command):
         await plant.until("/iiot/press-1/events?kind=connected", lambda body: len(body["items"]) == 2)
         assert (await push(plant, {"n": 2}, wait="10"))["status"] == "applied"
         await reported(plant, lambda shown: shown["config_version"] == 2)
@@ -438,7 +439,7 @@ async def test_what_was_applied_and_could_not_be_told_is_told_at_the_next_start(
     await plant.register("press-1")
     await push(plant, {"n": 1})
     (tmp_path / "press-1.config.json").write_text('{"version": 1, "document": {"n": 1}}')
-    async with agent(tmp_path, plant, "--on-config", script(tmp_path, RECORD)):
+    async with started(tmp_path, plant, "--on-config", script(tmp_path, RECORD)):
         await plant.until("/iiot/press-1/config", lambda body: body["status"] == "applied")
         await reported(plant, lambda shown: shown["config_version"] == 1)
     assert runs(tmp_path) == []
@@ -448,7 +449,7 @@ async def test_another_document_of_the_same_version_is_not_taken_for_the_applied
     (tmp_path / "press-1.config.json").write_text('{"version": 1, "document": {"n": "of the device before it was removed"}}')
     await plant.register("press-1")
     await push(plant, {"n": 1})
-    async with agent(tmp_path, plant, "--on-config", script(tmp_path, RECORD)):
+    async with started(tmp_path, plant, "--on-config", script(tmp_path, RECORD)):
         await plant.until("/iiot/press-1/config", lambda body: body["status"] == "applied")
     assert runs(tmp_path) == [{"n": 1}]
     assert kept(tmp_path) == {"version": 1, "document": {"n": 1}}
@@ -456,13 +457,13 @@ async def test_another_document_of_the_same_version_is_not_taken_for_the_applied
 
 async def test_a_command_that_was_cut_off_with_its_agent_is_run_again(plant: Plant, tmp_path: Path) -> None:
     command = script(tmp_path, f"{RECORD}\n{UNTIL_GO}")
-    async with agent(tmp_path, plant, "--on-config", command):
+    async with started(tmp_path, plant, "--on-config", command):
         await online(plant)
         await push(plant, {"n": 1})
         await plant.until("/iiot/press-1/config", lambda body: body["status"] == "in_progress")
     (tmp_path / "go").touch()
     assert not (tmp_path / "press-1.config.json").exists()
-    async with agent(tmp_path, plant, "--on-config", command):
+    async with started(tmp_path, plant, "--on-config", command):
         await plant.until("/iiot/press-1/config", lambda body: body["status"] == "applied")
     assert runs(tmp_path) == [{"n": 1}, {"n": 1}]
 
@@ -477,9 +478,9 @@ async def test_a_configuration_file_that_cannot_be_used_ends_the_agent_with_a_me
     else:
         file.write_bytes(content.encode(errors="surrogateescape"))
     token = iiot.mint("dev").text
-    code, out, err = await command("device", "--url", "http://127.0.0.1:9", "--token", token, "--name", "press-1", folder=tmp_path)
+    code, out, err = await agent_command("--url", "http://127.0.0.1:9", "--token", token, "--name", "press-1", folder=tmp_path)
     assert code == 1
     assert out == ""
-    assert err.startswith("iiot.py: cannot use press-1.config.json: ")
+    assert err.startswith("agent.py: cannot use press-1.config.json: ")
     assert "Traceback" not in err
     assert err.count("\n") == 1

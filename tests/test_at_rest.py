@@ -422,10 +422,10 @@ async def test_the_agent_keeps_its_token_for_its_own_eyes_and_logs_none(plant: P
     key = (await plant.ask("POST", "/provisioning-keys", {}))[1]["key"]
     folder = tmp_path / "agent"
     folder.mkdir()
-    words = ("device", "--url", plant.url, "--key", key, "--name", "pump-house", "--interval", "0.05", "--log-level", "debug")
+    words = ("--url", plant.url, "--key", key, "--name", "pump-house", "--interval", "0.05", "--log-level", "debug")
     with (tmp_path / "log").open("wb") as log:
         agent = await asyncio.create_subprocess_exec(
-            sys.executable, str(plants.ROOT / "iiot.py"), *words, cwd=folder, stdout=log, stderr=log, umask=0
+            sys.executable, str(plants.ROOT / "agent.py"), *words, cwd=folder, stdout=log, stderr=log, umask=0
         )
         try:
             await plant.until("/iiot", lambda body: body["items"] and body["items"][0]["connected"])

@@ -110,7 +110,7 @@ async def test_the_lines_that_the_first_start_prints_work_as_they_stand(process:
     await process.start()
     await process.read_first_start()
     lines = process.printed.splitlines()
-    device_line, curl_line = (line.strip() for line in lines if " device --url " in line or line.startswith("  curl "))
+    device_line, curl_line = (line.strip() for line in lines if "agent.py --url " in line or line.startswith("  curl "))
     agent = await asyncio.create_subprocess_exec(
         *shlex.split(device_line), cwd=tmp_path, stderr=asyncio.subprocess.PIPE
     )
@@ -275,7 +275,7 @@ async def run_briefly(*arguments: str, folder: Path, **environment: str) -> tupl
     return process.returncode, line + rest, err
 
 
-@pytest.mark.parametrize("words", [(), ("serve",), ("device",)], ids=" ".join)
+@pytest.mark.parametrize("words", [(), ("serve",)], ids=" ".join)
 async def test_help_is_a_result(tmp_path: Path, words: tuple[str, ...]) -> None:
     code, out, err = await command(*words, "--help", folder=tmp_path)
     assert (code, err) == (0, "")

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from plant import Closed, Device, Plant, command
+from plant import Closed, Device, Plant, agent_command
 
 import iiot
 
@@ -415,7 +415,7 @@ async def test_only_an_admin_changes_credentials(plant: Plant) -> None:
 async def agent(plant: Plant, folder: Path, token: str, name: str) -> str:
     """Run the reference device to its end, which must be a refusal; the last line that it prints."""
     (folder / name).mkdir()
-    code, out, err = await command("device", "--url", plant.url, "--token", token, "--interval", "0.1", folder=folder / name)
+    code, out, err = await agent_command("--url", plant.url, "--token", token, "--interval", "0.1", folder=folder / name)
     assert (code, out) == (1, ""), err
     assert "Traceback" not in err
     assert token not in err
@@ -429,7 +429,7 @@ async def test_the_agent_ends_with_a_clear_message_when_it_has_no_right_any_more
         if change is not None:
             await plant.until(f"/iiot/{name}", lambda body: body["latest"])
             await change
-        assert await running == f"iiot.py: the server refuses this device {message}"
+        assert await running == f"agent.py: the server refuses this device {message}"
 
     for name in ("live-revoked", "live-disabled", "live-removed", "left-behind", "revoked", "disabled"):
         await plant.register(name)

@@ -14,7 +14,7 @@ import pytest
 from plant import ROOT
 
 SEPARATE = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
-SOURCES = ("iiot.py", "schema.sql", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("iiot.py", "agent.py", "schema.sql", "pyproject.toml", "README.md", "LICENSE")
 
 
 def separate() -> dict[str, str]:
@@ -82,3 +82,4 @@ def test_the_installed_distribution_knows_its_version_and_its_program(installed:
     version = run(installed / "iiot", "--version", folder=tmp_path)
     said = run(installed / "python", "-c", "from importlib.metadata import version; print(version('iiot'))", folder=tmp_path)
     assert version.stdout == said.stdout != ""
+    assert run(installed / "iiot-agent", "--version", folder=tmp_path).stdout == version.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -14,8 +15,9 @@ from typing import Any
 import attrs
 import pytest
 from aiohttp.test_utils import unused_port
-from plant import PATIENCE, ROOT, Process, command
+from plant import PATIENCE, ROOT, Process, agent_command, command
 
+import agent
 import iiot
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,7 +65,7 @@ async def shell(line: str, folder: Path, **environment: str) -> str:
 def localized(line: str, port: int) -> str:
     """A command of the README for this test's port and interpreter."""
     line = line.replace("http://127.0.0.1:8080", f"http://127.0.0.1:{port}")
-    return line.replace(".venv/bin/python iiot.py", f"{sys.executable} {ROOT / 'iiot.py'}")
+    return re.sub(r"\.venv/bin/python (iiot|agent)\.py", rf"{sys.executable} {ROOT}/\1.py", line)
 
 
 class Walk:
@@ -100,7 +102,7 @@ async def test_five_minute_walk_is_true(walk: Walk) -> None:
     server, printed, device, listing, listed, latest, reading, buckets, charted, chart, drawn = (text for _, text in blocks)
     assert server == ".venv/bin/python iiot.py\n"
     assert re.sub(r"_[\w…-]+", "_", printed) == re.sub(r"_[\w…-]+", "_", (await first_start(walk)))
-    agent = await walk.start(device.strip())
+    running = await walk.start(device.strip())
     try:
         async with asyncio.timeout(PATIENCE):
             while '"cpu_percent"' not in await walk.run(latest.replace("curl -s", "curl -s --retry 5")):
@@ -115,8 +117,8 @@ async def test_five_minute_walk_is_true(walk: Walk) -> None:
             assert text
             assert all(line.fullmatch(row) for row in text.splitlines()), text
     finally:
-        agent.terminate()
-        await agent.wait()
+        running.terminate()
+        await running.wait()
     token_file = walk.folder / "pump-house.token"
     assert token_file.stat().st_mode & 0o777 == 0o600
 
@@ -130,7 +132,7 @@ async def first_start(walk: Walk) -> str:
     await fresh.read_first_start()
     await fresh.stop()
     printed = fresh.printed.replace(fresh.url, "http://127.0.0.1:8080")
-    return printed.replace(f"{sys.executable} {ROOT / 'iiot.py'}", ".venv/bin/python iiot.py")
+    return printed.replace(f"{sys.executable} {ROOT / 'agent.py'}", ".venv/bin/python agent.py")
 
 
 async def test_more_to_do_is_true(walk: Walk) -> None:
@@ -143,7 +145,7 @@ async def test_more_to_do_is_true(walk: Walk) -> None:
     registered, events = (json.loads(line) for line in (await walk.run(register)).splitlines())
     assert registered["device"] == "press-7"
     assert [event["kind"] for event in events["items"]] == ["credentials"]
-    agent = await walk.start('.venv/bin/python iiot.py device --url http://127.0.0.1:8080 --key "$KEY" --name pump-house')
+    running = await walk.start('.venv/bin/python agent.py --url http://127.0.0.1:8080 --key "$KEY" --name pump-house')
     try:
         first, rest = configure.split("\n", 1)
         async with asyncio.timeout(PATIENCE):
@@ -154,8 +156,8 @@ async def test_more_to_do_is_true(walk: Walk) -> None:
         assert (shown["document"], shown["applied"], shown["drift"]) == ({"limits": {"pressure": 8.5}}, 1, False)
         assert {"config", "state", "connected"} <= {event["kind"] for event in timeline["items"]}
     finally:
-        agent.terminate()
-        await agent.wait()
+        running.terminate()
+        await running.wait()
 
 
     rotated, patched, *entries = (json.loads(line) for line in (await walk.run(rotate)).splitlines())
@@ -194,11 +196,13 @@ def test_faults_are_the_readme_s() -> None:
     assert shown == [[fault.code, str(fault.status), str(fault.close), fault.message] for fault in iiot.FAULTS.values()]
 
 
-@pytest.mark.parametrize(("title", "options"), [("Server settings", iiot.Settings), ("Device agent", iiot.AgentOptions)])
-def test_options_are_the_readme_s(title: str, options: type[attrs.AttrsInstance]) -> None:
+@pytest.mark.parametrize(
+    ("title", "options"), [("Server settings", attrs.fields(iiot.Settings)), ("Device agent", dataclasses.fields(agent.Options))]
+)
+def test_options_are_the_readme_s(title: str, options: tuple[Any, ...]) -> None:
     expected = [
-        [f"--{field.name.replace('_', '-')}", f"IIOT_{field.name.upper()}", str(field.default), field.metadata["help"]]
-        for field in attrs.fields(options)
+        [f"--{option.name.replace('_', '-')}", f"IIOT_{option.name.upper()}", str(option.default), option.metadata["help"]]
+        for option in options
     ]
     assert table(section(title), "flag") == expected
 
@@ -215,8 +219,9 @@ def test_dependencies_are_the_readme_s() -> None:
 
 
 async def test_help_names_every_flag(tmp_path: Path) -> None:
-    for words, options in (((), iiot.Settings), (("device",), iiot.AgentOptions)):
-        code, out, _ = await command(*(words or ("serve",)), "--help", folder=tmp_path)
+    server = await command("serve", "--help", folder=tmp_path)
+    device = await agent_command("--help", folder=tmp_path)
+    for (code, out, _), options in ((server, attrs.fields(iiot.Settings)), (device, dataclasses.fields(agent.Options))):
         assert code == 0
-        for field in attrs.fields(options):
-            assert f"--{field.name.replace('_', '-')} " in out
+        for option in (*options,):
+            assert f"--{option.name.replace('_', '-')} " in out

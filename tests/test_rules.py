@@ -18,6 +18,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import agent
 import iiot
 
 CODEC = iiot.Codec(iiot.Limits())
@@ -520,8 +521,8 @@ def test_the_schema_falls_into_statements_that_make_every_table() -> None:
 
 @given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0.5, 300))
 def test_the_wait_before_another_attempt_is_bounded(attempt: int, jitter: float, most: float) -> None:
-    assert 0 <= iiot.backoff(attempt, most, jitter) <= most
-    assert math.isclose(iiot.backoff(attempt, most, 1.0), min(most, 0.5 * 2 ** min(attempt, 16)))
+    assert 0 <= agent.backoff(attempt, most, jitter) <= most
+    assert math.isclose(agent.backoff(attempt, most, 1.0), min(most, 0.5 * 2 ** min(attempt, 16)))
 
 
 def test_every_fault_has_a_reason_that_fits_a_close_frame_and_a_code_of_the_contract() -> None:

@@ -1,4 +1,4 @@
-"""The shape of the program itself: what the reader is promised about the order and the size of its parts, over the syntax tree."""
+"""The shape of the programs themselves: what the reader is promised about the order and the size of their parts, over the syntax tree."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import functools
 import re
 import symtable
+import sys
 import tomllib
 import types
 from collections.abc import Iterable, Iterator
@@ -15,11 +16,9 @@ import attrs
 import pytest
 from plant import ROOT
 
+import agent
 import iiot
 
-SOURCE = (ROOT / "iiot.py").read_text(encoding="utf-8")
-LINES = SOURCE.splitlines()
-TREE = ast.parse(SOURCE)
 TOP = "Top of the file"
 BANNER = re.compile(r"# ==== (.+) ====")
 FUNCTION_LINES = 60
@@ -42,11 +41,26 @@ RUNS_SQL = {"execute", "executemany", "executescript", "execute_fetchall", "exec
 
 @attrs.frozen
 class Section:
-    """A part of the file under its own banner; `start` is the banner's line."""
+    """A part of a file under its own banner; `start` is the banner's line."""
 
     name: str
     start: int
     stop: int
+
+
+@attrs.frozen(eq=False)
+class Program:
+    """One of the files that are a house of their own."""
+
+    module: types.ModuleType
+    source: str
+    lines: list[str]
+    tree: ast.Module
+    sections: list[Section]
+
+    @property
+    def file(self) -> str:
+        return f"{self.module.__name__}.py"
 
 
 def find_sections(lines: list[str]) -> list[Section]:
@@ -57,8 +71,24 @@ def find_sections(lines: list[str]) -> list[Section]:
     return [Section(name, start, stop) for (name, start), stop in zip(starts, stops, strict=True)]
 
 
-SECTIONS = find_sections(LINES)
-EVERY_SECTION = pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+def load(module: types.ModuleType) -> Program:
+    source = (ROOT / f"{module.__name__}.py").read_text(encoding="utf-8")
+    return Program(module, source, source.splitlines(), ast.parse(source), find_sections(source.splitlines()))
+
+
+SERVER, AGENT = load(iiot), load(agent)
+PROGRAMS = (SERVER, AGENT)
+EVERY_PROGRAM = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.file)
+
+
+def every_section(*without: str, first: int = 0) -> pytest.MarkDecorator:
+    """Every section of every program, but for those of these names."""
+    chosen = [(program, section) for program in PROGRAMS for section in program.sections[first:] if section.name not in without]
+    ids = [f"{program.file}: {section.name}" for program, section in chosen]
+    return pytest.mark.parametrize(("program", "section"), chosen, ids=ids)
+
+
+EVERY_SECTION = every_section()
 
 
 def definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Definition]]:
@@ -120,7 +150,7 @@ def forward_uses(source: str) -> tuple[tuple[int, str], ...]:
     names = defined_names(tree)
     ends = {node.lineno: node.end_lineno or node.lineno for node in tree.body}
     starts = sorted(ends)
-    table = symtable.symtable(source, "iiot.py", "exec")
+    table = symtable.symtable(source, "program", "exec")
     uses = [use for child in table.get_children() for use in global_uses(child)] + list(annotation_uses(tree))
     return tuple(
         (line, f"uses {name}, which is defined lower down, at line {names[name]}")
@@ -177,74 +207,92 @@ def broad_handlers(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, "takes every exception and does not say why"
 
 
-def within(section: Section, offenders: Iterable[tuple[int, str]]) -> list[str]:
+def within(program: Program, section: Section, offenders: Iterable[tuple[int, str]]) -> list[str]:
     """The offenders of one section."""
-    return [f"iiot.py:{line}: {text}" for line, text in sorted(offenders) if section.start <= line < section.stop]
+    return [f"{program.file}:{line}: {text}" for line, text in sorted(offenders) if section.start <= line < section.stop]
 
 
-def expect_none(section: Section, offenders: Iterable[tuple[int, str]]) -> None:
+def expect_none(program: Program, section: Section, offenders: Iterable[tuple[int, str]]) -> None:
     """Fail with every offender of a section by name."""
-    found = within(section, offenders)
+    found = within(program, section, offenders)
     assert not found, "\n".join(["", *found])
 
 
-def promised_sections() -> list[str]:
-    """The sections that the module's own docstring names, in its order."""
-    return [found[1] for line in (ast.get_docstring(TREE) or "").splitlines() if (found := re.fullmatch(r" {4}(\S.*?) {2,}\S.*", line))]
+def promised_sections(program: Program) -> list[str]:
+    """The sections that a module's own docstring names, in its order."""
+    promised = (ast.get_docstring(program.tree) or "").splitlines()
+    return [found[1] for line in promised if (found := re.fullmatch(r" {4}(\S.*?) {2,}\S.*", line))]
 
 
-def test_the_sections_are_those_of_the_docstring_in_its_order() -> None:
-    assert len(promised_sections()) >= 12
-    assert [section.name for section in SECTIONS[1:]] == promised_sections()
+@EVERY_PROGRAM
+def test_the_sections_are_those_of_the_docstring_in_its_order(program: Program) -> None:
+    assert len(promised_sections(program)) >= 9
+    assert [section.name for section in program.sections[1:]] == promised_sections(program)
 
 
-@pytest.mark.parametrize("section", SECTIONS[1:], ids=lambda section: section.name)
-def test_a_section_says_under_its_banner_what_it_owns(section: Section) -> None:
+@every_section(first=1)
+def test_a_section_says_under_its_banner_what_it_owns(program: Program, section: Section) -> None:
     comment = []
-    for line in LINES[section.start :]:
+    for line in program.lines[section.start :]:
         if not line.startswith("#"):
             break
         comment.append(line)
     assert 1 <= len(comment) <= 6
     assert comment[0].startswith("# Owns: ")
-    assert LINES[section.start + len(comment)] == "", "an empty line sets the comment off from the first definition"
+    assert program.lines[section.start + len(comment)] == "", "an empty line sets the comment off from the first definition"
 
 
 @EVERY_SECTION
-def test_nothing_uses_a_name_that_is_defined_lower_down(section: Section) -> None:
-    expect_none(section, forward_uses(SOURCE))
+def test_nothing_uses_a_name_that_is_defined_lower_down(program: Program, section: Section) -> None:
+    expect_none(program, section, forward_uses(program.source))
 
 
-@pytest.mark.parametrize("section", [section for section in SECTIONS if section.name != "Store"], ids=lambda section: section.name)
-def test_sql_stands_in_the_store_alone(section: Section) -> None:
-    expect_none(section, sql_uses(TREE))
+@every_section("Store")
+def test_sql_stands_in_the_store_alone(program: Program, section: Section) -> None:
+    expect_none(program, section, sql_uses(program.tree))
 
 
 def test_the_store_is_where_sql_is_found() -> None:
-    store = next(section for section in SECTIONS if section.name == "Store")
-    assert len(within(store, sql_uses(TREE))) > 30
+    store = next(section for section in SERVER.sections if section.name == "Store")
+    assert len(within(SERVER, store, sql_uses(SERVER.tree))) > 30
 
 
 @EVERY_SECTION
-def test_functions_and_classes_stay_within_their_length(section: Section) -> None:
-    expect_none(section, too_long(TREE))
+def test_functions_and_classes_stay_within_their_length(program: Program, section: Section) -> None:
+    expect_none(program, section, too_long(program.tree))
 
 
 @EVERY_SECTION
-def test_a_broad_except_says_why_or_raises_again(section: Section) -> None:
-    expect_none(section, broad_handlers(SOURCE))
+def test_a_broad_except_says_why_or_raises_again(program: Program, section: Section) -> None:
+    expect_none(program, section, broad_handlers(program.source))
 
 
-def owned_globals() -> dict[str, Any]:
-    """What the module binds at its top level, apart from what it imports or defines as function or class."""
-    names = defined_names(TREE)
+def owned_globals(program: Program) -> dict[str, Any]:
+    """What a module binds at its top level, apart from what it imports or defines as function or class."""
+    names = defined_names(program.tree)
     kinds = (type, types.FunctionType)
-    return {name: value for name, value in vars(iiot).items() if name in names and not isinstance(value, kinds)}
+    return {name: value for name, value in vars(program.module).items() if name in names and not isinstance(value, kinds)}
 
 
-@pytest.mark.parametrize("name", sorted(owned_globals()))
-def test_no_global_is_mutable(name: str) -> None:
-    assert not mutable_parts(getattr(iiot, name))
+@pytest.mark.parametrize(("program", "name"), [(program, name) for program in PROGRAMS for name in sorted(owned_globals(program))])
+def test_no_global_is_mutable(program: Program, name: str) -> None:
+    assert not mutable_parts(getattr(program.module, name))
+
+
+def imported(program: Program) -> set[str]:
+    """The modules that a program imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(program.tree):
+        if isinstance(node, ast.Import):
+            found.update(name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def test_server_and_device_meet_on_the_wire_alone() -> None:
+    assert "agent" not in imported(SERVER)
+    assert imported(AGENT) - sys.stdlib_module_names == {"aiohttp"}
 
 
 def mutable_parts(value: object) -> list[object]:
@@ -274,9 +322,9 @@ def is_frozen(value: object) -> bool:
 
 
 @EVERY_SECTION
-def test_no_function_rebinds_a_global(section: Section) -> None:
-    rebinding = ((node.lineno, f"global {', '.join(node.names)}") for node in ast.walk(TREE) if isinstance(node, ast.Global))
-    expect_none(section, rebinding)
+def test_no_function_rebinds_a_global(program: Program, section: Section) -> None:
+    rebinding = ((node.lineno, f"global {', '.join(node.names)}") for node in ast.walk(program.tree) if isinstance(node, ast.Global))
+    expect_none(program, section, rebinding)
 
 
 STATEMENTS = [
@@ -372,16 +420,22 @@ def project() -> dict[str, Any]:
     return table
 
 
-def script_header() -> dict[str, Any]:
-    """The metadata in the program's first comment, as PEP 723 reads it."""
-    found = re.findall(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", SOURCE)
+def script_header(program: Program) -> dict[str, Any]:
+    """The metadata in a program's first comment, as PEP 723 reads it."""
+    found = re.findall(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", program.source)
     assert [kind for kind, *_ in found] == ["script"]
     return tomllib.loads("".join(line[2:] if line.startswith("# ") else line[1:] for line in found[0][1].splitlines(keepends=True)))
 
 
 def test_the_script_header_asks_for_what_the_project_asks_for() -> None:
-    assert script_header() == {"requires-python": project()["requires-python"], "dependencies": project()["dependencies"]}
+    assert script_header(SERVER) == {"requires-python": project()["requires-python"], "dependencies": project()["dependencies"]}
 
 
-def test_the_version_is_the_projects() -> None:
-    assert project()["version"] == iiot.VERSION
+def test_the_agents_script_header_asks_for_aiohttp_alone() -> None:
+    aiohttp = [name for name in project()["dependencies"] if name.startswith("aiohttp>")]
+    assert script_header(AGENT) == {"requires-python": project()["requires-python"], "dependencies": aiohttp}
+
+
+@EVERY_PROGRAM
+def test_the_version_is_the_projects(program: Program) -> None:
+    assert project()["version"] == program.module.VERSION

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plant import Device, Plant
 
+import agent
 import iiot
 
 BYTES = iiot.Limits().document_bytes
@@ -582,10 +583,10 @@ def test_changes_lead_from_one_document_to_the_other_and_back(old: Any, new: Any
 
 @given(DOCUMENTS.map(without_nulls), DOCUMENTS.map(without_nulls))
 def test_a_merge_difference_leads_from_one_document_to_the_other(old: Any, new: Any) -> None:
-    patch = iiot.merge_difference(old, new)
+    patch = agent.merge_difference(old, new)
     assert text(iiot.merge_patch(old, patch)) == text(new)
     assert (patch == {}) == (text(old) == text(new))
-    assert iiot.merge_difference(new, iiot.merge_patch(old, patch)) == {}
+    assert agent.merge_difference(new, iiot.merge_patch(old, patch)) == {}
 
 
 async def play(steps: list[tuple[int, Step]]) -> None:
