@@ -80,6 +80,12 @@ class Server:
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1000
 
+    def written(self) -> int:
+        """Bytes that the process has given to the disk."""
+        assert self._process is not None
+        counted = Path(f"/proc/{self._process.pid}/io").read_text()
+        return int(next(line.split()[1] for line in counted.splitlines() if line.startswith("write_bytes")))
+
     def get(self, path: str, body: object = None) -> bytes:
         """The answer to GET, or to POST where there is a body."""
         headers, data = {"Authorization": f"Bearer {self._operator}"}, None if body is None else json.dumps(body).encode()
@@ -203,6 +209,36 @@ def configurations(devices: int) -> None:
     )
 
 
+def size_on_disk(devices: int, metrics: int, frames: int) -> None:
+    """Bytes a point of the database file, once the server has stopped. The order of the rows is that of a fleet, so pages split as they
+    do in use."""
+    with server(devices) as running:
+        worker = Worker(send_at_full_speed, running.host, running.port, running.tokens, frames, 1, FIRST_TS, metrics)
+        worker.receive()
+        worker.send()
+        worker.receive()
+        worker.join()
+        running.stop()
+        points, size = devices * metrics * frames, running.database.stat().st_size
+    print(f"on disk: {size / points:.1f} bytes a point ({points:,} points of {devices * metrics:,} series in {size / 1e6:,.0f} MB)", flush=True)
+
+
+def bytes_written(devices: int, metrics: int, samples: int, rate: float, seconds: float) -> None:
+    """Bytes that the server gives to the disk for each point, at a steady rate: the log and the database file together. Each device must
+    send within a heartbeat, for the load generator answers no pings."""
+    with server(devices) as running:
+        before = running.written()
+        worker = Worker(send_steadily, running.host, running.port, running.tokens, rate, seconds, FIRST_TS, metrics, samples)
+        worker.receive()
+        worker.join()
+        written, points = running.written() - before, int(rate * seconds) * metrics * samples
+    print(
+        f"written at {rate:,.3g} frames/s of {metrics * samples} points, {devices} devices: {written / points:,.0f} bytes a point, "
+        f"{written / seconds / 1e6 * 86.4:,.1f} GB a day",
+        flush=True,
+    )
+
+
 def queries(points: int, devices: int, frames: int) -> None:
     """A bucket query over a long series, on an idle server and beside a writer under full load."""
     path = f"/iiot/history/telemetry?metric=level&every={points // 1000}s&agg=avg,min,max&limit=2000"
@@ -233,7 +269,7 @@ def queries(points: int, devices: int, frames: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("ingest", "latency", "idle", "queries", "config"), help="one part alone")
+    parser.add_argument("--only", choices=("ingest", "latency", "idle", "size", "queries", "config"), help="one part alone")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the frames and devices, for a quick look")
     arguments = parser.parse_args()
     scale, only = arguments.scale, arguments.only
@@ -245,6 +281,11 @@ def main() -> None:
         latency(200, 5000.0, 10 * scale)
     if only in (None, "idle"):
         idle_devices(int(10_000 * scale))
+    if only in (None, "size"):
+        size_on_disk(100, 10, int(4000 * scale))
+        for fleet in (10, 100, 1000, 10_000):
+            bytes_written(fleet, 10, 1, fleet / 5, 60 * scale)
+        bytes_written(100, 10, 12, 100 / 15, 60 * scale)
     if only in (None, "config"):
         configurations(int(5000 * scale))
     if only in (None, "queries"):

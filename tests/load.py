@@ -215,11 +215,13 @@ def connect_and_wait(pipe: Connection, host: str, port: int, tokens: list[str]) 
         pipe.send(error)
 
 
-def send_at_full_speed(pipe: Connection, host: str, port: int, tokens: list[str], frames: int, samples: int, first_ts: int) -> None:
+def send_at_full_speed(
+    pipe: Connection, host: str, port: int, tokens: list[str], frames: int, samples: int, first_ts: int, metrics: int = 2
+) -> None:
     """Answers when connected; told to go on, sends everything and answers the seconds until all is acknowledged."""
     try:
         blobs = [
-            b"".join(telemetry_frame(n + 1, first_ts + n * samples * 100, samples, 2) for n in range(frames)) for _ in tokens
+            b"".join(telemetry_frame(n + 1, first_ts + n * samples * 100, samples, metrics) for n in range(frames)) for _ in tokens
         ]
         fleet = Fleet(host, port, tokens)
         pipe.send("ready")
@@ -230,11 +232,13 @@ def send_at_full_speed(pipe: Connection, host: str, port: int, tokens: list[str]
         pipe.send(error)
 
 
-def send_steadily(pipe: Connection, host: str, port: int, tokens: list[str], rate: float, seconds: float, first_ts: int) -> None:
+def send_steadily(
+    pipe: Connection, host: str, port: int, tokens: list[str], rate: float, seconds: float, first_ts: int, metrics: int = 2, samples: int = 1
+) -> None:
     """Answers the latencies of all frames."""
     try:
         turns = int(rate * seconds) // len(tokens) + 1
-        frames = [[telemetry_frame(n + 1, first_ts + n * 100, 1, 2) for n in range(turns)] for _ in tokens]
+        frames = [[telemetry_frame(n + 1, first_ts + n * samples * 100, samples, metrics) for n in range(turns)] for _ in tokens]
         fleet = Fleet(host, port, tokens)
         pipe.send(fleet.send_paced(frames, rate, seconds))
         fleet.close()

@@ -5,195 +5,219 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
 import re
 import shutil
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+from aiohttp import ClientSession
 from aiohttp.test_utils import unused_port
-from plant import PATIENCE, ROOT, Process, agent_command, command
+from plant import PATIENCE, ROOT, Device, Plant, Process, agent_command, command
+from readme import README, RUNNABLE, SECTIONS, Section, Terminal, anchor, answers, blocks, part, section, shape, table
 
 import agent
 import iiot
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LISTING = 'curl -s -H "Authorization: Bearer $TOKEN" "$IIOT_URL/iiot/pump-house"'
 
-
-def section(title: str) -> str:
-    """The text under a heading, up to the next one of its rank."""
-    found = re.search(rf"^## {re.escape(title)}.*?\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
-    assert found is not None, title
-    return found[1]
-
-
-def table(text: str, first: str) -> list[list[str]]:
-    """The rows of the table whose head starts with `first`, without the marks of code."""
-    lines = text[text.index(f"| {first} |") :].splitlines()
-    rows = []
-    for line in lines[2:]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip().replace("`", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
-    return rows
-
-
-def shape(value: Any) -> Any:
-    """What a JSON value is made of: keys, and the kinds of values, whatever their number and size."""
-    if isinstance(value, dict):
-        return {key: shape(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [shape(value[0])] if value else []
-    return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
-
-
-async def shell(line: str, folder: Path, **environment: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        "bash", "-o", "pipefail", "-c", line, cwd=folder, env={**os.environ, **environment},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    async with asyncio.timeout(PATIENCE):
-        out, err = await process.communicate()
-    assert process.returncode == 0, (line, out, err)
-    return out.decode()
-
-
-def localized(line: str, port: int) -> str:
-    """A command of the README for this test's port and interpreter."""
-    line = line.replace("http://127.0.0.1:8080", f"http://127.0.0.1:{port}")
-    return re.sub(r"\.venv/bin/python (iiot|agent)\.py", rf"{sys.executable} {ROOT}/\1.py", line)
-
-
-class Walk:
-    """The commands and shown answers of the README, in order, against one server."""
-
-    def __init__(self, folder: Path, server: Process, token: str, key: str) -> None:
-        self.folder = folder
-        self.port = int(server.url.rpartition(":")[2])
-        self.environment = {"TOKEN": token, "KEY": key}
-
-    async def run(self, line: str) -> str:
-        return await shell(localized(line, self.port), self.folder, **self.environment)
-
-    async def start(self, line: str) -> asyncio.subprocess.Process:
-        """A command that goes on until it is stopped."""
-        return await asyncio.create_subprocess_exec(
-            "bash", "-c", f"exec {localized(line, self.port)}", cwd=self.folder, env={**os.environ, **self.environment},
-            stderr=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
+PUSH = 'curl -s -H "Authorization: Bearer $TOKEN" -d \'{"pressure": 7}\' "$IIOT_URL/iiot/pump-house?wait=10"'
 
 
 @pytest.fixture
-async def walk(tmp_path: Path, process: Process) -> Walk:
+async def terminal(tmp_path: Path, process: Process) -> AsyncIterator[Terminal]:
+    """The reader's terminal after "Five minutes": a server with its first secrets, and the variables of the page."""
     if shutil.which("curl") is None or shutil.which("awk") is None:
         pytest.skip("the README's commands need curl and awk")
     process.arguments = ("--port", str(unused_port()))
     await process.start()
-    return Walk(tmp_path, process, *await process.read_first_start())
-
-
-async def test_five_minute_walk_is_true(walk: Walk) -> None:
-    blocks = BLOCK.findall(section("Five minutes: a chart of this machine"))
-    assert [kind for kind, _ in blocks] == ["sh", "text", "sh", "sh", "json", "sh", "json", "sh", "json", "sh", "text"]
-    server, printed, device, listing, listed, latest, reading, buckets, charted, chart, drawn = (text for _, text in blocks)
-    assert server == ".venv/bin/python iiot.py\n"
-    assert re.sub(r"_[\w…-]+", "_", printed) == re.sub(r"_[\w…-]+", "_", (await first_start(walk)))
-    running = await walk.start(device.strip())
+    token, key = await process.read_first_start()
+    exports = blocks("Five minutes")[0]
+    shown = re.findall(r"iiot_(?:op|prov)_\w+…", exports)
+    assert len(shown) == 2
+    running = Terminal(tmp_path, {"http://127.0.0.1:8080": process.url, shown[0]: key, shown[1]: token})
+    await running.run(exports)
     try:
-        async with asyncio.timeout(PATIENCE):
-            while '"cpu_percent"' not in await walk.run(latest.replace("curl -s", "curl -s --retry 5")):
-                await asyncio.sleep(0.05)
-        assert shape(json.loads(await walk.run(listing))) == shape(json.loads(listed))
-        seen, shown = json.loads(await walk.run(latest)), json.loads(reading)
-        assert shape({**seen, "latest": None}) == shape({**shown, "latest": None})
-        assert set(shown["latest"]) <= set(seen["latest"]) | {m for m in shown["latest"] if "network" in m}
-        assert shape(json.loads(await walk.run(buckets))) == shape(json.loads(charted))
-        line = re.compile(r"\d\d:\d\d:\d\d +\d+\.\d\d #*")
-        for text in (await walk.run(chart), drawn):
-            assert text
-            assert all(line.fullmatch(row) for row in text.splitlines()), text
+        yield running
     finally:
-        running.terminate()
-        await running.wait()
-    token_file = walk.folder / "pump-house.token"
-    assert token_file.stat().st_mode & 0o777 == 0o600
+        await running.stop()
 
 
-async def first_start(walk: Walk) -> str:
-    """What a first start prints on the README's own port's behalf."""
-    folder = walk.folder / "fresh"
-    folder.mkdir()
-    fresh = Process(folder)
-    await fresh.start()
-    await fresh.read_first_start()
-    await fresh.stop()
-    printed = fresh.printed.replace(fresh.url, "http://127.0.0.1:8080")
-    return printed.replace(f"{sys.executable} {ROOT / 'agent.py'}", ".venv/bin/python agent.py")
+async def seen(terminal: Terminal) -> None:
+    """Wait until the agent of the page has connected, and sent readings and its state."""
+    await terminal.until(LISTING, lambda body: body.get("connected") and body["reported"] and "cpu_percent" in body["latest"])
 
 
-async def test_more_to_do_is_true(walk: Walk) -> None:
-    (walk.folder / "recording.csv").write_text("time;level;flow\n2026-01-01 00:00:00;1.5;2\n2026-01-01 00:00:01;1.25;3\n")
-    replay, mint, register, configure, rotate, tenants = (text for _, text in BLOCK.findall(section("More to do")))
-    await walk.run(replay)
-    viewer, key = (await walk.run(mint)).split()
-    assert viewer.startswith("iiot_op_")
-    assert key.startswith("iiot_prov_")
-    registered, events = (json.loads(line) for line in (await walk.run(register)).splitlines())
-    assert registered["device"] == "press-7"
-    assert [event["kind"] for event in events["items"]] == ["credentials"]
-    running = await walk.start('.venv/bin/python agent.py --url http://127.0.0.1:8080 --key "$KEY" --name pump-house')
-    try:
-        first, rest = configure.split("\n", 1)
-        async with asyncio.timeout(PATIENCE):
-            while "hostname" not in await walk.run(first):
-                await asyncio.sleep(0.05)
-        verdict, shown, timeline = (json.loads(line) for line in (await walk.run(rest)).splitlines())
-        assert verdict == {"device": "pump-house", "version": 1, "status": "applied"}
-        assert (shown["document"], shown["applied"], shown["drift"]) == ({"limits": {"pressure": 8.5}}, 1, False)
-        assert {"config", "state", "connected"} <= {event["kind"] for event in timeline["items"]}
-    finally:
-        running.terminate()
-        await running.wait()
+# ---- Parts 2 and 4: what a reader types ----
 
 
-    rotated, patched, *entries = (json.loads(line) for line in (await walk.run(rotate)).splitlines())
-    assert rotated["token"].startswith("iiot_dev_")
-    assert (patched["disabled"], patched["labels"]) == (True, {"line": "3"})
-    assert [(entry["action"], entry["outcome"]) for entry in entries] == [
-        ("device.register", "ok"), ("device.token", "ok"), ("device.update", "ok"),
-    ]  # fmt: skip
-    made, listed = (json.loads(line) for line in (await walk.run(tenants)).splitlines())
-    assert made["name"] == "acme"
-    quotas = {item["name"]: item["quotas"] for item in listed["items"]}
-    assert quotas["acme"]["devices"] == {"used": 0, "limit": 500}
-    assert quotas["default"]["devices"]["used"] >= 3
+async def test_the_first_start_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    start, shown = blocks("Run")
+    assert start == ".venv/bin/python iiot.py\n"
+    process = Process(tmp_path)
+    await process.start()
+    await process.read_first_start()
+    await process.stop()
+    printed = process.printed.replace(process.url, "http://127.0.0.1:8080")
+    printed = printed.replace(f"{sys.executable} {ROOT / 'agent.py'}", ".venv/bin/python agent.py")
+    assert re.sub(r"_[\w…-]+", "_", shown) == re.sub(r"_[\w…-]+", "_", printed)
+
+
+async def test_five_minutes_are_true(terminal: Terminal) -> None:
+    _, start, listing, listed, latest, reading, buckets, charted, chart, drawn = blocks("Five minutes")
+    await terminal.start(start)
+    await seen(terminal)
+    assert shape(json.loads(await terminal.run(listing))) == shape(json.loads(listed))
+    device, shown = json.loads(await terminal.run(latest)), json.loads(reading)
+    assert shape({**device, "latest": None, "reported": None}) == shape({**shown, "latest": None, "reported": None})
+    assert set(shown["reported"]) == set(device["reported"])
+    assert set(shown["latest"]) <= set(device["latest"]) | {metric for metric in shown["latest"] if "network" in metric}
+    assert shape(json.loads(await terminal.run(buckets))) == shape(json.loads(charted))
+    line = re.compile(r"\d\d:\d\d:\d\d +\d+\.\d\d #*")
+    for text in (await terminal.run(chart), drawn):
+        assert text
+        assert all(line.fullmatch(row) for row in text.splitlines()), text
+    assert (terminal.folder / "pump-house.token").stat().st_mode & 0o777 == 0o600
+
+
+async def test_import_export_rotation_and_removal_are_true(terminal: Terminal) -> None:
+    imported = await terminal.follow("Import a CSV file")
+    points = json.loads(imported[-1])["series"][0]["points"]
+    assert points == [["2026-01-12T05:00:00.000Z", 7.25], ["2026-01-12T05:01:00.000Z", 7.5], ["2026-01-12T05:02:00.000Z", 7.125]]
+    await terminal.follow("Export a CSV file")
+    rotation = await terminal.follow("Rotate a stolen token")
+    assert json.loads(rotation[0])["token"] not in (terminal.folder / "test-bed.token").read_text()
+    tokens = await terminal.run('curl -s -H "Authorization: Bearer $TOKEN" "$IIOT_URL/tokens"')
+    assert [item["name"] for item in json.loads(tokens)["items"]] == ["first start"]
+    keys = await terminal.run('curl -s -H "Authorization: Bearer $TOKEN" "$IIOT_URL/provisioning-keys"')
+    assert len(json.loads(keys)["items"]) == 1
+    await terminal.follow("Remove readings")
+    left = json.loads(await terminal.run('curl -s -H "Authorization: Bearer $TOKEN" "$IIOT_URL/iiot/test-bed/telemetry?metric=Druck"'))
+    assert left["series"][0]["points"] == points[1:]
+
+
+async def test_configurations_the_timeline_and_the_feed_are_true(terminal: Terminal) -> None:
+    title = "Push, reject and roll back a configuration"
+    check, start = blocks(title)[:2]
+    await terminal.run(check)
+    running = await terminal.start(start)
+    await seen(terminal)
+    outputs = [answers(text) for text in await terminal.follow(title, first=2)]
+    applied, (rejected, wanted), back, many, guarded = outputs
+    assert applied == [{"device": "pump-house", "version": 1, "status": "applied"}]
+    assert (rejected["status"], wanted["message"], wanted["applied"], wanted["drift"]) == ("rejected", "pressure is missing", 1, True)
+    assert back == [{"device": "pump-house", "version": 3, "status": "applied"}]
+    assert many == [{"items": [{"device": "pump-house", "version": 4, "status": "applied"}]}]
+    assert guarded == [{"device": "pump-house", "version": 5, "status": "applied"}]
+    feed, example, resumed = blocks("Read the live feed")
+    live = await terminal.start(feed)
+    assert live.stdout is not None
+    first = asyncio.create_task(live.stdout.readline())
+    async with asyncio.timeout(PATIENCE):
+        while not first.done():  # until the feed is open
+            await terminal.run(PUSH)
+        event = [(await first).decode(), *[(await live.stdout.readline()).decode() for _ in range(3)]]
+    assert [line.partition(":")[0] for line in event] == [line.partition(":")[0] for line in [*example.splitlines(), "\n"]]
+    again = await terminal.start(resumed)
+    assert again.stdout is not None
+    async with asyncio.timeout(PATIENCE):
+        assert await again.stdout.readline() == b"id: 3\n"
+    await terminal.stop(running)
+    await terminal.follow("Find out why a device was offline")
+
+
+async def test_access_and_tenants_are_true(terminal: Terminal) -> None:
+    token, key = await terminal.follow("Give access that ends on a date")
+    assert json.loads(token)["role"] == "viewer"
+    assert json.loads(key)["key"].startswith("iiot_prov_")
+    await terminal.follow("Add a tenant")
+    left = json.loads(await terminal.run('curl -s -H "Authorization: Bearer $PLATFORM" "$IIOT_URL/tenants"'))
+    assert [item["name"] for item in left["items"]] == ["default"]
+
+
+# ---- Part 7: an example for every topic ----
+
+
+async def test_the_reference_is_true(terminal: Terminal) -> None:
+    await terminal.start(blocks("Five minutes")[1])
+    await seen(terminal)
+    for topic in part(7):
+        await terminal.follow(topic.title)
+
+
+def test_routes_are_the_readme_s() -> None:
+    """Those of every topic together; only their order is the page's own."""
+    topics = [topic for topic in part(7) if "| route |" in topic.text]
+    shown = [(*row[0].split(" "), row[1]) for topic in topics for row in table(topic.text, "route")]
+    assert len(shown) == len(set(shown))
+    assert sorted(shown) == sorted((route.method, route.path, route.role) for route in iiot.ROUTES)
+    assert all("sh" in {block.kind for block in topic.blocks} for topic in topics)
 
 
 def test_actions_are_the_readme_s() -> None:
-    shown = re.search(r"Actions: (.*?)\.\n", section("HTTP contract"), re.DOTALL)
+    shown = re.search(r"Actions: (.*?)\.\n", section("Audit").text, re.DOTALL)
     assert shown is not None
     of_devices = {"device.provision"}  # at the socket, not at a route
     assert set(re.findall(r"`([a-z.]+)`", shown[1])) == {route.action for route in iiot.ROUTES if route.action} | of_devices
 
 
-def test_install_and_test_lines_stand_once() -> None:
-    """The lines that .ci/run takes out of the README."""
-    assert len(re.findall(r"^python3 -m venv .*pytest$", README, re.MULTILINE)) == 1
-    assert len(re.findall(r"^python3 -m venv .*iiot\.py$", README, re.MULTILINE)) == 1
-
-
-def test_routes_are_the_readme_s() -> None:
-    shown = [(*row[0].split(" "), row[1]) for row in table(section("HTTP contract"), "route")]
-    assert shown == [(route.method, route.path, route.role) for route in iiot.ROUTES]
-
-
 def test_faults_are_the_readme_s() -> None:
-    shown = table(section("HTTP contract"), "code")
-    assert shown == [[fault.code, str(fault.status), str(fault.close), fault.message] for fault in iiot.FAULTS.values()]
+    shown = table(section("9. Errors").text, "code")
+    assert [row[:4] for row in shown] == [[fault.code, str(fault.status), str(fault.close), fault.message] for fault in iiot.FAULTS.values()]
+    assert all(row[4] for row in shown)
+
+
+def test_reasons_are_faults_that_end_a_session() -> None:
+    source = (ROOT / "iiot.py").read_text(encoding="utf-8")
+    ends = set(re.findall(r"(?:\bend|abort|_sign_off|end_all)\((?:device_id, |self\._?\w*, )?\"(\w+)\"", source))
+    before = {"handshake_timeout"}  # ends what is no session yet
+    inside = {"protocol_error", "frame_too_big", "connection_lost", "crashed", "superseded", "seq_reset"}
+    shown = {row[0] for row in table(section("Find out why a device was offline").text, "reason")}
+    assert shown == (ends - before) | inside
+    assert shown <= set(iiot.FAULTS)
+
+
+def test_kinds_of_the_timeline_are_the_schema_s() -> None:
+    schema = re.search(r"kind +text not null, +-- (.*)", iiot.schema_text())
+    assert schema is not None
+    assert {row[0] for row in table(section("Timeline").text, "kind")} >= set(schema[1].split(", "))
+
+
+def test_statuses_of_a_configuration_are_the_schema_s() -> None:
+    schema = re.search(r"check \(status in \(('pending'.*?)\)\)", iiot.schema_text(), re.DOTALL)
+    assert schema is not None
+    assert [row[0] for row in table(section("Configuration").text, "status")] == re.findall(r"'(\w+)'", schema[1])
+
+
+def test_limits_are_the_readme_s() -> None:
+    limits = iiot.Limits()
+    expected = {
+        "size of a frame": f"{limits.frame_bytes // 2**20} MiB",
+        "size of the first frame (hello, provision)": f"{limits.hello_bytes // 1024} KiB",
+        "size of a request body": f"{limits.body_bytes // 1024} KiB",
+        "size of a document (state, configuration)": f"{limits.document_bytes // 1024} KiB",
+        "depth of a document": f"{limits.document_depth}",
+        "length of a metric name": f"{limits.metric_characters} characters",
+        "length of a text value": f"{limits.text_characters:,} characters",
+        "metrics of a device": f"{limits.series_per_device:,}",
+        "labels of a device": f"{limits.labels}",
+        "unconfirmed frames of a session": f"{limits.unacknowledged_frames:,}, then the server reads no more for a time",
+        "refused frames of a session in a minute": f"{limits.bad_frames_per_minute}, then it closes",
+        "connections": f"{limits.connections:,}",
+        "time for a query": f"{limits.query_seconds:.0f} s",
+        "points of a series in one page": f"{limits.points_most:,}",
+        "entries in one page of a list": f"{limits.page_most:,}",
+        "time for wait": f"{limits.wait_seconds_most:.0f} s",
+        "time for timeout of a push": f"{limits.config_seconds_most:,.0f} s",
+        "wrong tokens of an address in a minute": f"{limits.guesses}",
+    }
+    assert {row[0]: row[1] for row in table(section("Limits").text, "limit")} == expected
+
+
+# ---- Part 6: settings ----
 
 
 @pytest.mark.parametrize(
@@ -204,18 +228,7 @@ def test_options_are_the_readme_s(title: str, options: tuple[Any, ...]) -> None:
         [f"--{option.name.replace('_', '-')}", f"IIOT_{option.name.upper()}", str(option.default), option.metadata["help"]]
         for option in options
     ]
-    assert table(section(title), "flag") == expected
-
-
-def test_frames_of_devices_are_the_readme_s() -> None:
-    assert {row[0] for row in table(section("Wire contract of devices"), "device sends")} == set(iiot.FRAMES)
-
-
-def test_dependencies_are_the_readme_s() -> None:
-    listed = {row[0] for row in table(section("Dependencies"), "package")}
-    declared = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
-    assert declared is not None
-    assert listed == set(re.findall(r'"([a-z\[\]]+)>=', declared[1]))
+    assert table(section(title).text, "flag") == expected
 
 
 async def test_help_names_every_flag(tmp_path: Path) -> None:
@@ -225,3 +238,104 @@ async def test_help_names_every_flag(tmp_path: Path) -> None:
         assert code == 0
         for option in (*options,):
             assert f"--{option.name.replace('_', '-')} " in out
+
+
+async def test_other_commands_are_there(terminal: Terminal) -> None:
+    rows = table(section("Other commands").text, "command")
+    for row in rows:
+        line = row[0].replace("python iiot.py", ".venv/bin/python iiot.py").replace("ROLE", "viewer").replace("NAME", "acme")
+        printed = await terminal.run(line)
+        assert bool(printed) != ("remove" in line), line
+    assert len(rows) == 6
+
+
+# ---- Part 8: the device contract ----
+
+
+def test_frames_of_devices_are_the_readme_s() -> None:
+    shown = {row[0]: row[1] for row in table(section("Frames").text, "device sends")}
+    assert set(shown) == set(iiot.FRAMES)
+    for kind, cls in iiot.FRAMES.items():
+        for field in attrs.fields(cls):
+            optional = "" if field.default is attrs.NOTHING else r"\?"
+            assert re.search(rf"\b{field.name}{optional}(?!\w|\?)", shown[kind]), (kind, field.name)
+
+
+def test_frames_of_the_server_are_the_readme_s() -> None:
+    frames = (iiot.Credentials, iiot.Welcome, iiot.Error, iiot.Throttled, iiot.Report, iiot.Config)
+    shown = {row[0]: row[1] for row in table(section("Frames").text, "server sends")}
+    assert set(shown) == {"ack"} | {cls.__name__.lower() for cls in frames}
+    for cls in frames:
+        for field in attrs.fields(cls):
+            assert field.name in shown[cls.__name__.lower()], (cls, field.name)
+
+
+def matching(shown: Any, real: Any, learned: dict[str, str]) -> None:
+    """A frame of the page and a frame of a server: equal but for secrets, which are learned, and the time."""
+    assert set(shown) == set(real), (shown, real)
+    for name, value in shown.items():
+        if isinstance(value, str) and "…" in value:
+            learned[value] = real[name]
+        elif name != "time":
+            assert value == real[name], (shown, real)
+
+
+async def test_the_trace_is_true(process: Process) -> None:
+    await process.start()
+    token, key = await process.read_first_start()
+    (trace,) = blocks("A full trace")
+    learned = {"…": "s" * 43}
+    async with ClientSession() as client:
+        plant: Plant = process.plant(client, token)
+        device: Device = await plant.connect()
+        for line in trace.splitlines():
+            shown = json.loads(line[2:])
+            if line.startswith(">"):
+                for name, value in shown.items():
+                    if isinstance(value, str) and "…" in value:
+                        shown[name] = key if value.startswith("iiot_prov_") else learned[value]
+                await device.link.send_str(json.dumps(shown))
+                continue
+            if shown["type"] == "config":
+                assert (await plant.ask("POST", "/iiot/press-9", shown["document"]))[0] == 202
+            matching(shown, await device.receive(), learned)
+        assert (await plant.get("/iiot/press-9/config"))["status"] == "applied"
+        await device.close()
+
+
+# ---- The page itself ----
+
+
+def test_dependencies_are_the_readme_s() -> None:
+    listed = {row[0] for row in table(section("Dependencies").text, "package")}
+    declared = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert declared is not None
+    assert listed == set(re.findall(r'"([a-z\[\]]+)>=', declared[1]))
+
+
+def test_lines_that_ci_takes_stand_once() -> None:
+    """The lines for the tests, for npm and for the start, as .ci/run and others find them."""
+    assert len(re.findall(r"^python3 -m venv .*pytest$", README, re.MULTILINE)) == 1
+    assert len(re.findall(r"^npm install .*$", README, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\.venv/bin/python iiot\.py$", README, re.MULTILINE)) == 1
+    install = r"^python3 -m venv \.venv && \.venv/bin/pip install -q -e \.$"
+    assert len(re.findall(install, README, re.MULTILINE)) == 1
+
+
+def test_links_within_the_readme_lead_somewhere() -> None:
+    there = [anchor(section.title) for section in SECTIONS if section.rank]
+    assert len(there) == len(set(there))
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= set(there)
+    contents = set(re.findall(r"\]\(#([^)]+)\)", section("Contents").text))
+    assert {anchor(found.title) for found in SECTIONS if found.rank == 2} - {"contents"} <= contents
+    parts = [found.title for found in SECTIONS if found.rank == 2 and found.title != "Contents"]
+    assert [title.split(".")[0] for title in parts] == [str(number) for number in range(1, 11)]
+
+
+def test_every_block_that_runs_is_run_by_a_test() -> None:
+    """A section with commands, a program or a configuration file is named by a test, or followed with its whole part."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_readme*.py")))
+    followed = {topic.title for topic in part(7)}
+    runnable: list[Section] = [found for found in SECTIONS if {block.kind for block in found.blocks} & RUNNABLE]
+    assert [found.title for found in runnable if f'"{found.title}"' not in tests and found.title not in followed] == []
+    assert {block.kind for found in SECTIONS for block in found.blocks} <= RUNNABLE | {"json", "text"}
