@@ -220,7 +220,8 @@ def size_on_disk(devices: int, metrics: int, frames: int) -> None:
         worker.join()
         running.stop()
         points, size = devices * metrics * frames, running.database.stat().st_size
-    print(f"on disk: {size / points:.1f} bytes a point ({points:,} points of {devices * metrics:,} series in {size / 1e6:,.0f} MB)", flush=True)
+    series = devices * metrics
+    print(f"on disk: {size / points:.1f} bytes a point ({points:,} points of {series:,} series in {size / 1e6:,.0f} MB)", flush=True)
 
 
 def bytes_written(devices: int, metrics: int, samples: int, rate: float, seconds: float) -> None:
@@ -285,7 +286,8 @@ def main() -> None:
         size_on_disk(100, 10, int(4000 * scale))
         for fleet in (10, 100, 1000, 10_000):
             bytes_written(fleet, 10, 1, fleet / 5, 60 * scale)
-        bytes_written(100, 10, 12, 100 / 15, 60 * scale)
+        for fleet in (100, 1000):
+            bytes_written(fleet, 10, 12, fleet / 15, 60 * scale)
     if only in (None, "config"):
         configurations(int(5000 * scale))
     if only in (None, "queries"):

@@ -233,7 +233,8 @@ def send_at_full_speed(
 
 
 def send_steadily(
-    pipe: Connection, host: str, port: int, tokens: list[str], rate: float, seconds: float, first_ts: int, metrics: int = 2, samples: int = 1
+    pipe: Connection, host: str, port: int, tokens: list[str], rate: float, seconds: float, first_ts: int, metrics: int = 2,
+    samples: int = 1,
 ) -> None:
     """Answers the latencies of all frames."""
     try:

@@ -13,6 +13,7 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
+import attrs
 import pytest
 from aiohttp import ClientSession
 from plant import ROOT, Process
@@ -86,8 +87,8 @@ def test_the_unit_is_right(machine: Path, tmp_path: Path) -> None:
 
 def test_the_first_start_by_hand_and_new_secrets(machine: Path) -> None:
     first, minted, journal = blocks("First-start secrets and the journal")
-    program = f"exec {as_root(first, machine).strip()} --port 0"
-    server = subprocess.Popen(["bash", "-c", program], cwd=machine, env=separate(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = ("bash", "-c", f"exec {as_root(first, machine).strip()} --port 0")
+    server = subprocess.Popen(program, cwd=machine, env=separate(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert server.stdout is not None
     printed = [server.stdout.readline() for _ in range(5)]
     assert "iiot_op_" in printed[3]
@@ -116,7 +117,7 @@ def test_the_unit_hides_the_first_secrets_only() -> None:
     assert "StandardOutput=null" in unit
     assert "StandardError" not in unit
     assert iiot.Settings().port == 8080
-    assert "logs go to standard error" in {field.name: field.metadata["help"] for field in iiot.attrs.fields(iiot.Settings)}["log_level"]
+    assert "logs go to standard error" in {field.name: field.metadata["help"] for field in attrs.fields(iiot.Settings)}["log_level"]
 
 
 def test_an_update(machine: Path) -> None:
@@ -160,7 +161,7 @@ async def test_a_backup_is_whole_and_comes_back(process: Process, tmp_path: Path
         await process.stop(signal.SIGKILL)
         assert (tmp_path / "iiot.db-wal").stat().st_size > 0
         shutil.copy(tmp_path / "backup.db", tmp_path / "iiot.db")  # and the log forgotten
-        with pytest.raises(AssertionError, match="was not written for this iiot.db"):
+        with pytest.raises(AssertionError, match=r"was not written for this iiot\.db"):
             await Process(tmp_path).start()
         await terminal.run(restore)
         assert sorted(path.name for path in tmp_path.glob("iiot.db*")) == ["iiot.db", "iiot.db.lock"]

@@ -59,7 +59,8 @@ async def test_both_programs_lose_nothing_and_apply_what_is_pushed(terminal: Ter
     await terminal.run(f"export IIOT_URL={process.url} IIOT_KEY={key} TOKEN={token}")
     install, run = blocks("A device in Python", "sh")[0].splitlines()
     await terminal.run(install)
-    programs = {"mixer-1": await terminal.start(run), "mixer-2": await terminal.start(blocks("A device in JavaScript", "sh")[0].splitlines()[1])}
+    _, run_js = blocks("A device in JavaScript", "sh")[0].splitlines()
+    programs = {"mixer-1": await terminal.start(run), "mixer-2": await terminal.start(run_js)}
     async with ClientSession() as client:
         plant = process.plant(client, token)
         for name in DEVICES:
@@ -73,7 +74,7 @@ async def test_both_programs_lose_nothing_and_apply_what_is_pushed(terminal: Ter
             await plant.until(f"/iiot/{name}", lambda body: body["connected"])
             counted = await every_reading(plant, name, 150)
             assert counted == list(range(len(counted))), name
-            stored = json.loads((await terminal.run(look.replace("mixer-1", name).replace("from=-5m", "from=-5m&limit=10000"))))
+            stored = json.loads(await terminal.run(look.replace("mixer-1", name).replace("from=-5m", "from=-5m&limit=10000")))
             assert len(stored["series"][0]["points"]) >= len(counted)
         outcome = await terminal.run(push)
         assert list(map(shape, answers(outcome))) == list(map(shape, answers(pushed)))
