@@ -88,15 +88,17 @@ def test_the_unit_is_right(machine: Path, tmp_path: Path) -> None:
 def test_the_first_start_by_hand_and_new_secrets(machine: Path) -> None:
     first, minted, journal = blocks("First-start secrets and the journal")
     program = ("bash", "-c", f"exec {as_root(first, machine).strip()} --port 0")
-    server = subprocess.Popen(program, cwd=machine, env=separate(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    printed = [server.stdout.readline() for _ in range(5)]
-    assert "iiot_op_" in printed[3]
-    assert "iiot_prov_" in printed[4]
-    beside = run("bash", "-ec", as_root(minted, machine), folder=machine)
-    assert [line.rpartition("_")[0][:-17] for line in beside.stdout.splitlines()] == ["iiot_op", "iiot_prov"], beside
-    server.send_signal(signal.SIGINT)
-    _, err = server.communicate(timeout=20)
+    with subprocess.Popen(program, cwd=machine, env=separate(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            printed = [server.stdout.readline() for _ in range(5)]
+            assert "iiot_op_" in printed[3]
+            assert "iiot_prov_" in printed[4]
+            beside = run("bash", "-ec", as_root(minted, machine), folder=machine)
+            assert [line.split("_")[1] for line in beside.stdout.splitlines()] == ["op", "prov"], beside
+        finally:
+            server.send_signal(signal.SIGINT)
+            _, err = server.communicate(timeout=20)
     assert server.returncode == 0
     assert not re.search(r"iiot_(op|prov)_\w{20}", err)
     need("journalctl")
