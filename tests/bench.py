@@ -262,8 +262,8 @@ def queries(points: int, devices: int, frames: int) -> None:
         worker.receive()
         worker.join()
     print(
-        f"buckets of {points:,} points into 1,000: {statistics.median(idle) * 1000:.0f} ms idle, beside a writer under full load "
-        f"{statistics.median(loaded) * 1000:.0f} ms (longest {max(loaded) * 1000:.0f} ms, {len(loaded)} queries)",
+        f"buckets of {points:,} points into 1,000: {statistics.median(idle) * 1000:.0f} ms idle, {statistics.median(loaded) * 1000:.0f} ms "
+        f"while a writer runs at full load (longest {max(loaded) * 1000:.0f} ms, {len(loaded)} queries)",
         flush=True,
     )
 
