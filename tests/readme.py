@@ -94,9 +94,10 @@ def anchor(title: str) -> str:
 
 
 def shape(value: Any) -> Any:
-    """What a JSON value is made of: keys, and the kinds of values, whatever their number and size."""
+    """What a JSON value is made of: keys, and the kinds of values, whatever their number and size. What changed in a state is the
+    machine's own."""
     if isinstance(value, dict):
-        return {key: shape(inner) for key, inner in value.items()}
+        return {key: "any" if key in ("from", "to") else shape(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [shape(value[0])] if value else []
     return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__

@@ -140,7 +140,7 @@ def test_the_install_line(tmp_path: Path) -> None:
 async def test_a_backup_is_whole_and_comes_back(process: Process, tmp_path: Path) -> None:
     """Made beside a running server; restored after the server was killed, which leaves a log that belongs to the old file."""
     need("sqlite3")
-    backup, restore = blocks("Backup and restore")
+    backup, _, restore, _ = blocks("Backup and restore")
     terminal = Terminal(tmp_path)
     await process.start()
     token, _ = await process.read_first_start()
@@ -171,6 +171,31 @@ async def test_a_backup_is_whole_and_comes_back(process: Process, tmp_path: Path
         await process.start()
         plant = process.plant(client, token)
         assert [value for _, value in await plant.points("press-1", "level")] == list(range(50))
+
+
+async def test_the_service_s_backup_comes_back(machine: Path) -> None:
+    """The page's own commands for the service; only systemd itself does not run here."""
+    need("sqlite3")
+    _, backup, _, restore = (as_root(text, machine) for text in blocks("Backup and restore"))
+    (machine / "var/backups").mkdir()
+    folder = machine / "var/lib/iiot"
+    for path in folder.iterdir():
+        path.unlink()
+    process = Process(folder)
+    await process.start()
+    done = run("bash", "-ec", backup, folder=machine)
+    assert done.returncode == 0, done.stderr
+    (made,) = (machine / "var/backups/iiot").iterdir()
+    assert (machine / "var/backups/iiot").stat().st_mode & 0o777 == 0o700
+    await process.stop(signal.SIGKILL)
+    lines = [line for line in restore.splitlines() if "systemctl" not in line]
+    assert len(lines) == len(restore.splitlines()) - 2
+    done = run("bash", "-ec", "\n".join(lines).replace("2026-11-25.db", made.name), folder=machine)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in folder.glob("iiot.db*")) == ["iiot.db", "iiot.db.lock"]
+    assert (folder / "iiot.db").stat().st_mode & 0o777 == 0o600
+    await process.start()
+    assert await process.stop() == 0
 
 
 async def test_a_stopped_server_s_file_alone_is_a_backup(process: Process, tmp_path: Path) -> None:
