@@ -1242,7 +1242,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     alter table device add column emptied integer not null default 0 check (emptied in (0, 1));
     drop index device_removed;
     create index device_removed on device (emptied, removed_at) where name is null;
-    create index device_by_folded_name on device (tenant_id, lower(name));
+    create index device_by_folded_name on device (tenant_id, lower(name), name);
     alter table device_token add column key_id text;
     create table removed_range (
         id         integer primary key autoincrement,
@@ -2299,6 +2299,14 @@ def provisioned_token(connection: sqlite3.Connection, tenant_id: int, device: st
 DEVICES_SQL: Final = "(select count(*) from device where tenant_id = tenant.id and device.name is not null)"
 
 
+def require_new_address(connection: sqlite3.Connection, tenant_id: int, name: str) -> None:
+    """Refusal: device_exists, when a device has the same hardware address in other letters."""
+    same_address = "select name from device where tenant_id = ? and lower(name) = lower(?) and name <> ?"
+    taken = connection.execute(same_address, (tenant_id, name, name)).fetchone()
+    if taken is not None:
+        raise Refusal("device_exists", FieldError("device", f"is the same hardware address as {taken[0]}"))
+
+
 def insert_device(
     connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, detail: Mapping[str, object], most: int = INTEGERS - 1,
     key_id: str | None = None,
@@ -2306,16 +2314,13 @@ def insert_device(
     """A device with its first token, which it may ask for again if `key_id` is given; `most` devices for a tenant without a
     quota of its own. Refusal: device_exists, also for a hardware address in other letters; too_many_devices."""
     now = now_ms()
-    taken = connection.execute(
-        "select name from device where tenant_id = ? and lower(name) = lower(?) order by name <> ? limit 1", (tenant_id, name, name)
-    ).fetchone()
-    if taken is not None and taken[0] == name:
-        raise Refusal("device_exists")
-    if taken is not None and MAC_ADDRESS.fullmatch(name):
-        raise Refusal("device_exists", FieldError("device", f"is the same hardware address as {taken[0]}"))
+    if MAC_ADDRESS.fullmatch(name):
+        require_new_address(connection, tenant_id, name)
     row = connection.execute(
-        "insert into device (tenant_id, name, created_at) values (?, ?, ?) returning id", (tenant_id, name, now)
+        "insert into device (tenant_id, name, created_at) values (?, ?, ?) on conflict do nothing returning id", (tenant_id, name, now)
     ).fetchone()
+    if row is None:
+        raise Refusal("device_exists")
     (full,) = connection.execute(
         f"select {DEVICES_SQL} > coalesce(devices_most, ?) from tenant where id = ?", (most, tenant_id)
     ).fetchone()

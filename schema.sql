@@ -61,7 +61,7 @@ create table device (
 ) strict;
 create index device_removed on device (emptied, removed_at) where name is null;
 -- For hardware addresses as names: one in other letters is the same device.
-create index device_by_folded_name on device (tenant_id, lower(name));
+create index device_by_folded_name on device (tenant_id, lower(name), name);
 
 -- A device's token. Its holder is the device, whatever name it gives. There are two while the device is given a new one.
 create table device_token (
