@@ -63,7 +63,7 @@ from typing import Any, Final, NewType, NoReturn, Protocol, TypeVar, cast
 import aiosqlite
 import attrs
 import orjson
-from aiohttp import WebSocketError, WSMsgType, hdrs, web
+from aiohttp import WebSocketError, WSMessage, WSMsgType, hdrs, web
 from cattrs import Converter, IterableValidationError
 from cattrs.errors import (
     AttributeValidationNote,
@@ -214,8 +214,9 @@ class Limits:
     label_characters: int = 128
     # File descriptors are finite (README: raise `ulimit -n` with the fleet).
     connections: int = 15_000
-    # How long a peer is given to answer a close frame: a stop waits for it.
-    close_seconds: float = 1.0
+    # How long a peer is given to answer a close frame; when the server stops, so that nobody waits for a peer that is deaf.
+    close_seconds: float = 5.0
+    stop_close_seconds: float = 1.0
     # How long a start waits for the server before it on the same database: a stop takes less.
     lock_seconds: float = 4.0
     # Between two changes of the salt by which a write-ahead log is known to belong to its database.
@@ -1890,6 +1891,11 @@ class Awaited:
         return late
 
 
+def is_held_by_another(error: Exception) -> bool:
+    """Whether another program has the database for itself at the moment."""
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorname == "SQLITE_BUSY"
+
+
 class Writer:
     """The only writer: takes all that is pending, commits it as one transaction, then tells those who wait.
 
@@ -2016,10 +2022,13 @@ class Writer:
 
     async def _store(self, batch: Batch) -> None:
         """Commit a batch, however often it takes."""
+        patience = time.monotonic() + self._limits.storage_seconds
         while batch:
             try:
                 outcome = await self._connection.run(batch.write, self._limits)
             except Exception as error:  # noqa: BLE001 - whatever failed, nothing was stored, and those who wait must hear it
+                if is_held_by_another(error) and time.monotonic() < patience:
+                    continue
                 self._not_stored(batch, error)
                 if self._stopping or not isinstance(error, sqlite3.OperationalError):
                     log.critical("dropped a batch that cannot be stored: %d points, none of them acknowledged", batch.points_taken)
@@ -3119,7 +3128,7 @@ class Reads(Queries):
             return None
         return await self._list(
             f"""select id position, json_patch(json_object('id', id, 'kind', kind, 'at', {time_sql("at")}), detail) item from event
-                where tenant_id = :tenant and device_id = :device_id and id < :after and at >= :start and at < :stop
+                where +tenant_id = :tenant and device_id = :device_id and id < :after and at >= :start and at < :stop
                 and (:kinds is null or kind in (select value from json_each(:kinds))) order by id desc""",
             limit, tenant=tenant, device_id=device_id, after=after, start=start, stop=stop,
             kinds=None if kinds is None else orjson.dumps(kinds).decode(),
@@ -3484,6 +3493,10 @@ class Live(Protocol):
     def reading(self) -> bool:
         """Whether the server takes what the device sends; if not, its silence is the server's."""
 
+    @property
+    def welcomed(self) -> bool:
+        """Whether the device knows that it is connected: nothing is sent to it before."""
+
     def send(self, payload: bytes) -> None: ...
     def send_config(self, version: int, document: bytes) -> bool: ...
     def ping(self) -> None: ...
@@ -3632,7 +3645,8 @@ class Registry:
         return [session for session in self._live.values() if session.use.tenant_id == tenant_id]
 
     def is_live(self, device_id: int) -> bool:
-        return device_id in self._live
+        session = self._live.get(device_id)
+        return session is not None and session.welcomed
 
     def address_of(self, device_id: int) -> str | None:
         """From where the device's session comes, None without one."""
@@ -3646,7 +3660,7 @@ class Registry:
     def send(self, device_id: int, payload: bytes) -> bool:
         """Send to a device; False when it is not connected."""
         session = self._live.get(device_id)
-        if session is None:
+        if session is None or not session.welcomed:
             return False
         session.send(payload)
         return True
@@ -4173,7 +4187,7 @@ class Session:
         self._device_id = 0
         self._number = 0
         self._intake: Intake | None = None  # once the device is known
-        self._welcomed = False
+        self.welcomed = False
         self._config_sent = 0  # the highest version that went out in this session
         self._room = asyncio.Event()
         self._ended = ""  # why, once it has
@@ -4230,7 +4244,7 @@ class Session:
             heartbeat = self._platform.settings.heartbeat
             config = opened.config
             self.send(encode(Welcome(token.device, token.tenant, opened.session, opened.seq, format_time(now_ms()), heartbeat, config)))
-            self._welcomed = True
+            self.welcomed = True
             if config is not None:
                 self._config_sent = config.version
                 self._writer.config_sent(self._device_id, config.version)
@@ -4256,16 +4270,12 @@ class Session:
         receive, limits = self._socket.receive, self._platform.limits
         most, turn, long, taken = limits.unacknowledged_frames, limits.frames_per_turn, limits.frame_bytes_per_turn, 0
         while (message := await receive()).type not in CLOSED:
+            if message.type == WSMsgType.TEXT and self._writer.full:  # by other sessions, which had their turn before
+                await self._wait_for_room(intake)
             if self._ended:
                 continue
-            if message.type == WSMsgType.TEXT:
-                intake.take(cast(bytes, message.data))
-                taken += len(message.data) // long
-            elif message.type == WSMsgType.PING:
-                self._send_frame(WSMsgType.PONG, message.data)
-            elif message.type == WSMsgType.BINARY:
-                intake.bad_frame(Refusal("not_binary"), None)
-            taken += 1
+            self._take(message, intake)
+            taken += 1 + len(message.data) // long
             if self._writer.full or intake.waiting >= most:
                 await self._wait_for_room(intake)
             elif intake.held > limits.held_bytes:
@@ -4279,12 +4289,21 @@ class Session:
             broken = isinstance(message.data, WebSocketError)
             self._sign_off(self._socket.refused or ("protocol_error" if broken else "connection_lost"))
 
+    def _take(self, message: WSMessage, intake: Intake) -> None:
+        if message.type == WSMsgType.TEXT:
+            intake.take(cast(bytes, message.data))
+        elif message.type == WSMsgType.PING:
+            self._send_frame(WSMsgType.PONG, message.data)
+        elif message.type == WSMsgType.BINARY:
+            intake.bad_frame(Refusal("not_binary"), None)
+
     async def _wait_for_room(self, intake: Intake) -> None:
         """Read no more until the writer has caught up: the device's own sends come to a stand, and nothing is dropped."""
         self.reading = False
         try:
             async with asyncio.timeout(self._platform.limits.storage_seconds):
-                await self._writer.room()
+                while self._writer.full:  # sessions that waited before may have taken it all
+                    await self._writer.room()
                 while intake.waiting >= self._platform.limits.unacknowledged_frames and not self._ended:
                     self._room.clear()
                     await self._room.wait()
@@ -4334,7 +4353,7 @@ class Session:
 
     def send_config(self, version: int, document: bytes) -> bool:
         """Send a configuration, unless a newer one went out, or the welcome is still to come and carries it."""
-        if not self._welcomed or self._ended or version <= self._config_sent:
+        if not self.welcomed or self._ended or version <= self._config_sent:
             return False
         self._config_sent = version
         self.send(b'{"type":"config","version":%d,"document":%b}' % (version, document))
@@ -4368,7 +4387,9 @@ class Session:
         self._sign_off(code)
         fault = FAULTS[code]
         self._send_frame(WSMsgType.CLOSE, struct.pack("!H", fault.close) + fault.message.encode())
-        asyncio.get_running_loop().call_later(self._platform.limits.close_seconds, self._transport.abort)
+        limits, stopping = self._platform.limits, self._platform.registry.closing.is_set()
+        seconds = limits.stop_close_seconds if stopping else limits.close_seconds
+        asyncio.get_running_loop().call_later(seconds, self._transport.abort)
 
     def abort(self, code: str) -> None:
         """Break the connection: the peer does not read, or is gone."""
@@ -4412,6 +4433,7 @@ PLATFORM: Final = web.AppKey("platform", Platform)
 JSON_TYPE: Final = "application/json"
 FUTURE: Final = Moment(LATEST)
 BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # by which spreadsheets know UTF-8
+AGGREGATES_MOST: Final = 8  # values of a bucket: an answer grows with them
 MANY_PAUSE_SECONDS: Final = 0.1  # between two looks at the verdicts of a push to many: each may be thousands of rows
 
 
@@ -4557,6 +4579,8 @@ def query_aggregates(values: object, _: object) -> Aggregates:
     names = tuple(one_value(values).split(","))
     if not set(names) <= set(AGGREGATES):
         raise Invalid(f"is not of {', '.join(AGGREGATES)}")
+    if len(names) > AGGREGATES_MOST:
+        raise Invalid(f"names more than {AGGREGATES_MOST}")
     return Aggregates(names)
 
 
