@@ -52,7 +52,7 @@ import sys
 import sysconfig
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from itertools import islice
@@ -1915,7 +1915,7 @@ class Writer:
         self.news = Bell()
         self.awaited = Awaited()
         self.committed_at = time.monotonic()
-        self._task = asyncio.create_task(self._run(), name="writer")
+        self.task = asyncio.create_task(self._run(), name="writer")
 
     def add_series(self, device_id: int, metric: str) -> str:
         """A new series; its number as the text that `add_points` takes."""
@@ -2009,16 +2009,22 @@ class Writer:
         """Store what is pending, then stop."""
         self._stopping = True
         self._work.set()
-        await self._task
+        await asyncio.wait((self.task,))  # how it failed, if it did, the supervisor has told
 
     async def _run(self) -> None:
-        while self._pending or not self._stopping:
-            await self._work.wait()
-            self._work.clear()
-            while self._pending:
-                batch, self._pending = self._pending, Batch()
-                self._room.set()
-                await self._store(batch)
+        batch = Batch()
+        try:
+            while self._pending or not self._stopping:
+                await self._work.wait()
+                self._work.clear()
+                while self._pending:
+                    batch, self._pending = self._pending, Batch()
+                    self._room.set()
+                    await self._store(batch)
+        except BaseException as error:  # a defect, and the end of the server: nobody may wait for what will not come
+            self._stopping = True
+            self._not_stored(batch, error)
+            raise
 
     async def _store(self, batch: Batch) -> None:
         """Commit a batch, however often it takes."""
@@ -2056,7 +2062,7 @@ class Writer:
         if batch.eventful:
             self.news.ring()
 
-    def _not_stored(self, batch: Batch, error: Exception) -> None:
+    def _not_stored(self, batch: Batch, error: BaseException) -> None:
         """Nothing is acknowledged: sessions end with 1013, callers hear it, rows stay in the batch to be tried again."""
         log.error("cannot store: %s", error)
         self.failing = True
@@ -3512,6 +3518,8 @@ class Running:
     def __init__(self, token_id: str | None, deadline: asyncio.Timeout) -> None:
         self.token_id = token_id
         self.tenant_id: int | None = None
+        self.client_gone = False
+        self.over = False
         self._until: float | None = None
         self._changing = False
         self._deadline = deadline
@@ -3520,6 +3528,12 @@ class Running:
     def end(self) -> None:
         """It goes on only if it is the one that asks for this."""
         if self._task is not asyncio.current_task():
+            self.lasts(0.0)
+
+    def client_left(self) -> None:
+        """Nobody waits for the answer any more: what only reads ends."""
+        self.client_gone = True
+        if not self.over:
             self.lasts(0.0)
 
     def lasts(self, seconds: float) -> None:
@@ -3574,19 +3588,23 @@ class Registry:
 
     @asynccontextmanager
     async def request(self, token_id: str | None) -> AsyncIterator[Running]:
-        """A request lasts no longer than its token. Refusal: unauthorized, when that is revoked or expires meanwhile."""
+        """A request lasts no longer than its token, and than its client waits. Refusal: unauthorized, when the token is revoked or
+        expires meanwhile. ConnectionError, when the client has gone."""
         deadline = asyncio.timeout(None)
+        running = Running(token_id, deadline)
         try:
             async with deadline:
-                running = Running(token_id, deadline)
                 self._running.add(running)
                 try:
                     yield running
                 finally:
                     self._running.discard(running)
+                    running.over = True
         except TimeoutError:
             if not deadline.expired():
                 raise
+            if running.client_gone:
+                raise ConnectionResetError("the client has gone") from None
             raise Refusal("unauthorized") from None
 
     def stands(self, running: Running, tenant_id: int | None, seconds: float | None) -> None:
@@ -3784,6 +3802,42 @@ class SaltClock:
                 log.warning("cannot renew the salt of the write-ahead log: %s", error)
 
 
+class Supervisor:
+    """Runs the tasks that the server cannot do without. If one ends before it is told to, the server is of no use: it says so in
+    its log and at /healthz, and ends, so that a service manager starts it again."""
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._tell: Callable[[], object] | None = None
+
+    def on_failure(self, tell: Callable[[], object]) -> None:
+        self._tell = tell
+        if self.failed:
+            tell()
+
+    def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.append(task)
+        self.watch(task)
+
+    def watch(self, task: asyncio.Task[None]) -> None:
+        """A task that somebody else began, and ends."""
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (task.exception() is not None or task in self._tasks):
+            log.critical("the %s failed, and the server ends", task.get_name(), exc_info=task.exception())
+            self.failed = True
+            if self._tell is not None:
+                self._tell()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
 class Cleaner:
     """Deletes what removed devices and tenants left behind, a little at a time. Tenants may be removed from the command line,
     beside the server: then it is the first to see it, and ends what is under way for them."""
@@ -3863,6 +3917,7 @@ class Platform:
     identity: Identity
     registry: Registry
     cleaner: Cleaner
+    supervisor: Supervisor
     trusted: Networks
 
 
@@ -5239,6 +5294,8 @@ async def show_audit(call: Call) -> web.StreamResponse:
 
 
 async def show_health(call: Call) -> web.StreamResponse:
+    if call.platform.supervisor.failed:
+        raise Refusal("server_fault")
     if not await call.platform.store.healthy(call.platform.limits):
         raise Refusal("storage_unavailable")
     return answer({"status": "ok", "version": VERSION})
@@ -5365,6 +5422,7 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
         token, call = bearer_token(request), None
         try:
             async with platform.registry.request(token_id_of(token)) as running:
+                cast("PlainRequestHandler", request.protocol).running = running
                 who = await platform.identity.operator(token, address)
                 platform.registry.stands(running, who.tenant_id, None if who.expires_at is None else (who.expires_at - now_ms()) / 1000)
                 call = Call(request, platform, who, address, route.action, running)
@@ -5427,10 +5485,17 @@ def raise_descriptors() -> None:
 
 
 class PlainRequestHandler(web.RequestHandler):
-    """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract, and that it knows when the last
-    bytes came (`Line`)."""
+    """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract, that it knows when the last
+    bytes came (`Line`), and that a request whose client has gone ends."""
 
-    __slots__ = ("heard",)
+    __slots__ = ("heard", "running")
+
+    running: Running
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if hasattr(self, "running"):
+            self.running.client_left()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self.heard = self._loop.time()
@@ -5499,19 +5564,17 @@ async def run_platform(app: web.Application, settings: Settings, limits: Limits)
         registry = Registry(limits)
         cleaner = Cleaner(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
-        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, networks(settings.trusted_proxy))
-        tasks = [
-            asyncio.create_task(Heartbeat(registry, store.writer, limits, settings.heartbeat).run(), name="heartbeat"),
-            asyncio.create_task(ConfigClock(store.writer, limits).run(), name="config clock"),
-            asyncio.create_task(cleaner.run(), name="cleaner"),
-            asyncio.create_task(SaltClock(store, limits).run(), name="salt clock"),
-        ]
+        supervisor, trusted = Supervisor(), networks(settings.trusted_proxy)
+        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, supervisor, trusted)
+        supervisor.watch(store.writer.task)
+        supervisor.start("heartbeat", Heartbeat(registry, store.writer, limits, settings.heartbeat).run())
+        supervisor.start("config clock", ConfigClock(store.writer, limits).run())
+        supervisor.start("cleaner", cleaner.run())
+        supervisor.start("salt clock", SaltClock(store, limits).run())
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await supervisor.close()
 
 
 async def add_headers(_: web.Request, response: web.StreamResponse) -> None:
@@ -5611,11 +5674,14 @@ def warn_of_plain_text(addresses: Iterable[Any]) -> None:
 
 
 @asynccontextmanager
-async def serving(settings: Settings, limits: Limits | None = None, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """The running server, with the certificate in `context` or the one that the settings name; yields its address. OSError when it
-    cannot listen there."""
+async def serving(
+    settings: Settings, limits: Limits | None = None, context: ssl.SSLContext | None = None, stop: asyncio.Event | None = None
+) -> AsyncIterator[str]:
+    """The running server, with the certificate in `context` or the one that the settings name; yields its address. It sets `stop`
+    when it can go on no longer. OSError when it cannot listen there; StoreError at the end, when it could not go on."""
     context = context or tls_context(settings)
-    runner = PlainRunner(make_app(settings, limits), access_log=None, keepalive_timeout=20, shutdown_timeout=STOP_SECONDS)
+    app = make_app(settings, limits)
+    runner = PlainRunner(app, access_log=None, keepalive_timeout=20, shutdown_timeout=STOP_SECONDS)
     try:
         await runner.setup()
         try:
@@ -5627,7 +5693,12 @@ async def serving(settings: Settings, limits: Limits | None = None, context: ssl
             warn_of_plain_text(runner.addresses)
         host, port = runner.addresses[0][:2]
         shown = f"[{host}]" if ":" in host else host
+        supervisor = app[PLATFORM].supervisor
+        if stop is not None:
+            supervisor.on_failure(stop.set)
         yield f"{'https' if context else 'http'}://{shown}:{port}"
+        if supervisor.failed:
+            raise StoreError("the server could not go on; its log says why")
     finally:
         await runner.cleanup()
 
@@ -5843,7 +5914,7 @@ async def serve(settings: Settings) -> None:
     context = tls_context(settings)
     with suppress(NotImplementedError, AttributeError):  # Windows has no such signal
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_certificate, context, settings)
-    async with serving(settings, context=context) as url:
+    async with serving(settings, context=context, stop=stop) as url:
         print(f"listening on {url}", flush=True)
         first = first_credentials(path)
         if first is not None:

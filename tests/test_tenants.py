@@ -99,7 +99,8 @@ def tables(database: Path) -> dict[str, list[Any]]:
     found = {}
     with closing(sqlite3.connect(database)) as connection:
         connection.row_factory = sqlite3.Row
-        names = connection.execute("select name from sqlite_schema where type = 'table' and name not in ('sqlite_sequence', 'salt')").fetchall()
+        others = "('sqlite_sequence', 'salt')"
+        names = connection.execute(f"select name from sqlite_schema where type = 'table' and name not in {others}").fetchall()
         for (name,) in names:
             rows = [dict(row) for row in connection.execute(f"select * from {name}")]
             found[name] = sorted(repr(row) for row in rows if row.get("tenant_id", 1) is not None)
