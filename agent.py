@@ -88,6 +88,7 @@ MILLISECONDS_BELOW: Final = 1e14
 WINDOW_FIRST: Final = 16 * 1024
 WINDOW_LEAST: Final = 2 * 1024
 WINDOW_MOST: Final = FRAME_BYTES
+FRAME_LEAST: Final = 1024  # a frame is cut no further where somebody on the way does not take it
 QUICK_SECONDS: Final = 1.0
 SLOW_SECONDS: Final = 4.0
 
@@ -243,7 +244,7 @@ def backoff(attempt: int, most: float, jitter: float) -> float:
     return min(most, 0.5 * 2.0 ** min(attempt, 16)) * jitter
 
 
-def is_final(code: str, close: int | None, welcomed: bool) -> bool:  # noqa: FBT001 - a pure rule with three inputs
+def is_final(code: str, close: int | None, *, welcomed: bool) -> bool:
     """Whether a refusal is for good. The code of the error frame decides; where there was none, the close code."""
     if code:
         return code in FINAL_CODES or (not welcomed and code in FINAL_FIRST_CODES)
@@ -959,7 +960,7 @@ class Window:
     @property
     def frame(self) -> int:
         """How large a frame should be at most."""
-        return min(self.frame_most, max(WINDOW_LEAST, self.size) // 2)
+        return min(self.frame_most, self.size)
 
     def acknowledged(self, size: int, sent: float, now: float, under_way: int) -> None:
         """A frame of this size was acknowledged, when so many bytes were under way. One sent before the last halving says
@@ -1074,6 +1075,15 @@ class Spool:
             self._seq = seq
             self._changed.notify_all()
         return rows
+
+    async def suspect(self) -> None:
+        """One of the frames under way was refused: all are sent again, whatever number the server is at, and one at a time."""
+        async with self._changed:
+            self.window.one_by_one = True
+            self._waiting.extendleft(reversed(self._sent))
+            self._sent.clear()
+            self._under_way = 0
+            self._changed.notify_all()
 
     def largest(self) -> int:
         """Bytes of the largest frame under way."""
@@ -1242,13 +1252,12 @@ class Refusals:
         self._unwelcome: set[str] = set()  # metrics that the server does not take because there are too many
 
     async def find(self, error: dict[str, Any]) -> None:
-        """An error named no frame, and the session went on. With one frame under way it is that one. Otherwise a new session
-        tells what is stored, and from then on one frame is under way at a time."""
-        if self._spool.sent > 1 or not self._spool.window.one_by_one:
-            self._spool.window.one_by_one = True
+        """An error named no frame, and the session went on. With one frame under way it is that one. Otherwise it may be any of
+        them: all are sent again, which changes nothing where they were stored, and from then on one at a time."""
+        if self._spool.sent > 1:
+            await self._spool.suspect()
             raise SessionEnded(f"the server refused a frame and did not say which: {error.get('message')}")
         await self.take(self._spool.refuse(0), error)
-        self._spool.window.one_by_one = False
 
     async def take(self, frame: Outgoing | None, error: dict[str, Any]) -> None:
         """A frame was refused: what may be good in it is sent again, next. What is refused alone is lost."""
@@ -1289,8 +1298,8 @@ class Refusals:
     async def send_smaller(self) -> None:
         """The server, or a proxy before it, does not take frames of this size."""
         window = self._spool.window
-        if window.frame_most > WINDOW_LEAST // 2:
-            window.frame_most = max(WINDOW_LEAST // 2, min(window.frame_most, self._spool.largest()) // 2)
+        if window.frame_most > FRAME_LEAST:
+            window.frame_most = max(FRAME_LEAST, min(window.frame_most, self._spool.largest()) // 2)
         elif frame := self._spool.refuse(0):
             self._lose(frame, "a frame of this size is not taken")
             await self._spool.put_first([])
@@ -1485,7 +1494,7 @@ class Agent:
     async def _ending(self, link: ClientWebSocketResponse, error: dict[str, Any], reason: str, *, welcomed: bool) -> Exception:
         """What it means that the server closed the connection."""
         code, text = str(error.get("code", "")), error.get("message") or reason
-        if is_final(code, link.close_code, welcomed):
+        if is_final(code, link.close_code, welcomed=welcomed):
             return AgentError(f"the server refuses this device ({link.close_code}): {text}{self._way_out(code, link.close_code)}")
         if link.close_code == CLOSE_FRAME_TOO_BIG:
             await self._refusals.send_smaller()
@@ -1526,7 +1535,7 @@ class Agent:
                 raise await self._ending(link, unnamed, str(message.extra or ""), welcomed=True)
             if message.type == WSMsgType.PING:
                 await link.pong(message.data)
-            elif message.type == WSMsgType.TEXT:
+            elif message.type == WSMsgType.TEXT and not unnamed:  # an acknowledgement may cover the frame in question
                 frame = json.loads(message.data)
                 if frame["type"] == "error" and not frame.get("seq"):
                     unnamed = frame

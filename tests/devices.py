@@ -167,7 +167,7 @@ class Caller:
 
 
 @asynccontextmanager
-async def played(play: Callable[[Caller], Awaitable[None]]) -> AsyncIterator[str]:
+async def played(play: Callable[[Caller], Awaitable[None]], *, autoping: bool = True) -> AsyncIterator[str]:
     """A server on a real socket whose sessions a test plays; its address. What went wrong in the play fails the test."""
     failures: list[BaseException] = []
     number = 0
@@ -175,7 +175,7 @@ async def played(play: Callable[[Caller], Awaitable[None]]) -> AsyncIterator[str
     async def session(request: web.Request) -> web.WebSocketResponse:
         nonlocal number
         number += 1
-        link = web.WebSocketResponse(protocols=("iiot.v1",), max_msg_size=0)
+        link = web.WebSocketResponse(protocols=("iiot.v1",), max_msg_size=0, autoping=autoping)
         await link.prepare(request)
         try:
             await play(Caller(link, number))

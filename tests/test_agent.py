@@ -146,15 +146,16 @@ def enough_points(least: int) -> Any:
 
 
 async def test_what_was_stored_but_not_acknowledged_counts_as_replayed(plant: Plant, tmp_path: Path) -> None:
-    expected = record(tmp_path / "run.csv", 120)
+    expected = record(tmp_path / "run.csv", 40)
     token = await plant.register("press-1")
-    async with deaf_link(plant) as url, started(tmp_path, "--url", url, "--token", token, "--replay", "run.csv") as running:
+    arguments = ("--token", token, "--replay", "run.csv", "--speed", "1000")
+    async with deaf_link(plant) as url, started(tmp_path, "--url", url, *arguments) as running:
         code, err = await running.end()
     assert code == 0, err
     assert "session 2" in err
-    assert "replayed 120 of 120 rows" in err
+    assert "replayed 40 of 40 rows" in err
     assert await stored(plant, "press-1") == expected
-    assert await frames_of(plant, "press-1") == 3
+    assert await frames_of(plant, "press-1") == 40
 
 
 @asynccontextmanager
@@ -182,7 +183,7 @@ async def deaf_link(plant: Plant) -> AsyncIterator[str]:
                 down = group.create_task(carry(far_reader, writer, b'"type":"welcome"' if first else b""))
                 up = group.create_task(carry(reader, far_writer, b""))
                 if first:
-                    await plant.until(f"/iiot/press-1/telemetry?metric={SENSORS[0]}", enough_points(120))
+                    await plant.until(f"/iiot/press-1/telemetry?metric={SENSORS[0]}", enough_points(40))
                     down.cancel()
                     up.cancel()
         finally:

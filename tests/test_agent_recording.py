@@ -410,7 +410,7 @@ def test_every_millisecond_is_read_exactly_in_each_form(moment: int) -> None:
 LATEST = 4_000_000_000_000
 
 
-def read(path: Path, content: str | bytes, **options: str) -> tuple[agent.Recording, list[tuple[int, dict[str, Any]]]]:
+def read(path: Path, content: str | bytes, **options: Any) -> tuple[agent.Recording, list[tuple[int, dict[str, Any]]]]:
     """A recording out of this content, and its samples by line."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     recording = agent.Recording(agent.Options(replay=str(path), **options))
