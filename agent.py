@@ -1591,8 +1591,8 @@ def make_parser() -> argparse.ArgumentParser:
             except argparse.ArgumentTypeError as error:
                 parser.error(f"{variable}: {error}")
         shown = f" ({option.default})" if option.default not in ("", 0.0) else ""
-        flag = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(flag, type=functools.partial(parse_option, option), default=default, help=option.metadata["help"] + shown)
+        flag, text = f"--{option.name.replace('_', '-')}", (option.metadata["help"] + shown).replace("%", "%%")
+        parser.add_argument(flag, type=functools.partial(parse_option, option), default=default, help=text)
     return parser
 
 
