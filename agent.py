@@ -100,6 +100,7 @@ LOOK_SECONDS: Final = 5.0  # between two looks at what moved on the link
 PING_SECONDS: Final = 15.0  # without anything that moves, until a ping
 LINK_SECONDS: Final = 45.0  # without anything that moves, until the link is given up: three pings
 LINK_BYTES: Final = 256  # sent and confirmed count as movement from here on; three pings are less, TLS included
+ANSWER_SECONDS: Final = 300.0  # for the acknowledgement of what was sent; on the slowest link it takes a minute or two
 HELD_SECONDS: Final = 60.0  # at most, after `throttled`: the quota may be raised, and until then the server just does not read
 RETRY_SECONDS: Final = 60.0  # at most, between two attempts of the agent's own choice
 ASKED_SECONDS: Final = 3_600.0  # at most, where the server names the time
@@ -741,32 +742,27 @@ def describe_machine() -> dict[str, Any]:
 PROPOSED: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
-def write_beside(path: Path, text: str, mode: int) -> Path:
-    """A file beside `path`, on the disk, to be moved into its place: so a crash leaves the whole file or none. OSError."""
-    beside = path.with_name(path.name + ".new")
-    beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+def write_whole(path: Path, text: str, mode: int) -> None:
+    """Write a file under another name, and move it into its place when it is on the disk: a crash leaves the old file or the
+    new one, never a part. OSError."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    return beside
-
-
-def write_whole(path: Path, text: str, mode: int) -> None:
-    """A file, and its name in the folder, on the disk: whole or not at all. OSError."""
-    write_beside(path, text, mode).replace(path)
+    new.replace(path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
+        with suppress(OSError):  # some file systems cannot; the file is in its place
             os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.close(folder)
 
 
 class TokenFile:
-    """Where the agent keeps its token, for its own eyes only; and beside it, as long as it has none, the secret that it asks
-    for one with. The secret is on the disk before it is sent: if the answer is lost, the agent shows the same secret again and
-    is given the same token."""
+    """Where the agent keeps its token, readable for its own user alone. Until it has one, another file holds the secret that it
+    asks for a token with. The secret is on the disk before it is sent: if the answer is lost, the agent sends the same secret
+    again and is given the same token."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -928,7 +924,7 @@ def halves(frame: Outgoing) -> list[Outgoing]:
     return parts_by_metric(frame)
 
 
-def parts_beside(frame: Outgoing, path: str) -> tuple[list[Outgoing], Outgoing | None]:
+def parts_without(frame: Outgoing, path: str) -> tuple[list[Outgoing], Outgoing | None]:
     """A refused frame, where the server names the value at fault: what is to be sent again, and what is lost. The server looks
     no further than to the first fault, so what stands behind it may hold more. Nothing lost where the path names nothing."""
     found = SAMPLE_PATH.fullmatch(path)
@@ -1075,6 +1071,10 @@ class Spool:
             self._seq = seq
             self._changed.notify_all()
         return rows
+
+    def waiting_since(self) -> float | None:
+        """When the oldest frame under way was sent, by the monotonic clock; none if none is."""
+        return self._sent[0].sent if self._sent else None
 
     async def suspect(self) -> None:
         """One of the frames under way was refused: all are sent again, whatever number the server is at, and one at a time."""
@@ -1262,6 +1262,7 @@ class Refusals:
     async def take(self, frame: Outgoing | None, error: dict[str, Any]) -> None:
         """A frame was refused: what may be good in it is sent again, next. What is refused alone is lost."""
         if frame is None:
+            log.warning("the server refused frame %s after it had acknowledged it: %s", error.get("seq"), error.get("message"))
             return
         lost: Outgoing | None
         errors = [fault for fault in error.get("errors") or [] if isinstance(fault, dict)]
@@ -1269,7 +1270,7 @@ class Refusals:
         if error.get("code") == "too_many_series":
             parts, lost = self._without_unwelcome(frame)
         else:
-            parts, lost = parts_beside(frame, path)
+            parts, lost = parts_without(frame, path)
         if lost is None and not parts:
             lost = frame
         if lost is not None:
@@ -1320,6 +1321,7 @@ class Agent:
         self._config_version, self._config_document = self._applied.read()
         self._reported: dict[str, Any] | None = None
         self._held_until = 0.0  # until then the server takes nothing
+        self._answered = 0.0  # when the server last acknowledged something, or until when it said that it will not
         self._wanted: dict[str, Any] | None = None  # the newest configuration that was not looked at yet
         self._wanted_changed = asyncio.Event()
         self._report = asyncio.Event()
@@ -1432,7 +1434,7 @@ class Agent:
             await link.send_json({"type": "hello", "token": self._token, "agent": f"iiot-agent/{VERSION}", "time": now_ms()})
             welcome = await self._expect(link, "welcome")
             log.info("connected as %s, session %s", welcome["device"], welcome["session"])
-            self._held_until = 0.0
+            self._held_until = self._answered = 0.0
             self._done(await self._spool.resume(welcome["seq"]))
             if self._replay is not None and not self._replay.latest.done():
                 self._replay.latest.set_result(round(datetime.fromisoformat(welcome["time"]).timestamp() * 1000) + DAY)
@@ -1445,7 +1447,8 @@ class Agent:
         """Send and receive until the session ends. What the server said last weighs more than that a send failed."""
         movement = Movement(link)
         receiver = asyncio.create_task(self._receive(link, movement), name="receiver")
-        others = asyncio.create_task(self._send(link), name="sender"), asyncio.create_task(watch_link(link, movement), name="watch")
+        steps = self._send(link), watch_link(link, movement), self._watch_answers()
+        others = [asyncio.create_task(step) for step in steps]
         try:
             await asyncio.wait((receiver, *others), return_when=asyncio.FIRST_COMPLETED)
             if others[0].done():
@@ -1520,6 +1523,14 @@ class Agent:
             frame.sent = time.monotonic()
             await link.send_frame(frame.text, WSMsgType.TEXT)
 
+    async def _watch_answers(self) -> None:
+        """SessionEnded when the server acknowledges nothing for too long: a new session tells what it has."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            since = self._spool.waiting_since()
+            if since is not None and time.monotonic() - max(since, self._answered) > ANSWER_SECONDS:
+                raise SessionEnded(f"the server has acknowledged nothing for {ANSWER_SECONDS:.0f} s")
+
     async def _receive(self, link: ClientWebSocketResponse, movement: Movement) -> None:
         unnamed: dict[str, Any] = {}  # an error that names no frame: the reason of the close that follows it
         while True:
@@ -1545,6 +1556,7 @@ class Agent:
     async def _take(self, frame: dict[str, Any]) -> None:
         """A frame of the server, within the session."""
         if frame["type"] == "ack":
+            self._answered = max(self._answered, time.monotonic())
             self._done(await self._spool.acknowledge(frame["seq"]))
         elif frame["type"] == "error":
             await self._refusals.take(self._spool.refuse(frame["seq"]), frame)
@@ -1553,6 +1565,7 @@ class Agent:
         elif frame["type"] == "throttled":
             log.warning("the server takes no more for %.0f s: %s is used up", frame["retry_after"], frame["limit"])
             self._held_until = time.monotonic() + min(frame["retry_after"], HELD_SECONDS)
+            self._answered = time.monotonic() + frame["retry_after"]
         elif frame["type"] == "report":
             self._reported = None  # state is sent whole
             self._report.set()
@@ -1621,7 +1634,7 @@ async def run_agent(options: Options) -> int:
         if not numbers:
             raise
         log.info("ended by %s", signal.Signals(numbers[0]).name)
-        return 128 + numbers[0]
+        return 128 + numbers[0] if options.replay else 0  # a recording was to be sent whole, readings are never all sent
     return 0
 
 

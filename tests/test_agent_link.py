@@ -462,6 +462,24 @@ async def test_a_link_is_given_up_when_nothing_moves_on_it(tmp_path: Path, *, al
     assert sessions == [1] if alive else sessions[:2] == [1, 2]
 
 
+async def test_a_server_that_acknowledges_nothing_is_asked_again_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "run.csv").write_text(rows(20))
+    frames: list[int] = []
+
+    async def play(caller: Caller) -> None:
+        await caller.welcome(0 if caller.number == 1 else 1)
+        while True:
+            frames.append((await caller.receive())["seq"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("LOOK_SECONDS", 0.05), ("ANSWER_SECONDS", 0.3), ("RETRY_SECONDS", 0.01)):
+            patch.setattr(agent, name, value)
+        async with played(play) as url:
+            async with asyncio.timeout(PATIENCE):
+                await agent.Agent(agent.Options(url=url, token=TOKEN, name="press-1", replay=str(tmp_path / "run.csv"))).run()
+    assert frames == [1]
+
+
 # ---- the window, and the parts of a frame
 
 
@@ -531,7 +549,7 @@ def test_halving_ends_with_single_values_and_loses_none(frame: agent.Outgoing) -
 @given(FRAMES, st.integers(0, 10), st.sampled_from(["ts", "values.a", "values.b", "values", ""]))
 @example(agent.Outgoing({"samples": [{"ts": 1, "values": {"a": 1}}]}, (1,), 1), 0, "values.a")
 def test_what_a_refusal_names_is_lost_and_the_rest_sent_again(frame: agent.Outgoing, index: int, field: str) -> None:
-    parts, lost = agent.parts_beside(frame, f"samples[{index}].{field}")
+    parts, lost = agent.parts_without(frame, f"samples[{index}].{field}")
     assert points(*parts, *([lost] if lost else [])) == points(frame) or (lost is None and not parts)
     if index < len(frame.samples):
         assert lost is not None
