@@ -29,9 +29,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import functools
 import getpass
 import hashlib
+import heapq
 import hmac
 import ipaddress
 import json
@@ -41,7 +43,6 @@ import os
 import re
 import secrets
 import shlex
-import shutil
 import signal
 import socket
 import sqlite3
@@ -57,7 +58,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Final, NewType, NoReturn, Protocol, TypeVar, cast
+from typing import Any, Final, NewType, NoReturn, Protocol, TypeVar, cast
 
 import aiosqlite
 import attrs
@@ -120,7 +121,12 @@ def are_networks(text: str) -> bool:
 class Settings:
     """What an installation may choose. Flags are the names with dashes, variables the names with IIOT_ before them."""
 
-    host: str = setting("127.0.0.1", "address to listen on")
+    host: str = setting(
+        "127.0.0.1",
+        "address or name to listen on; :: is every address of IPv4 and IPv6, 0.0.0.0 is every address of IPv4",
+        bool,
+        "an address or a name",
+    )
     port: int = setting(8080, "port to listen on; 0 takes any free one", lambda port: 0 <= port < 65_536, "between 0 and 65535")
     db: str = setting("iiot.db", "the database file, made at the first start")
     heartbeat: float = setting(
@@ -180,6 +186,19 @@ class Limits:
     storage_seconds: float = 15.0
     # What may lie unsent for one session: then its peer is too slow and is dropped.
     outbox_bytes: int = 1024 * 1024
+    # A counter that leaps further is not believed: the numbers below it could never be used again. Milliseconds since 1970 as
+    # the first number are within it.
+    seq_leap: int = 2**43
+    # So many duplicates without a new frame between them are told on the timeline, and a fight for a session is; once an hour.
+    duplicates: int = 10
+    notice_seconds: float = 3_600.0
+    notices: int = 20_000
+    # A session that is superseded so soon after its start counts as fought for; so many of them in an hour are let pass. After
+    # those the session stays, and who wants to supersede it waits for its answer, and then is told for how long to wait.
+    fought_seconds: float = 30.0
+    fights: int = 20
+    conflict_seconds: float = 1.0
+    conflict_retry_seconds: int = 60
     # A device in good health sends no bad frame at all.
     bad_frames_per_minute: int = 100
     # Fields at fault that one answer names: a frame may have thousands.
@@ -188,13 +207,19 @@ class Limits:
     # that, are answered 401; those beyond 429. A right one is always heard. And how many networks are remembered.
     guesses: int = 10
     guessing_networks: int = 10_000
+    # What a device says it runs stands in every row of every list: its start.
+    shown_characters: int = 128
     # Labels are shown with every device of a list.
     labels: int = 32
     label_characters: int = 128
     # File descriptors are finite (README: raise `ulimit -n` with the fleet).
     connections: int = 15_000
-    # How long a peer is given to answer a close frame.
-    close_seconds: float = 5.0
+    # How long a peer is given to answer a close frame: a stop waits for it.
+    close_seconds: float = 1.0
+    # How long a start waits for the server before it on the same database: a stop takes less.
+    lock_seconds: float = 4.0
+    # Between two changes of the salt by which a write-ahead log is known to belong to its database.
+    salt_seconds: float = 3_600.0
     # A session that always has frames at hand lets the others run after so many; a long one counts for several.
     frames_per_turn: int = 64
     frame_bytes_per_turn: int = 4 * 1024
@@ -220,6 +245,8 @@ class Limits:
     # A live feed sends a comment after so long without an event, so that both ends notice a broken connection.
     feed_seconds: float = 15.0
     feed_events: int = 500
+    # For so long after its removal a device's events stay in the live feed, so that a client that was away misses nothing.
+    resume_seconds: float = 86_400.0
     # What one transaction deletes of removed devices and tenants, between those of devices that are there: devices that it
     # looks at, series likewise, small rows, and documents of up to `document_bytes`.
     removed_devices: int = 20
@@ -233,6 +260,9 @@ class Limits:
     audit_rows: int = 1_000
     # Before a failed commit is tried again.
     retry_seconds: float = 1.0
+    # Samples without a time get one millisecond each, so a burst of one metric runs ahead of the clock. A frame holds about
+    # 55,000 samples: one frame always fits. A stamp further ahead comes from a clock that was wrong, and binds nothing.
+    stamp_ahead_seconds: float = 60.0
     # The write-ahead log is copied into the database file whenever it has grown by so many pages (4 KiB each).
     checkpoint_pages: int = 4_000
     # A healthy idle server proves at most this long ago that it can commit.
@@ -286,6 +316,8 @@ FAULTS: Final = fault_table(
     ("protocol_error",       400, 1002, "The peer does not keep to the WebSocket protocol."),
     ("query_too_slow",       503, 1013, "The query took too long; ask for less."),
     ("server_fault",         500, 1011, "The server failed; its log says why."),
+    ("seq_reset",            409, 4409, "An operator reset the device's frame counter."),
+    ("session_conflict",     409, 4429, "Another client uses the device's token, and each ends the other's session. Wait, then try again."),
     ("shutting_down",        503, 1001, "The server is shutting down."),
     ("storage_unavailable",  503, 1013, "Nothing can be stored at present; keep the data and come back."),
     ("superseded",           409, 4409, "The device opened a newer session."),
@@ -350,7 +382,9 @@ Seq = NewType("Seq", int)
 Timestamp = NewType("Timestamp", int)
 Expiry = NewType("Expiry", int)
 Clock = NewType("Clock", int)
+Count = NewType("Count", int)
 DeviceName = NewType("DeviceName", str)
+DeviceSecret = NewType("DeviceSecret", str)
 TenantName = NewType("TenantName", str)
 TokenName = NewType("TokenName", str)
 Value = float | int | str
@@ -362,20 +396,24 @@ Mode = NewType("Mode", str)
 Verdict = NewType("Verdict", str)
 
 DEVICE_NAME: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+MAC_ADDRESS: Final = re.compile(r"[0-9A-Fa-f]{2}([:.-]?[0-9A-Fa-f]{2}){5}([:.-]?[0-9A-Fa-f]{2}){0,2}")
+DEVICE_SECRET: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 RFC3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 EARLIEST: Final = 946_684_800_000  # 2000-01-01: a device without a clock starts in 1970
 LATEST: Final = 253_402_300_799_999  # the end of the year 9999, and of RFC 3339
 DAY: Final = 86_400_000
+SEQ_TEXT: Final = re.compile(rb'"seq"\s*:\s*(-?[0-9]{1,40})(?![0-9.eE])')
 QUOTAS: Final = ("devices", "connections", "points_per_day")
 INTEGERS: Final = 2**63  # SQLite's integers, and every JSON parser's that matters
 
 
 @attrs.frozen
 class Provision:
-    """A new device asks for a token of its own."""
+    """A new device asks for a token of its own. One that makes the secret itself may ask again, when the answer was lost."""
 
     key: str
     device: DeviceName
+    secret: DeviceSecret | None = None
 
 
 @attrs.frozen
@@ -469,12 +507,13 @@ class Welcome:
 
 @attrs.frozen
 class Error:
-    """A frame was consumed and not stored; the session goes on."""
+    """A frame was not stored, and the session goes on; or the session ends. `seq` as the device wrote it, `retry_after` in seconds."""
 
     code: str
     message: str
     seq: int | None = None
     errors: tuple[FieldError, ...] = ()
+    retry_after: float | None = None
 
 
 @attrs.frozen
@@ -540,6 +579,13 @@ class Rotation:
 
 
 @attrs.frozen
+class CounterReset:
+    """Body of POST /iiot/{device}/seq: the frame number that counts as the highest on disk, 0 for none."""
+
+    seq: Count = Count(0)
+
+
+@attrs.frozen
 class Push:
     """Body of POST /iiot: one configuration for every device whose name matches."""
 
@@ -563,8 +609,17 @@ class ReportRequest:
 
 def encode(frame: Credentials | Welcome | Error | Throttled | Report | Config) -> bytes:
     """The JSON text of a frame of the server; fields that say nothing are left out."""
-    fields = attrs.asdict(frame, filter=lambda field, value: value != () and not (field.name == "seq" and value is None))
+    silent = ("seq", "retry_after")
+    fields = attrs.asdict(frame, filter=lambda field, value: value != () and not (field.name in silent and value is None))
+    if isinstance(frame, Error) and frame.seq is not None:  # a device may write numbers that orjson does not
+        fields["seq"] = orjson.Fragment(str(frame.seq))
     return orjson.dumps({"type": type(frame).__name__.lower(), **fields})
+
+
+def encode_refusal(refusal: Refusal, seq: int | None) -> bytes:
+    """The `error` frame of a refusal."""
+    fault = refusal.fault
+    return encode(Error(fault.code, fault.message, seq, refusal.errors, refusal.retry_after))
 
 
 def encode_ack(seq: int) -> bytes:
@@ -625,6 +680,12 @@ def check_seq(value: object, _: object = None) -> Seq:
     return Seq(value)
 
 
+def check_count(value: object, _: object = None) -> Count:
+    if type(value) is not int or not 0 <= value < INTEGERS:
+        raise Invalid("is not a whole number of at most 63 bits, from 0 on")
+    return Count(value)
+
+
 def check_boolean(value: object, _: object = None) -> bool:
     if type(value) is not bool:
         raise Invalid("is not true or false")
@@ -634,13 +695,19 @@ def check_boolean(value: object, _: object = None) -> bool:
 def check_device_name(value: object, _: object = None) -> DeviceName:
     if type(value) is not str or DEVICE_NAME.fullmatch(value) is None:
         raise Invalid("is not 1 to 64 of letters, digits and . _ : -")
+    if value in (".", ".."):  # clients take them out of a path, so nobody could reach the device
+        raise Invalid("is a step in a path")
     return DeviceName(value)
 
 
 def check_tenant_name(value: object, _: object = None) -> TenantName:
-    if value in (".", ".."):  # a path without them is another path
-        raise Invalid("is a step in a path")
     return TenantName(check_device_name(value))
+
+
+def check_device_secret(value: object, _: object = None) -> DeviceSecret:
+    if type(value) is not str or DEVICE_SECRET.fullmatch(value) is None:
+        raise Invalid("is not 32 random bytes as 43 characters of base64url")
+    return DeviceSecret(value)
 
 
 def check_token_name(value: object, _: object = None) -> TokenName:
@@ -771,11 +838,17 @@ class Codec:
             raise Refusal(code, *islice(field_errors(error), self._limits.field_errors)) from error
 
     def seq_of(self, data: bytes) -> int | None:
-        """The frame number of a frame that is otherwise wrong."""
+        """The number of a frame that is wrong, as the device wrote it: any integer. In text that is no JSON it is taken from where
+        `seq` stands with a number, if it stands with no other one too."""
         try:
-            return check_seq(orjson.loads(data)["seq"])
-        except (ValueError, KeyError, TypeError, IndexError):
-            return None
+            seq = self._object(data).get("seq")
+        except Refusal:
+            seq = None
+        else:
+            if type(seq) is not float:  # orjson makes one of an integer of more than 64 bits
+                return seq if type(seq) is int else None
+        written = set(SEQ_TEXT.findall(data))
+        return int(written.pop()) if len(written) == 1 else None
 
     def _object(self, data: bytes) -> dict[str, Any]:
         try:
@@ -801,10 +874,12 @@ class Codec:
         converter.register_structure_hook(bool, check_boolean)
         converter.register_structure_hook(str, self._check_text)
         converter.register_structure_hook(Seq, check_seq)
+        converter.register_structure_hook(Count, check_count)
         converter.register_structure_hook(Timestamp, check_timestamp)
         converter.register_structure_hook(Expiry, check_expiry)
         converter.register_structure_hook(Clock, check_clock)
         converter.register_structure_hook(DeviceName, check_device_name)
+        converter.register_structure_hook(DeviceSecret, check_device_secret)
         converter.register_structure_hook(TenantName, check_tenant_name)
         converter.register_structure_hook(TokenName, check_token_name)
         converter.register_structure_hook(QuotaChange, check_quotas)
@@ -904,6 +979,8 @@ class Codec:
 
 UNITS: Final = MappingProxyType({"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": DAY, "": 1_000})
 DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d|)")
+UNQUOTED_PLUS: Final = re.compile(r"(.{19,}) (\d\d:\d\d)")  # in the query of an address + is a space
+ENTITY_TAG: Final = re.compile(r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"|[0-9]{1,18}')
 TOKEN: Final = re.compile(r"iiot_(dev|op|prov)_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 AGGREGATES: Final = ("avg", "min", "max", "sum", "count", "last")
 
@@ -930,7 +1007,7 @@ def parse_moment(text: str, now: int) -> int:
     """Milliseconds of an RFC 3339 time, of a number of milliseconds, or of a duration back from now (`-15m`)."""
     if text.startswith("-"):
         return max(0, now - parse_duration(text[1:]))
-    moment = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else parse_rfc3339(text)
+    moment = int(text) if text.isascii() and text.isdigit() and len(text) < 16 else parse_rfc3339(UNQUOTED_PLUS.sub(r"\1+\2", text))
     if moment is None:
         raise Invalid("is not an RFC 3339 time, milliseconds, or a duration back from now such as -15m")
     return moment
@@ -969,22 +1046,48 @@ def changes_between(old: Mapping[str, Any], new: Mapping[str, Any], path: str = 
             yield {"path": place, "from": before, "to": after}
 
 
+def entity_tags(text: str) -> frozenset[str]:
+    """The tags of a condition (RFC 9110, section 8.8.3) as they stand, a number without its quotes too; `*` alone is any. Invalid."""
+    if text.strip() == "*":
+        return frozenset({"*"})
+    tags = [part.strip() for part in text.split(",") if part.strip()]
+    if not tags or not all(ENTITY_TAG.fullmatch(tag) for tag in tags):
+        raise Invalid("is neither * nor a list of versions, each in quotation marks")
+    return frozenset(f'"{tag}"' if tag.isdigit() else tag for tag in tags)
+
+
+def is_met(match: frozenset[str] | None, none_match: frozenset[str] | None, tag: str | None, *, exists: bool = True) -> bool:
+    """Whether the conditions If-Match and If-None-Match hold for what has this tag (RFC 9110, sections 13.1.1 and 13.1.2)."""
+    if match is not None and not (exists if match == {"*"} else tag in match):
+        return False
+    if none_match is None:
+        return True
+    return not (exists if none_match == {"*"} else tag in {text.removeprefix("W/") for text in none_match})
+
+
+def disarmed(text: str) -> str:
+    """A text that no spreadsheet takes for a formula (OWASP, CSV Injection)."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+
+
 def csv_field(value: object) -> str:
     """A field of a CSV line (RFC 4180)."""
     text = "" if value is None else repr(value) if isinstance(value, float) else str(value)
     return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
 
 
-def csv_lines(rows: bytes) -> bytes:
-    """CSV lines of a JSON array of rows `[time, metric, …]`. Rows of numbers alone, all but every row there is, are turned
-    without a look at each: a time, the only other text beside the metric, ends in Z and holds nothing to be quoted."""
+def csv_lines(rows: bytes, *, spreadsheet: bool = False) -> bytes:
+    """CSV lines of a JSON array of rows `[time, metric, …]`, with texts disarmed for a spreadsheet. Rows of numbers alone, all
+    but every row there is, are turned without a look at each: a time, the only other text beside the metric, ends in Z and
+    holds nothing to be quoted."""
     if rows == b"[]":
         return b""
     metric = rows[: rows.index(b"]")].split(b",")[1]
-    plain = re.fullmatch(rb'"[A-Za-z0-9 _.:/-]+"', metric)
+    plain = re.fullmatch(rb'"(?!-)[A-Za-z0-9 _.:/-]+"', metric)
     if plain and rows.count(b'"') == 4 * rows.count(b'Z",' + metric + b","):
         return rows[2:-2].replace(b",null", b",").replace(b'"', b"").replace(b"],[", b"\n") + b"\n"
-    return "".join(",".join(map(csv_field, row)) + "\n" for row in orjson.loads(rows)).encode()
+    shown = [[disarmed(cell) if spreadsheet and isinstance(cell, str) else cell for cell in row] for row in orjson.loads(rows)]
+    return "".join(",".join(map(csv_field, row)) + "\n" for row in shown).encode()
 
 
 def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -1028,7 +1131,7 @@ def network_of(address: str) -> str:
 # Owns: every line of SQL, the one writer, the readers, migrations. Rows go in as one JSON text a statement and answers come
 # out as one, because sqlite3 takes the interpreter lock at every row. Must not know: HTTP, sockets, the shape of frames.
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
 # A step for each version after the first: MIGRATIONS[n] leads from version n + 1 to n + 2.
 MIGRATIONS: Final[tuple[str, ...]] = (
@@ -1133,6 +1236,28 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         select raise(abort, 'the audit is append-only');
     end;
     """,
+    """
+    alter table device add column old_name text;
+    alter table device add column removed_at integer;
+    alter table device add column emptied integer not null default 0 check (emptied in (0, 1));
+    drop index device_removed;
+    create index device_removed on device (emptied, removed_at) where name is null;
+    create index device_by_folded_name on device (tenant_id, lower(name));
+    alter table device_token add column key_id text;
+    create table removed_range (
+        id         integer primary key autoincrement,
+        series_id  integer not null,
+        start      integer not null,
+        stop       integer not null
+    ) strict;
+    drop index config_awaited;
+    create index config_awaited on config (device_id, version) where status in ('sent', 'in_progress');
+    update presence set software_version = substr(software_version, 1, 128), agent = substr(agent, 1, 128);
+    create table salt (
+        id     integer primary key check (id = 1),
+        value  text not null
+    ) strict;
+    """,
 )
 
 
@@ -1201,12 +1326,22 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
     return int(version)
 
 
+def connect_without_log(path: Path) -> sqlite3.Connection:
+    """A database file as it is without its log, and left so."""
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+
+
+def make_file(path: Path) -> None:
+    """An empty file that only its owner may read, unless there is one. SQLite gives its companions the same mode."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+
+
 def is_new(path: Path) -> bool:
     """Whether there is no database yet. StoreError when the file is somebody else's, which is left as it is.
 
-    SQLite itself looks at the file: had this process opened and closed it by hand, the system would drop the locks of its other
-    connections, and the next process to close the database would take the log from under them
-    (https://www.sqlite.org/howtocorrupt.html, section 2.2).
+    SQLite itself looks at the file, without its log, which may be another file's (`LockFile.check_log`). Had this process opened
+    and closed it by hand, the system would drop the locks of its other connections, and the next process to close the database
+    would take the log from under them (https://www.sqlite.org/howtocorrupt.html, section 2.2).
     """
     try:
         if path.stat().st_size == 0:
@@ -1215,7 +1350,7 @@ def is_new(path: Path) -> bool:
         if not path.parent.is_dir():
             raise StoreError(f"there is no folder {path.parent} for {path}") from None
         return True
-    with named_errors(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as connection:
+    with named_errors(path), closing(connect_without_log(path)) as connection:
         if connection.execute("pragma application_id").fetchone()[0] != APPLICATION_ID:
             raise StoreError(f"{path} is not a database of this program")
         schema_version(connection, path)
@@ -1234,8 +1369,9 @@ def migrate(connection: sqlite3.Connection, path: Path, version: int) -> None:
     """Copy the file, then take every step in one transaction."""
     copy = path.with_name(f"{path.name}.schema-{version}")
     log.info("migrating %s from schema %d to %d; the old one is kept as %s", path, version, SCHEMA_VERSION, copy)
+    path.chmod(0o600)  # earlier versions left it open to all
+    make_file(copy)
     with closing(sqlite3.connect(copy)) as target:
-        shutil.copymode(path, copy)
         connection.backup(target)
     connection.execute("pragma foreign_keys = off")  # a step may put another table in the place of one that is referred to
     with transaction(connection):
@@ -1251,6 +1387,7 @@ def prepare_database(path: Path) -> None:
     """Make the database file, or migrate it. StoreError when it cannot be used."""
     with named_errors(path):
         if is_new(path):
+            make_file(path)
             with closing(sqlite3.connect(path)) as connection:
                 connection.execute(f"pragma application_id = {APPLICATION_ID}")
         with closing(connect(path)) as connection:
@@ -1266,17 +1403,82 @@ def resolved(path: Path) -> Path:
     return path.resolve()
 
 
-def lock_database(path: Path) -> IO[str]:
-    """Keep any second server away from a database for as long as the answer is open; a crash lets go of it. StoreError when
-    there is one already. The lock lies on a file beside: SQLite has locks of its own on the database."""
-    file = path.with_name(f"{path.name}.lock").open("w")
-    if sys.platform != "win32":
+def salt_of_file(path: Path) -> str | None:
+    """The salt in a database file as it is without its log; None where there is none."""
+    with closing(connect_without_log(path)) as connection:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise StoreError(f"another server runs on {path}") from error
-    return file
+            row = connection.execute("select value from salt").fetchone()
+        except sqlite3.OperationalError:  # no such table
+            return None
+    return None if row is None else str(row[0])
+
+
+class LockFile:
+    """The file beside a database that keeps a second server away, and keeps the salts that the database file may have.
+
+    The lock is not on the database: SQLite has locks of its own there. A crash lets go of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._database = path
+        name = path.with_name(f"{path.name}.lock")
+        self._file = os.fdopen(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def take(self) -> bool:
+        """Whether nobody else has the lock."""
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+        return True
+
+    async def wait(self, seconds: float) -> None:
+        """Take the lock; a server that is stopping may have it for a moment. StoreError when it is not free by then."""
+        until, told = time.monotonic() + seconds, False
+        while not self.take():
+            if time.monotonic() >= until:
+                raise StoreError(f"another server runs on {self._database}")
+            if not told:
+                log.warning("another server runs on %s; waiting up to %.0f s for its end", self._database, seconds)
+                told = True
+            await asyncio.sleep(0.05)
+
+    def keep(self, *salts: str) -> None:
+        """Write down which salts the database file may have, on the disk."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write("".join(f"{salt}\n" for salt in salts))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def check_log(self) -> None:
+        """StoreError when there is a write-ahead log that was not written for this database file: SQLite would replay it over a
+        backup that was put in the place of the file. To be called with the lock taken, before the database is opened."""
+        written = self._database.with_name(f"{self._database.name}-wal")
+        self._file.seek(0)
+        salts = self._file.read().split()
+        if salts and written.exists() and written.stat().st_size and salt_of_file(self._database) not in salts:
+            raise StoreError(
+                f"{written.name} was not written for this {self._database.name}, but for an earlier or later one."
+                f" If you put a backup in its place, remove {written.name} and {self._database.name}-shm, then start again;"
+                " if you did not, put back the file that was there"
+            )
+
+
+def renew_salt(connection: sqlite3.Connection, lock: LockFile) -> None:
+    """Give the database another salt. Until that has reached the database file itself, both are right."""
+    row, new = connection.execute("select value from salt").fetchone(), secrets.token_hex(16)
+    old = () if row is None else row
+    lock.keep(*old, new)
+    with transaction(connection):
+        connection.execute("insert into salt (id, value) values (1, ?) on conflict (id) do update set value = excluded.value", (new,))
+    _, logged, copied = connection.execute("pragma wal_checkpoint(passive)").fetchone()
+    if logged == copied:
+        lock.keep(new)
 
 
 def time_sql(moment: str) -> str:
@@ -1284,10 +1486,14 @@ def time_sql(moment: str) -> str:
     return f"strftime('%Y-%m-%dT%H:%M:%fZ', ({moment}) / 1000.0, 'unixepoch')"
 
 
+LARGEST: Final = "1.7976931348623157e308"  # double
+SCALE: Final = "1152921504606846976.0"  # 2 to the power of 60: nothing is lost by it, and no bucket has so many points
+
+
 def exact_sql(value: str) -> str:
     """SQL for a value's JSON. SQLite prints 15 digits of a real, and half of all doubles change on the way; 18 are exact, and
     `shortened` makes them the fewest. A sum past the largest double is null."""
-    real = f"iif(abs({value}) <= 1.7976931348623157e308, json(printf('%!.18g', {value})), null)"
+    real = f"iif(abs({value}) <= {LARGEST}, json(printf('%!.18g', {value})), null)"
     return f"case typeof({value}) when 'real' then {real} else {value} end"
 
 
@@ -1403,15 +1609,25 @@ def bind(rows: object) -> tuple[str]:
     return (orjson.dumps(rows).decode(),)
 
 
-def write_configs_sent(connection: sqlite3.Connection, sent: list[tuple[int, int, int]]) -> None:
-    """Configurations that went out on a socket: from now on a verdict is awaited."""
+# A configuration whose verdict is awaited: its device, its version, and for how many milliseconds.
+AWAITED_SQL: Final = """select json_group_array(json_array(config.device_id, config.version, timeout)) from config
+    where status in ('sent', 'in_progress')"""
+
+
+def write_configs_sent(connection: sqlite3.Connection, sent: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Configurations that went out on a socket. Answers those of them whose verdict is awaited from now on, as `Awaited` takes them."""
+    rows = bind(sent)
     connection.execute(
         """update config set sent_at = new.value ->> 2,
                status_at = iif(status in ('pending', 'timed_out', 'in_progress'), new.value ->> 2, status_at),
                status = iif(status in ('pending', 'timed_out', 'in_progress'), 'sent', status)
            from json_each(?) new where device_id = new.value ->> 0 and version = new.value ->> 1""",
-        bind(sent),
+        rows,
     )
+    (awaited,) = connection.execute(
+        f"{AWAITED_SQL} and (device_id, version) in (select value ->> 0, value ->> 1 from json_each(?))", rows
+    ).fetchone()
+    return [(device_id, version, timeout) for device_id, version, timeout in orjson.loads(awaited)]
 
 
 def write_verdicts(
@@ -1456,8 +1672,8 @@ def write_verdicts(
     return [(said.owner, "unknown_version", said.seq) for index, (_, said) in enumerate(verdicts) if index in refused]
 
 
-def insert_states(connection: sqlite3.Connection, rows: tuple[str]) -> None:
-    """Rows of (device, version, at, session, document, changes, software version), in order."""
+def insert_states(connection: sqlite3.Connection, rows: tuple[str], characters: int) -> None:
+    """Rows of (device, version, at, session, document, changes, software version), in order; so many characters of the last are shown."""
     connection.execute(
         """insert into state (device_id, version, at, session, document, changes)
            select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 from json_each(?)""",
@@ -1465,10 +1681,10 @@ def insert_states(connection: sqlite3.Connection, rows: tuple[str]) -> None:
     )
     connection.execute(
         """update presence set software_version = new.software
-           from (select value ->> 0 device_id, iif(json_type(value, '$[6]') = 'text', value ->> 6, null) software, max(key)
-                 from json_each(?) group by 1) new
+           from (select value ->> 0 device_id, iif(json_type(value, '$[6]') = 'text', substr(value ->> 6, 1, ?2), null) software, max(key)
+                 from json_each(?1) group by 1) new
            where presence.device_id = new.device_id""",
-        rows,
+        (*rows, characters),
     )
 
 
@@ -1501,16 +1717,18 @@ def write_states(
         events.append(Happened(arrival, report.device_id, report.at, "state", {"version": version + 1}))
         rows.append((report.device_id, version + 1, report.at, report.session, document.decode(), changes, new.get("software_version")))
     if rows:
-        insert_states(connection, bind(rows))
+        insert_states(connection, bind(rows), limits.shown_characters)
     return refused
 
 
 @attrs.frozen
 class Outcome:
-    """What became of a batch: the results of its changes, and the frames that were refused, as (owner, code, seq)."""
+    """What became of a batch: the results of its changes, the frames that were refused, as (owner, code, seq), and the
+    configurations that were sent, as `Awaited` takes them."""
 
     changes: list[object]
     refused: list[tuple[Committed, str, int]]
+    awaited: list[tuple[int, int, int]]
 
 
 def insert_events(connection: sqlite3.Connection, events: list[Happened]) -> None:
@@ -1533,13 +1751,14 @@ class Batch:
         self.points_taken = 0
         self.bytes_taken = 0
         self.series: list[tuple[int, int, str]] = []
-        self.progress: dict[str, tuple[int, int, int]] = {}  # by device: seq, seen_at, stamp
+        self.progress: dict[str, tuple[int, int, int | None]] = {}  # by device: seq, seen_at, stamp
         self.usage: dict[int, int] = {}  # by tenant: points
         self.tokens_used: dict[str, int] = {}  # operators': when
         self.partings: list[tuple[int, Parting]] = []
         self.configs_sent: list[tuple[int, int, int]] = []  # device, version, when
         self.states: list[tuple[int, StateReport]] = []
         self.verdicts: list[tuple[int, VerdictReport]] = []
+        self.events: list[Happened] = []
         self.waiting: dict[Committed, tuple[int, int]] = {}
         self.changes: list[Change] = []
 
@@ -1548,25 +1767,24 @@ class Batch:
 
     def arrival(self) -> int:
         """The number of the next of what makes an event."""
-        return len(self.partings) + len(self.states) + len(self.verdicts)
+        return len(self.partings) + len(self.states) + len(self.verdicts) + len(self.events)
 
     @property
     def eventful(self) -> bool:
         """Whether it may add to somebody's timeline."""
-        return bool(self.changes or self.partings or self.states or self.verdicts)
+        return bool(self.changes or self.partings or self.states or self.verdicts or self.events)
 
     def write(self, connection: sqlite3.Connection, limits: Limits) -> Outcome:
         """The whole batch in one transaction. Rows first: a change may remove what they name."""
         with transaction(connection):
+            awaited = write_configs_sent(connection, self.configs_sent) if self.configs_sent else []
             self._write_rows(connection)
-            events = [parting.event(arrival) for arrival, parting in self.partings]
+            events = self.events + [parting.event(arrival) for arrival, parting in self.partings]
             refused = write_states(connection, self.states, events, limits) + write_verdicts(connection, self.verdicts, events)
             insert_events(connection, events)
-            return Outcome([self._attempt(connection, change) for change in self.changes], refused)
+            return Outcome([self._attempt(connection, change) for change in self.changes], refused, awaited)
 
     def _write_rows(self, connection: sqlite3.Connection) -> None:
-        if self.configs_sent:
-            write_configs_sent(connection, self.configs_sent)
         if self.series:
             rows = bind(self.series)
             connection.execute(
@@ -1589,8 +1807,7 @@ class Batch:
             )
         if self.progress:
             connection.execute(
-                """update presence set seq = max(seq, new.value ->> 0), seen_at = max(coalesce(seen_at, 0), new.value ->> 1),
-                       stamp = max(stamp, new.value ->> 2)
+                """update presence set seq = max(seq, new.value ->> 0), seen_at = new.value ->> 1, stamp = coalesce(new.value ->> 2, stamp)
                    from json_each(?) new where device_id = cast(new.key as integer)""",
                 bind(self.progress),
             )
@@ -1611,7 +1828,7 @@ class Batch:
     @staticmethod
     def _write_partings(connection: sqlite3.Connection, rows: tuple[str]) -> None:
         connection.execute(
-            """update presence set connected = 0, disconnected_at = value ->> 'at', seen_at = max(coalesce(seen_at, 0), value ->> 'at')
+            """update presence set connected = 0, disconnected_at = value ->> 'at', seen_at = value ->> 'at'
                from json_each(?) where device_id = value ->> 'device_id' and presence.session = value ->> 'session'""",
             rows,
         )
@@ -1647,6 +1864,32 @@ class Bell:
         await asyncio.wait((ring,), timeout=seconds)
 
 
+class Awaited:
+    """Configurations that were sent and whose verdict is awaited, with the time at which each is late. It goes by the clock
+    of the process: the wall clock may be set meanwhile. So a start gives each its whole time again."""
+
+    def __init__(self) -> None:
+        self._due: dict[tuple[int, int], float] = {}
+        self._order: list[tuple[float, tuple[int, int]]] = []  # a heap; entries that `_due` contradicts do not count
+
+    def add(self, sent: Iterable[tuple[int, int, int]]) -> None:
+        """Each as device, version and milliseconds from now on."""
+        now = time.monotonic()
+        for device_id, version, timeout in sent:
+            due = self._due[device_id, version] = now + timeout / 1000
+            heapq.heappush(self._order, (due, (device_id, version)))
+
+    def take_late(self) -> list[tuple[int, int]]:
+        """Those that are late by now, as device and version; each once."""
+        now, late = time.monotonic(), []
+        while self._order and self._order[0][0] <= now:
+            due, key = heapq.heappop(self._order)
+            if self._due.get(key) == due:
+                del self._due[key]
+                late.append(key)
+        return late
+
+
 class Writer:
     """The only writer: takes all that is pending, commits it as one transaction, then tells those who wait.
 
@@ -1664,6 +1907,7 @@ class Writer:
         self._stopping = False
         self.failing = False
         self.news = Bell()
+        self.awaited = Awaited()
         self.committed_at = time.monotonic()
         self._task = asyncio.create_task(self._run(), name="writer")
 
@@ -1691,7 +1935,7 @@ class Writer:
         self, owner: Committed, device_id: str, mark: tuple[int, int], at: int, stamp: int, points: int, size: int
     ) -> None:
         """A frame, whose points were just added, belongs to the next transaction. `mark`: its number, and how many frames
-        its session has handed over so far; `at`: when it came; `stamp`: the last time given to a sample without one."""
+        its session has handed over so far; `at`: when it came; `stamp`: the newest time given to a sample without one."""
         pending = self._pending
         pending.progress[device_id] = (mark[0], at, stamp)
         pending.waiting[owner] = mark
@@ -1717,7 +1961,12 @@ class Writer:
     def seen(self, devices: Mapping[int, int]) -> None:
         """When devices that send nothing were last heard, by device."""
         for device_id, at in devices.items():
-            self._pending.progress.setdefault(str(device_id), (0, at, 0))
+            self._pending.progress.setdefault(str(device_id), (0, at, None))
+        self._work.set()
+
+    def happened(self, device_id: int, kind: str, **detail: object) -> None:
+        """An entry of a device's timeline, of this moment."""
+        self._pending.events.append(Happened(self._pending.arrival(), device_id, now_ms(), kind, detail))
         self._work.set()
 
     def session_ended(self, parting: Parting) -> None:
@@ -1737,6 +1986,10 @@ class Writer:
             self._pending.changes.remove(change)
             raise Refusal("storage_unavailable")
         return cast(T, await change.future)  # under way: whether it is stored must be known
+
+    async def alone(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function on the connection, between two transactions; it makes its own."""
+        return await self._connection.run(function, *arguments)
 
     @property
     def full(self) -> bool:
@@ -1784,6 +2037,7 @@ class Writer:
 
     def _tell(self, batch: Batch, outcome: Outcome) -> None:
         """The batch is on disk: tell those who wait for it."""
+        self.awaited.add(outcome.awaited)
         for owner, code, seq in outcome.refused:
             owner.refused(code, seq)
         for change, result in zip(batch.changes, outcome.changes, strict=True):
@@ -2018,38 +2272,57 @@ def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
     connection.execute("delete from operator_token where tenant_id = ?", row)
     connection.execute("delete from provisioning_key where tenant_id = ?", row)
     connection.execute("delete from device_token where device_id in (select id from device where tenant_id = ?)", row)
-    connection.execute("update device set name = null where tenant_id = ?", row)
+    connection.execute("update device set name = null, removed_at = 0 where tenant_id = ?", row)
     return int(row[0])
 
 
-def insert_device_token(connection: sqlite3.Connection, device_id: int, new: NewSecret, *, pending: bool) -> None:
-    """`pending`: its first use ends the token before it."""
+def insert_device_token(
+    connection: sqlite3.Connection, device_id: int, new: NewSecret, *, pending: bool, key_id: str | None = None
+) -> None:
+    """`pending`: its first use ends the token before it; `key_id`: it came by that provisioning key, and may be asked for again."""
     connection.execute(
-        "insert into device_token (id, device_id, secret_hash, created_at, pending) values (?, ?, ?, ?, ?)",
-        (new.id, device_id, new.secret_hash, now_ms(), pending),
+        "insert into device_token (id, device_id, secret_hash, created_at, pending, key_id) values (?, ?, ?, ?, ?, ?)",
+        (new.id, device_id, new.secret_hash, now_ms(), pending, key_id),
     )
+
+
+def provisioned_token(connection: sqlite3.Connection, tenant_id: int, device: str, key_id: str, secret_hash: bytes) -> str | None:
+    """The id of the token that a device got by a provisioning key and a secret of its own, None where there is none."""
+    row = connection.execute(
+        """select device_token.id from device_token join device on device.id = device_id
+           where tenant_id = ? and name = ? and key_id = ? and secret_hash = ?""",
+        (tenant_id, device, key_id, secret_hash),
+    ).fetchone()
+    return None if row is None else str(row[0])
 
 
 DEVICES_SQL: Final = "(select count(*) from device where tenant_id = tenant.id and device.name is not null)"
 
 
 def insert_device(
-    connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, detail: Mapping[str, object], most: int = INTEGERS - 1
+    connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, detail: Mapping[str, object], most: int = INTEGERS - 1,
+    key_id: str | None = None,
 ) -> None:
-    """A device with its first token; `most` of them for a tenant without a quota of its own. Refusal: device_exists, too_many_devices."""
+    """A device with its first token, which it may ask for again if `key_id` is given; `most` devices for a tenant without a
+    quota of its own. Refusal: device_exists, also for a hardware address in other letters; too_many_devices."""
     now = now_ms()
-    row = connection.execute(
-        "insert into device (tenant_id, name, created_at) values (?, ?, ?) on conflict do nothing returning id", (tenant_id, name, now)
+    taken = connection.execute(
+        "select name from device where tenant_id = ? and lower(name) = lower(?) order by name <> ? limit 1", (tenant_id, name, name)
     ).fetchone()
-    if row is None:
+    if taken is not None and taken[0] == name:
         raise Refusal("device_exists")
+    if taken is not None and MAC_ADDRESS.fullmatch(name):
+        raise Refusal("device_exists", FieldError("device", f"is the same hardware address as {taken[0]}"))
+    row = connection.execute(
+        "insert into device (tenant_id, name, created_at) values (?, ?, ?) returning id", (tenant_id, name, now)
+    ).fetchone()
     (full,) = connection.execute(
         f"select {DEVICES_SQL} > coalesce(devices_most, ?) from tenant where id = ?", (most, tenant_id)
     ).fetchone()
     if full:
         raise Refusal("too_many_devices")
     connection.execute("insert into presence (device_id) values (?)", row)
-    insert_device_token(connection, row[0], new, pending=False)
+    insert_device_token(connection, row[0], new, pending=False, key_id=key_id)
     add_event(connection, row[0], now, "credentials", {"token": new.id, **detail})
 
 
@@ -2201,15 +2474,16 @@ def push_config(connection: sqlite3.Connection, devices: list[int], new: NewConf
     return [Pushed(*row) for row in orjson.loads(rows)]
 
 
-def push_to_one(connection: sqlite3.Connection, tenant_id: int, device: str, new: NewConfig, if_match: int | None) -> Pushed:
-    """Refusal: not_found, or precondition_failed when the wanted version is not `if_match`."""
+def push_to_one(
+    connection: sqlite3.Connection, tenant_id: int, device: str, new: NewConfig, require: Callable[[int], None] = lambda _: None
+) -> Pushed:
+    """Refusal: not_found, and what `require` says to the version that is wanted so far."""
     row = connection.execute(
         "select id, config_version from device join presence on device_id = id where tenant_id = ? and name = ?", (tenant_id, device)
     ).fetchone()
     if row is None:
         raise Refusal("not_found")
-    if if_match is not None and row[1] != if_match:
-        raise Refusal("precondition_failed")
+    require(row[1])
     return push_config(connection, [row[0]], new)[0]
 
 
@@ -2220,60 +2494,106 @@ def push_to_matching(connection: sqlite3.Connection, tenant_id: int, match: str,
     return push_config(connection, orjson.loads(ids), new)
 
 
-def roll_back(connection: sqlite3.Connection, tenant_id: int, device: str, version: int, new: NewConfig) -> tuple[Pushed, str]:
-    """Push the document of an earlier version; it, too. Refusal: not_found."""
-    row = connection.execute(
-        """select config.document from config join device on device.id = device_id
-           where tenant_id = ? and name = ? and version = ?""",
-        (tenant_id, device, version),
-    ).fetchone()
+def roll_back(
+    connection: sqlite3.Connection, tenant_id: int, device: str, version: int, new: NewConfig, require: Callable[[int], None]
+) -> tuple[Pushed, str]:
+    """Push the document of an earlier version; it, too. Refusal: not_found, unknown_version, and what `require` says to the
+    version that is wanted so far."""
+    device_id, _ = device_row(connection, tenant_id, device)
+    row = connection.execute("select document from config where device_id = ? and version = ?", (device_id, version)).fetchone()
     if row is None:
-        raise Refusal("not_found")
-    return push_to_one(connection, tenant_id, device, attrs.evolve(new, document=row[0]), None), row[0]
+        raise Refusal("unknown_version", FieldError("version", f"{version} was never pushed to {device}"))
+    return push_to_one(connection, tenant_id, device, attrs.evolve(new, document=row[0]), require), row[0]
 
 
-def time_out_configs(connection: sqlite3.Connection) -> int:
-    """Mark the configurations for which no verdict came in time; how many."""
-    now = now_ms()
+def time_out_configs(connection: sqlite3.Connection, late: list[tuple[int, int]]) -> int:
+    """Mark the configurations, as device and version, for which no verdict came in time; how many."""
+    rows = (*bind(late), now_ms())
+    no_verdict = """status in ('sent', 'in_progress')
+        and (device_id, version) in (select value ->> 0, value ->> 1 from json_each(?1))"""
     connection.execute(
-        """insert into event (tenant_id, device_id, at, kind, detail)
-           select tenant_id, device_id, ?1, 'config', json_object('version', version, 'status', 'timed_out')
-           from config join device on device.id = device_id where status in ('sent', 'in_progress') and sent_at + timeout <= ?1""",
-        (now,),
+        f"""insert into event (tenant_id, device_id, at, kind, detail)
+            select tenant_id, device_id, ?2, 'config', json_object('version', version, 'status', 'timed_out')
+            from config join device on device.id = device_id where {no_verdict}""",
+        rows,
     )
-    return connection.execute(
-        """update config set status = 'timed_out', status_at = ?1
-           where status in ('sent', 'in_progress') and sent_at + timeout <= ?1""",
-        (now,),
-    ).rowcount
+    return connection.execute(f"update config set status = 'timed_out', status_at = ?2 where {no_verdict}", rows).rowcount
 
 
-def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str) -> int:
-    """Put a device out of reach with all that is known of it; its id. `delete_removed` deletes it. Refusal: not_found."""
+def set_seq(connection: sqlite3.Connection, device_id: int, seq: int) -> None:
+    connection.execute("update presence set seq = ? where device_id = ?", (seq, device_id))
+
+
+def reset_seq(connection: sqlite3.Connection, tenant_id: int, name: str, seq: int, by: Mapping[str, object]) -> int:
+    """Say anew which frame of a device is the highest on disk; its id. Refusal: not_found."""
     device_id, _ = device_row(connection, tenant_id, name)
-    connection.execute("delete from device_token where device_id = ?", (device_id,))
-    connection.execute("update device set name = null where id = ?", (device_id,))
+    set_seq(connection, device_id, seq)
+    add_event(connection, device_id, now_ms(), "counter", {"seq": seq, **by})
     return device_id
 
 
-REMOVED_SQL: Final = """select (select json_group_array(id) from (select id from device where name is null limit :most)),
-    (select json_group_array(id) from tenant where name is null), exists (select 1 from removed_series)"""
+def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str, by: Mapping[str, object] = MappingProxyType({})) -> int:
+    """Put a device out of reach with all that is known of it; its id. `delete_removed` deletes it. Refusal: not_found."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    now = now_ms()
+    add_event(connection, device_id, now, "removed", {**by})
+    connection.execute("delete from device_token where device_id = ?", (device_id,))
+    connection.execute("update device set old_name = name, name = null, removed_at = ? where id = ?", (now, device_id))
+    return device_id
+
+
+def remove_readings(
+    connection: sqlite3.Connection, tenant_id: int, name: str, metrics: tuple[str, ...] | None, start: int, stop: int
+) -> list[int]:
+    """Mark a device's readings of some metrics (None: all), from `start` up to but without `stop`, to be deleted by
+    `delete_removed`; the numbers of the marks. Refusal: not_found, also for a metric that the device does not have."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    wanted = None if metrics is None else bind(metrics)[0]
+    unknown = connection.execute(
+        "select value from json_each(?) where value not in (select metric from series where device_id = ?)", (wanted or "[]", device_id)
+    ).fetchone()
+    if unknown is not None:
+        raise Refusal("not_found", FieldError("metric", f"the device has no metric {shown_name(unknown[0])}"))
+    rows = connection.execute(
+        """insert into removed_range (series_id, start, stop) select id, ?3, ?4 from series
+           where device_id = ?1 and (?2 is null or metric in (select value from json_each(?2))) returning id""",
+        (device_id, wanted, start, stop),
+    )
+    return [row[0] for row in rows.fetchall()]
+
+
+REMOVED_SQL: Final = """select
+    (select json_group_array(id) from (
+        select id from device where name is null and emptied = 0
+        union all select id from device where name is null and emptied = 1 and removed_at <= :expired
+        union all select id from device where name is null and emptied = 1 and removed_at > :now limit :most)),
+    (select json_group_array(id) from tenant where name is null), exists (select 1 from removed_series),
+    exists (select 1 from removed_range)"""
 
 
 @attrs.frozen
 class Removed:
-    """Numbers of removed devices and tenants of which something is left, a few at a time; whether there are series too."""
+    """Numbers of removed devices and tenants of which something is to be deleted, a few at a time; whether there are series, and
+    ranges of readings, too."""
 
     devices: list[int]
     tenants: list[int]
     series: bool
+    ranges: bool
 
     @classmethod
     def of(cls, row: tuple[Any, ...]) -> Removed:
-        return cls(orjson.loads(row[0]), orjson.loads(row[1]), bool(row[2]))
+        return cls(orjson.loads(row[0]), orjson.loads(row[1]), bool(row[2]), bool(row[3]))
 
     def __bool__(self) -> bool:
-        return bool(self.devices or self.tenants or self.series)
+        return bool(self.devices or self.tenants or self.series or self.ranges)
+
+
+def removal_times(limits: Limits) -> dict[str, int]:
+    """The time now, and up to which a removal is so long ago that its device's events are no longer kept. A removal later than
+    now was made while the clock was wrong."""
+    now = now_ms()
+    return {"now": now, "expired": now - round(limits.resume_seconds * 1000)}
 
 
 def delete_removed_readings(connection: sqlite3.Connection, limits: Limits) -> None:
@@ -2289,20 +2609,37 @@ def delete_removed_readings(connection: sqlite3.Connection, limits: Limits) -> N
     )
 
 
+def delete_removed_ranges(connection: sqlite3.Connection, limits: Limits) -> None:
+    """A part of the first one."""
+    mark, *where = connection.execute("select id, series_id, start, stop from removed_range order by id limit 1").fetchone()
+    deleted = connection.execute(
+        """delete from telemetry where (series_id, ts) in (
+               select series_id, ts from telemetry where series_id = ? and ts >= ? and ts < ? limit ?)""",
+        (*where, limits.removed_rows),
+    ).rowcount
+    if deleted < limits.removed_rows:
+        connection.execute("delete from removed_range where id = ?", (mark,))
+
+
 def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], limits: Limits) -> None:
-    """Rows of which there may be many, then the devices; their readings are left to `delete_removed_readings`."""
+    """Rows of which there may be many; their readings are left to `delete_removed_readings`. Then the events and the devices, but
+    for those whose events are still in the live feed."""
     ids = bind(devices)
     of_them = "device_id in (select value from json_each(?))"
-    for table, key, most in (
-        ("event", "id", limits.removed_rows),
-        ("state", "device_id, version", limits.removed_documents),
-        ("config", "device_id, version", limits.removed_documents),
-    ):
+    for table in ("state", "config"):
+        key = "device_id, version"
         sql = f"delete from {table} where ({key}) in (select {key} from {table} where {of_them} limit ?)"
-        if connection.execute(sql, (*ids, most)).rowcount:
+        if connection.execute(sql, (*ids, limits.removed_documents)).rowcount:
             return
     connection.execute(f"insert into removed_series select id from series where {of_them}", ids)
-    connection.execute("delete from device where id in (select value from json_each(?))", ids)
+    connection.execute(f"delete from series where {of_them}", ids)
+    times = {"ids": ids[0], "most": limits.removed_rows, **removal_times(limits)}
+    in_feed = "removed_at > :expired and removed_at <= :now"
+    connection.execute(f"update device set emptied = 1 where id in (select value from json_each(:ids)) and {in_feed}", times)
+    over = f"select id from device where id in (select value from json_each(:ids)) and ({in_feed}) is not true"
+    events = f"delete from event where id in (select id from event where device_id in ({over}) limit :most)"
+    if not connection.execute(events, times).rowcount:
+        connection.execute(f"delete from device where id in ({over})", times)
 
 
 def delete_removed_tenant(connection: sqlite3.Connection, tenant_id: int, limits: Limits) -> None:
@@ -2318,6 +2655,8 @@ def delete_removed(connection: sqlite3.Connection, removed: Removed, limits: Lim
     """Delete a part of what is left of `removed`. Nothing may be under way any more from its devices."""
     if removed.series:
         delete_removed_readings(connection, limits)
+    elif removed.ranges:
+        delete_removed_ranges(connection, limits)
     elif removed.devices:
         delete_removed_devices(connection, removed.devices, limits)
     else:
@@ -2337,7 +2676,7 @@ def close_crashed_sessions(connection: sqlite3.Connection) -> int:
     ).rowcount
 
 
-DRIFT_SQL: Final = "json(iif(config_applied <> config_version, 'true', 'false'))"
+DRIFT_SQL: Final = "json(iif(coalesce(config_applied, 0) <> config_version, 'true', 'false'))"
 DEVICE_JSON: Final = f"""json_object(
     'device', device.name, 'connected', json(iif(connected, 'true', 'false')),
     'connected_at', {time_sql("connected_at")}, 'disconnected_at', {time_sql("disconnected_at")},
@@ -2376,7 +2715,8 @@ LATEST_JSON: Final = f"""(select json_group_object(metric, json(point)) from (
     from series where device_id = device.id order by metric) where point is not null)"""
 
 # The series that a query is about, in the order asked: (id, metric), id null where the device has no such metric.
-WANTED_SQL: Final = """device_row as (select id from device where tenant_id = :tenant and name = :device),
+WANTED_SQL: Final = """device_row as (
+        select id from device where tenant_id = :tenant and name = :device and (:device_id is null or id = :device_id)),
     wanted as (
         select series.id, asked.value metric from json_each(:metrics) asked
         left join series on metric = asked.value and device_id = (select id from device_row)
@@ -2387,12 +2727,14 @@ WANTED_SQL: Final = """device_row as (select id from device where tenant_id = :t
 
 @attrs.frozen
 class TelemetryRange:
-    """Which points: metrics (None: all), from `start` up to but without `stop`, in milliseconds, newest first if `descending`."""
+    """Which points: metrics (None: all), from `start` up to but without `stop`, in milliseconds, newest first if `descending`; with
+    `device_id`, only of this one of the devices that have the same name one after the other."""
 
     metrics: tuple[str, ...] | None
     start: int
     stop: int
     descending: bool = False
+    device_id: int | None = None
 
 
 class TelemetryReads:
@@ -2470,37 +2812,46 @@ class TelemetryReads:
             "avg": f"avg(value) {number}", "min": f"min(value) {number}", "max": f"max(value) {number}",
             "sum": f"sum(cast(value as real)) {number}", "count": "count(*)", "last": "max(ts)",
         }  # fmt: skip
-        last = "(select value from telemetry where series_id = wanted.id and ts = a_last)"
         columns = ", ".join(f"{inner[name]} a_{name}" for name in dict.fromkeys(aggregates))
-        shown = [exact_sql(last if name == "last" else f"a_{name}") for name in aggregates]
+        # A sum of large numbers passes the largest double where their average does not: then each is made smaller first.
+        scaled = f"""(select avg(value * 1.0 / {SCALE}) {number} * {SCALE} from telemetry
+            where series_id = wanted.id and ts >= bucket.low and ts < bucket.high)"""
+        value = {
+            "last": "(select value from telemetry where series_id = wanted.id and ts = a_last)",
+            "avg": f"case when abs(a_avg) <= {LARGEST} then a_avg else {scaled} end",
+        }
+        shown = [exact_sql(f"({value[name]})" if name in value else f"a_{name}") for name in aggregates]
         return (
             f"select json_array({', '.join([time_sql('bucket.low / :every * :every'), *more, *shown])})"
             f" from (select count(*) n, {columns} from telemetry"
             " where series_id = wanted.id and ts >= bucket.low and ts < bucket.high) where n > 0"
         )
 
-    async def metrics(self, tenant: int, device: str, wanted: TelemetryRange) -> list[str] | None:
-        """The device's metrics among those wanted, None if there is no such device."""
+    async def device_and_metrics(self, tenant: int, device: str, wanted: TelemetryRange) -> tuple[int, list[str]] | None:
+        """The device's id, and its metrics among those wanted; None if there is no such device."""
         text = await self._json(
-            f"with {WANTED_SQL} select (select json_group_array(metric) from wanted) from device_row", tenant, device, wanted
-        )
-        return None if text is None else cast("list[str]", orjson.loads(text))
+            f"with {WANTED_SQL} select json_array(id, json((select json_group_array(metric) from wanted))) from device_row",
+            tenant, device, wanted,
+        )  # fmt: skip
+        return None if text is None else cast("tuple[int, list[str]]", tuple(orjson.loads(text)))
 
-    async def point_rows(self, tenant: int, device: str, metric: str, wanted: TelemetryRange) -> tuple[bytes, int | None]:
-        """Rows `[time, metric, value]` of one metric as JSON, and from where to go on; None at the end."""
+    async def point_rows(self, tenant: int, device: str, metric: str, wanted: TelemetryRange) -> tuple[bytes, int | None] | None:
+        """Rows `[time, metric, value]` of one metric as JSON, and from where to go on, None at the end; None if there is no such device."""
         return await self._rows(
             f"""with {WANTED_SQL}
-            select json_array(json(coalesce(json_group_array(json_array({time_sql("ts")}, :metric, {exact_sql("value")})), '[]')),
-                              iif(count(*) = :limit, max(ts) + 1, null))
-            from (select ts, value from telemetry where series_id = (select id from wanted) and ts >= :start and ts < :stop
-                  order by ts limit :limit)""",
+            select (
+                select json_array(json(coalesce(json_group_array(json_array({time_sql("ts")}, :metric, {exact_sql("value")})), '[]')),
+                                  iif(count(*) = :limit, max(ts) + 1, null))
+                from (select ts, value from telemetry where series_id = (select id from wanted) and ts >= :start and ts < :stop
+                      order by ts limit :limit)) from device_row""",
             tenant, device, metric, wanted,
         )  # fmt: skip
 
     async def bucket_rows(
         self, tenant: int, device: str, metric: str, wanted: TelemetryRange, every: int, aggregates: tuple[str, ...]
-    ) -> tuple[bytes, int | None]:
-        """Rows `[time, metric, …aggregates]` of one metric as JSON, and from where to go on; None at the end."""
+    ) -> tuple[bytes, int | None] | None:
+        """Rows `[time, metric, …aggregates]` of one metric as JSON, and from where to go on, None at the end; None if there is no such
+        device."""
         return await self._rows(
             f"""with recursive {WANTED_SQL},
             first as (select min(ts) ts from telemetry where series_id = (select id from wanted) and ts >= :start and ts < :stop),
@@ -2513,16 +2864,17 @@ class TelemetryReads:
             select json_array(json((
                 select coalesce(json_group_array(json(line)), '[]') from (
                     select ({self._bucket_sql(aggregates, ":metric")}) line from wanted, bucket order by low) where line is not null)),
-                (select high from span where high < :stop))""",
+                (select high from span where high < :stop)) from device_row""",
             tenant, device, metric, wanted, every=every,
         )  # fmt: skip
 
     async def _rows(
         self, sql: str, tenant: int, device: str, metric: str, wanted: TelemetryRange, **more: object
-    ) -> tuple[bytes, int | None]:
+    ) -> tuple[bytes, int | None] | None:
         one = attrs.evolve(wanted, metrics=(metric,))
         text = await self._readers.exact(sql, self._parameters(tenant, device, one, limit=self._limits.csv_rows, metric=metric, **more))
-        assert text is not None
+        if text is None:
+            return None
         rows, _, following = text[1:-1].rpartition(b",")
         return rows, None if following == b"null" else int(following)
 
@@ -2532,8 +2884,8 @@ class TelemetryReads:
     def _parameters(self, tenant: int, device: str, wanted: TelemetryRange, **more: object) -> dict[str, object]:
         metrics = None if wanted.metrics is None else orjson.dumps(wanted.metrics).decode()
         return {
-            "tenant": tenant, "device": device, "metrics": metrics, "start": wanted.start, "stop": wanted.stop,
-            "limit": 1, "together": self._limits.points_together, **more,
+            "tenant": tenant, "device": device, "device_id": wanted.device_id, "metrics": metrics,
+            "start": wanted.start, "stop": wanted.stop, "limit": 1, "together": self._limits.points_together, **more,
         }  # fmt: skip
 
 
@@ -2590,11 +2942,12 @@ class OperatorToken:
 
 @attrs.frozen
 class ProvisioningKey:
-    """What a provisioning key stands for."""
+    """What a provisioning key stands for; whether it may provision one more device."""
 
     key_id: str
     secret_hash: bytes
     tenant_id: int
+    usable: bool
 
 
 class TokenReads:
@@ -2624,17 +2977,23 @@ class TokenReads:
 
     async def provisioning_key(self, key_id: str) -> ProvisioningKey | None:
         row = await self._readers.row(
-            """select id, secret_hash, tenant_id from provisioning_key
-               where id = :id and (expires_at is null or expires_at > :now) and (uses_left is null or uses_left > 0)""",
+            """select id, secret_hash, tenant_id, (expires_at is null or expires_at > :now) and (uses_left is null or uses_left > 0)
+               from provisioning_key where id = :id""",
             {"id": key_id, "now": now_ms()},
         )
         return None if row is None else ProvisioningKey(*row)
 
     async def removed(self, limits: Limits) -> Removed:
         """Of what there is something left to delete."""
-        row = await self._readers.row(REMOVED_SQL, {"most": limits.removed_devices})
+        row = await self._readers.row(REMOVED_SQL, {"most": limits.removed_devices, **removal_times(limits)})
         assert row is not None
         return Removed.of(row)
+
+    async def is_range_left(self, marks: list[int]) -> bool:
+        """Whether some of the readings that were marked to be deleted may still be there."""
+        return await self._readers.row(
+            "select 1 from removed_range where id in (select value from json_each(:marks)) limit 1", {"marks": bind(marks)[0]}
+        ) is not None
 
 
 @attrs.frozen
@@ -2765,10 +3124,11 @@ class Reads(Queries):
         """What happened in a tenant after an event, oldest first: (id, kind, JSON)."""
         text = await self._json(
             f"""select json_group_array(json_array(id, kind, item)) from (
-                select event.id id, kind, json_patch(json_object('id', event.id, 'device', name, 'kind', kind, 'at', {time_sql("at")}),
-                       detail) item
+                select event.id id, kind, json_patch(json_object('id', event.id, 'device', coalesce(name, old_name), 'kind', kind,
+                       'at', {time_sql("at")}), detail) item
                 from event join device on device.id = device_id
-                where event.tenant_id = :tenant and event.id > :after and name is not null order by event.id limit :limit)""",
+                where event.tenant_id = :tenant and event.id > :after and coalesce(name, old_name) is not null
+                order by event.id limit :limit)""",
             tenant=tenant, after=after, limit=limit,
         )  # fmt: skip
         return cast("list[tuple[int, str, str]]", orjson.loads(text or "[]"))
@@ -2804,13 +3164,16 @@ class Reads(Queries):
             tenant=tenant, device=device,
         )  # fmt: skip
 
-    async def config_version(self, tenant: int, device: str, version: int) -> str | None:
-        """One version of a device's configuration, and what came of it."""
-        return await self._json(
-            f"""select {CONFIG_JSON} from config join device on device.id = device_id
-                where tenant_id = :tenant and name = :device and version = :version""",
-            tenant=tenant, device=device, version=version,
+    async def pushed(self, tenant: int, rows: list[Pushed]) -> list[dict[str, Any]]:
+        """What came of configurations that were pushed, in their order; removed devices are left out."""
+        text = await self._json(
+            """select json_group_array(json(item)) from (
+                select json_object('device', name, 'version', version, 'status', status, 'message', message, 'errors', json(errors)) item
+                from json_each(:rows) said join config on config.device_id = said.value ->> 0 and version = said.value ->> 1
+                join device on device.id = config.device_id where tenant_id = :tenant and name is not null order by said.key)""",
+            tenant=tenant, rows=bind([(row.device_id, row.version) for row in rows])[0],
         )  # fmt: skip
+        return cast("list[dict[str, Any]]", orjson.loads(text or "[]"))
 
     async def config_history(self, tenant: int, device: str, limit: int, after: int) -> str | None:
         """Every configuration that was pushed to a device, newest first."""
@@ -2820,11 +3183,6 @@ class Reads(Queries):
             tenant, device, limit, after,
         )  # fmt: skip
 
-    async def first_deadline(self) -> int | None:
-        """When the next configuration times out unless a verdict comes."""
-        row = await self._readers.row("select min(sent_at + timeout) from config where status in ('sent', 'in_progress')", {})
-        return row[0] if row else None
-
     async def _history(self, page_sql: str, tenant: int, device: str, limit: int, after: int) -> str | None:
         device_id = await self.device_id(tenant, device)
         return None if device_id is None else await self._list(page_sql, limit, device_id=device_id, after=after)
@@ -2832,9 +3190,10 @@ class Reads(Queries):
 class Store:
     """The open database: `writer` for everything that changes, `read` for everything that is asked."""
 
-    def __init__(self, writer: Writer, read: Reads) -> None:
+    def __init__(self, writer: Writer, read: Reads, lock: LockFile) -> None:
         self.writer = writer
         self.read = read
+        self._lock = lock
 
     @classmethod
     @asynccontextmanager
@@ -2844,14 +3203,19 @@ class Store:
         path = resolved(name)
         is_new(path)  # somebody else's file gets no lock beside it
         async with AsyncExitStack() as stack:
-            stack.callback(lock_database(path).close)
+            lock = LockFile(path)
+            stack.callback(lock.close)
+            await lock.wait(limits.lock_seconds)
+            with named_errors(path):
+                lock.check_log()
             prepare_database(path)
             busy = limits.storage_seconds / 3
             connection = await Connection.open(
                 functools.partial(connect, path, checkpoint_pages=limits.checkpoint_pages, busy_seconds=busy)
             )
             stack.push_async_callback(connection.close)
-            crashed = await connection.run(cls._start)
+            await connection.run(renew_salt, lock)
+            crashed, awaited = await connection.run(cls._start)
             if crashed:
                 log.warning("the last run did not end well: closed %d sessions that it left open", crashed)
             (next_series,) = await connection.run(
@@ -2865,8 +3229,13 @@ class Store:
                 readers.append(await Connection.open(functools.partial(connect, path, query_only=True)))
                 stack.push_async_callback(readers[-1].close)
             writer = Writer(connection, limits, next_series)
+            writer.awaited.add(awaited)
             stack.push_async_callback(writer.close)
-            yield cls(writer, Reads(Readers(readers[1:], limits), Readers(readers[:1], limits), limits))
+            yield cls(writer, Reads(Readers(readers[1:], limits), Readers(readers[:1], limits), limits), lock)
+
+    async def renew_salt(self) -> None:
+        """So that a copy that is made of the running database is soon known to be one of an earlier time."""
+        await self.writer.alone(renew_salt, self._lock)
 
     async def healthy(self, limits: Limits) -> bool:
         """Whether a write committed lately, or can."""
@@ -2878,9 +3247,10 @@ class Store:
         return True
 
     @staticmethod
-    def _start(connection: sqlite3.Connection) -> int:
+    def _start(connection: sqlite3.Connection) -> tuple[int, list[tuple[int, int, int]]]:
+        """How many sessions a crash left open, and the configurations whose verdict is awaited."""
         with transaction(connection):
-            return close_crashed_sessions(connection)
+            return close_crashed_sessions(connection), orjson.loads(connection.execute(AWAITED_SQL).fetchone()[0])
 
 
 # ==== Identity ====
@@ -2898,10 +3268,14 @@ class Secret:
     stored: NewSecret
 
 
-def mint(kind: str) -> Secret:
-    """A new token or key: `kind` is dev, op or prov. The id is for look-up; the secret has 256 random bits."""
-    identifier, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-    return Secret(f"iiot_{kind}_{identifier}_{secret}", NewSecret(identifier, hashlib.sha256(secret.encode()).digest()))
+def token_text(kind: str, identifier: str, secret: str) -> str:
+    return f"iiot_{kind}_{identifier}_{secret}"
+
+
+def mint(kind: str, made: str | None = None) -> Secret:
+    """A new token or key: `kind` is dev, op or prov. The id is for look-up; the secret has 256 random bits, unless its holder made it."""
+    identifier, secret = secrets.token_hex(8), made or secrets.token_urlsafe(32)
+    return Secret(token_text(kind, identifier, secret), NewSecret(identifier, hashlib.sha256(secret.encode()).digest()))
 
 
 def take_apart(kind: str, text: str) -> NewSecret | None:
@@ -2937,26 +3311,40 @@ class Principal:
         return Actor(self.tenant_id, self.token_id, self.name, self.role, address)
 
 
+class Buckets:
+    """Counts by key, each as water in a bucket that holds `most` and runs out in `seconds`. The last so many keys are remembered.
+    With `strict`, what does not fit keeps the bucket full; without, it changes nothing."""
+
+    def __init__(self, most: int, seconds: float, keys_most: int, *, strict: bool = False) -> None:
+        self._most = most
+        self._a_second = most / seconds
+        self._keys_most = keys_most
+        self._strict = strict
+        self._levels: dict[str, tuple[float, float]] = {}  # how full, and when; the last one that was counted stands last
+
+    def add(self, key: str) -> float:
+        """Count one: 0 when it fits, else in how many seconds there is room for it."""
+        now = time.monotonic()
+        level, at = self._levels.pop(key, (0.0, now))
+        before = max(0.0, level - (now - at) * self._a_second)
+        fits = before + 1 <= self._most
+        self._levels[key] = before + 1 if fits else float(self._most) if self._strict else before, now
+        if len(self._levels) > self._keys_most:
+            del self._levels[next(iter(self._levels))]
+        return 0.0 if fits else (before + 1 - self._most) / self._a_second
+
+
 class Guesses:
-    """Wrong tokens and keys, counted by the network they come from, as water in a bucket that runs out slowly. Right ones
-    never get here, so that nobody can lock out a neighbour behind the same address."""
+    """Wrong tokens and keys, counted by the network they come from. Right ones never get here, so that nobody can lock out a
+    neighbour behind the same address."""
 
     def __init__(self, limits: Limits) -> None:
-        self._most = limits.guesses
-        self._networks_most = limits.guessing_networks
-        self._networks: dict[str, tuple[float, float]] = {}  # how full, and when; the last one that guessed stands last
+        self._networks = Buckets(limits.guesses, 60.0, limits.guessing_networks)
 
     def wrong(self, address: str) -> Refusal:
         """Count one, and say how it is to be answered: unauthorized, or too_many_attempts."""
-        now, network, a_second = time.monotonic(), network_of(address), self._most / 60
-        level, at = self._networks.pop(network, (0.0, now))
-        level = max(0.0, level - (now - at) * a_second) + 1
-        self._networks[network] = level if level <= self._most else level - 1, now  # what is refused does not prolong it
-        if len(self._networks) > self._networks_most:
-            del self._networks[next(iter(self._networks))]
-        if level <= self._most:
-            return Refusal("unauthorized")
-        return Refusal("too_many_attempts", retry_after=math.ceil((level - self._most) / a_second))
+        wait = self._networks.add(network_of(address))
+        return Refusal("too_many_attempts", retry_after=math.ceil(wait)) if wait else Refusal("unauthorized")
 
 
 class Secretive(Protocol):
@@ -2984,7 +3372,7 @@ class Identity:
             raise Refusal("unauthorized")  # nothing is shown, nothing guessed
         known = await self._known("op", text, address, self._store.read.tokens.operator)
         now = now_ms()
-        if now - (known.used_at or 0) >= self._used_seconds * 1000:
+        if abs(now - (known.used_at or 0)) >= self._used_seconds * 1000:  # the clock may have been ahead
             self._store.writer.token_used(known.token_id, now)
         return Principal(known.token_id, known.name, known.role, known.tenant_id, known.tenant, known.expires_at)
 
@@ -2992,23 +3380,33 @@ class Identity:
         """Refusal: unauthorized, too_many_attempts."""
         return await self._known("dev", text, address, self._store.read.tokens.device)
 
-    async def provision(self, text: str, device: str, address: str) -> Credentials:
-        """Register a device by a provisioning key. Refusal: unauthorized, too_many_attempts, device_exists or too_many_devices
-        (then no use of the key is taken)."""
-        key = await self._known("prov", text, address, self._store.read.tokens.provisioning_key)
-        token = mint("dev")
+    async def provision(self, frame: Provision, address: str) -> Credentials:
+        """Register a device by a provisioning key. The same key, device and secret get the same answer again, when the first was
+        lost. Refusal: unauthorized, too_many_attempts, device_exists or too_many_devices (then no use of the key is taken)."""
+        key = await self._known("prov", frame.key, address, self._store.read.tokens.provisioning_key)
+        if not key.usable and frame.secret is None:
+            raise self._guesses.wrong(address)
+        token, device = mint("dev", frame.secret), frame.device
+        asks_again = None if frame.secret is None else key.key_id
 
-        def register(connection: sqlite3.Connection) -> None:
-            tenant_id = use_provisioning_key(connection, key.key_id)
-            insert_device(connection, tenant_id, device, token.stored, {"key": key.key_id, "address": address}, self._devices_most)
+        def register(connection: sqlite3.Connection) -> str | None:
+            if asks_again is not None and (
+                known := provisioned_token(connection, key.tenant_id, device, key.key_id, token.stored.secret_hash)
+            ):
+                return known
+            tenant_id, told = use_provisioning_key(connection, key.key_id), {"key": key.key_id, "address": address}
+            insert_device(connection, tenant_id, device, token.stored, told, self._devices_most, asks_again)
+            return None
 
-        actor, affected = Actor(key.tenant_id, key.key_id, "provisioning key", "provisioning", address), [Affected(device, device)]
+        actor = Actor(key.tenant_id, key.key_id, "provisioning key", "provisioning", address)
         try:
-            await self._store.writer.change(accounted(actor, "device.provision", register, lambda _: affected))
+            known = await self._store.writer.change(
+                accounted(actor, "device.provision", register, lambda known: [Affected(device, device, {"again": True} if known else None)])
+            )
         except Refusal as refusal:
-            await self.account_refusal(actor, "device.provision", affected, refusal)
+            await self.account_refusal(actor, "device.provision", [Affected(device, device)], refusal)
             raise
-        return Credentials(device, token.text)
+        return Credentials(device, token_text("dev", known, frame.secret or "") if known else token.text)
 
     async def account_refusal(self, actor: Actor, action: str, affected: Iterable[Affected], refusal: Refusal) -> None:
         """Enter in the audit what was refused, not what failed; where nothing can be stored the log has it."""
@@ -3051,25 +3449,28 @@ class TenantUse:
         self.tenant_id = tenant_id
         self.connections = 0
         self.connections_most = connections_most
-        self.points = points  # of this day
+        self.points = points  # of `day`
         self.points_most = points_most
-        self.day_end = (day + 1) * DAY
+        self.day = day  # UTC, since 1970-01-01
 
     def add_points(self, now: int, points: int) -> None:
-        """The frame that goes over the quota is still stored: after it the server reads no more."""
-        if now >= self.day_end:
-            self.points, self.day_end = 0, (now // DAY + 1) * DAY
+        """The frame that goes over the quota is still stored: after it the server reads no more. Another day is a new count,
+        an earlier one too: the clock may have been wrong."""
+        if now // DAY != self.day:
+            self.points, self.day = 0, now // DAY
         self.points += points
 
     def rest(self, now: int) -> float:
         """Seconds until the tenant may store points again; 0 when it may."""
         self.add_points(now, 0)
-        return 0.0 if self.points < self.points_most else (self.day_end - now) / 1000
+        return 0.0 if self.points < self.points_most else ((self.day + 1) * DAY - now) / 1000
 
 
 class Live(Protocol):
     """What the registry needs of a session."""
 
+    address: str
+    began: float
     heard: float
     pinged: bool
     use: TenantUse
@@ -3130,9 +3531,13 @@ FEED_END_SECONDS: Final = 1.0  # for a live feed to write what it is at, when th
 class Registry:
     """All open device sockets, and the one live session of each device."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.sockets: set[Live] = set()
         self.closing = asyncio.Event()
+        self._fought_seconds = limits.fought_seconds
+        self._conflict_retry_seconds = limits.conflict_retry_seconds
+        self._fights = Buckets(limits.fights, 3_600.0, limits.notices, strict=True)
+        self._notices = Buckets(1, limits.notice_seconds, limits.notices)
         self._live: dict[int, Live] = {}
         self._uses: dict[int, TenantUse] = {}
         self._quotas: dict[int, tuple[int, int]] = {}  # those that were set since the start
@@ -3201,11 +3606,14 @@ class Registry:
                 session.wake()
 
     def take_over(self, device_id: int, session: Live) -> None:
-        """`session` speaks for the device from now on; the one before it is superseded. Refusal: too_many_connected."""
+        """`session` speaks for the device from now on; the one before it is superseded. Refusal: too_many_connected;
+        session_conflict, when young sessions of the device were superseded again and again."""
         before = self._live.get(device_id)
         if before is None and session.use.connections >= session.use.connections_most:
             raise Refusal("too_many_connected")
         if before is not None:
+            if session.began - before.began < self._fought_seconds and self._fights.add(str(device_id)):
+                raise Refusal("session_conflict", retry_after=self._conflict_retry_seconds)
             before.end("superseded")
         self._live[device_id] = session
         session.use.connections += 1
@@ -3220,6 +3628,15 @@ class Registry:
 
     def is_live(self, device_id: int) -> bool:
         return device_id in self._live
+
+    def address_of(self, device_id: int) -> str | None:
+        """From where the device's session comes, None without one."""
+        session = self._live.get(device_id)
+        return None if session is None else session.address
+
+    def is_news(self, device_id: int, kind: str) -> bool:
+        """Whether this was not said of the device within the last hour."""
+        return not self._notices.add(f"{device_id} {kind}")
 
     def send(self, device_id: int, payload: bytes) -> bool:
         """Send to a device; False when it is not connected."""
@@ -3315,19 +3732,37 @@ class Heartbeat:
 class ConfigClock:
     """Marks configurations `timed_out` for which no verdict came, across restarts too: what is awaited stands in the database."""
 
+    def __init__(self, writer: Writer, limits: Limits) -> None:
+        self._writer = writer
+        self._seconds = limits.clock_seconds
+
+    async def run(self) -> None:
+        late: list[tuple[int, int]] = []
+        while True:
+            await asyncio.sleep(self._seconds)
+            late += self._writer.awaited.take_late()
+            try:
+                if late:
+                    await self._writer.change(functools.partial(time_out_configs, late=late))
+                    late = []
+            except (Refusal, sqlite3.Error) as error:  # they stay late, and the next try may do better
+                log.warning("cannot mark configurations whose verdict did not come: %s", error)
+
+
+class SaltClock:
+    """Gives the database another salt every hour."""
+
     def __init__(self, store: Store, limits: Limits) -> None:
         self._store = store
-        self._seconds = limits.clock_seconds
+        self._seconds = limits.salt_seconds
 
     async def run(self) -> None:
         while True:
             await asyncio.sleep(self._seconds)
             try:
-                deadline = await self._store.read.first_deadline()
-                if deadline is not None and deadline <= now_ms():
-                    await self._store.writer.change(time_out_configs)
-            except (Refusal, sqlite3.Error) as error:  # the next look may do better
-                log.warning("cannot look for verdicts that did not come: %s", error)
+                await self._store.renew_salt()
+            except (OSError, sqlite3.Error) as error:  # the salts that were there are still right
+                log.warning("cannot renew the salt of the write-ahead log: %s", error)
 
 
 class Cleaner:
@@ -3379,7 +3814,8 @@ class DeviceSocket(web.WebSocketResponse):
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(
-            protocols=("iiot.v1",), autoclose=False, autoping=False, compress=False, decode_text=False, max_msg_size=limits.frame_bytes
+            protocols=("iiot.v1",), autoclose=False, autoping=False, compress=False, decode_text=False,
+            max_msg_size=limits.frame_bytes + 1,  # aiohttp refuses a frame of this size itself
         )
         self._close_seconds = limits.close_seconds
         self.refused = ""  # the fault for which aiohttp closed it
@@ -3468,7 +3904,7 @@ async def handshake(
     next_frame = functools.partial(first_frame, socket, platform.codec, platform.limits, send_frame)
     frame = await next_frame()
     if isinstance(frame, Provision):
-        credentials = await platform.identity.provision(frame.key, frame.device, address)
+        credentials = await platform.identity.provision(frame, address)
         send_frame(WSMsgType.TEXT, encode(credentials))
         frame = await next_frame()
     if not isinstance(frame, Hello):
@@ -3476,40 +3912,43 @@ async def handshake(
     return await platform.identity.device(frame.token, address), frame
 
 
-@attrs.define
-class Intake:
-    """A device's readings on their way to the writer: its series by metric, and the last time of receipt given to a sample
-    without one."""
+class Stamps:
+    """Times of receipt for samples that have no time: the server's clock, in milliseconds.
 
-    writer: Writer
-    device_id: int
-    series: dict[str, str]
-    stamp: int
+    A point's key is its metric and time, so metrics may share a millisecond, and two samples of one metric may not. A burst of
+    one metric runs ahead of the clock until the clock has caught up. A stamp that is further ahead than a burst can lead was
+    given while the clock was wrong; it does not count.
+    """
 
-    def take(self, frame: Telemetry, now: int, most: int) -> int:
-        """Hand the points of a frame over; how many. Refusal: too_many_series; then none of the frame is taken."""
-        series = self.series
-        if len(series) + sum(len(sample.values) for sample in frame.samples) > most < len(metrics_of(frame).union(series)):
-            raise Refusal("too_many_series")
-        rows, count = self.writer.points(), 0
-        for sample in frame.samples:
-            moment = sample.ts
-            if moment is None:  # always a new one: two samples of one series in one millisecond would be one point
-                self.stamp = stamp = max(now, self.stamp + 1)
-                ts = str(stamp)
-            else:
-                ts = str(moment)
-            for metric, value in sample.values.items():
-                number = series.get(metric)
-                if number is None:
-                    number = series[metric] = self.writer.add_series(self.device_id, metric)
-                points = rows.get(number)
-                if points is None:
-                    rows[number] = {ts: value}
-                else:
-                    points[ts] = value
-            count += len(sample.values)
-        return count
+    def __init__(self, newest: int, most_ahead: int) -> None:
+        """`newest`: the newest stamp that the device was given before."""
+        self.newest = newest
+        self._most_ahead = most_ahead
+        self._floor = newest  # of metrics that are not in `_last`
+        self._last: dict[str, int] = {}  # of metrics that got a stamp since the clock last caught up
+
+    def give(self, samples: tuple[Sample, ...], now: int) -> list[int]:
+        """The time of each sample: its own, or a stamp. Refusal: invalid, when stamps would run too far ahead; then none is given."""
+        moments: list[int | None] = [sample.ts for sample in samples]
+        if None not in moments:
+            return cast("list[int]", moments)
+        if not now <= self.newest <= now + self._most_ahead:
+            self.newest, self._floor, self._last = now - 1, now - 1, {}
+        last, floor, given = self._last, self._floor, dict[str, int]()
+        for index, sample in enumerate(samples):
+            if moments[index] is None:
+                before = max((given.get(metric) or last.get(metric, floor) for metric in sample.values), default=floor)
+                moments[index] = moment = max(now, before + 1)
+                if moment > now + self._most_ahead:
+                    message = "is missing, and the metric has more samples than there are milliseconds"
+                    raise Refusal("invalid", FieldError(f"samples[{index}].ts", message))
+                given.update(dict.fromkeys(sample.values, moment))
+        self._last = last | given
+        self.newest = max(self.newest, *given.values(), now - 1)
+        return cast("list[int]", moments)
+
+
+THROTTLE_SECONDS: Final = 60.0  # between two looks whether a tenant may store again
 
 
 class Throttle:
@@ -3535,8 +3974,8 @@ class Throttle:
             self.size -= len(data)
             self._take(data)
         rest = self._use.rest(now_ms())
-        if rest and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(rest, self._look_again)
+        if rest and self._timer is None:  # the clock may be set meanwhile: so look, and tell, again before long
+            self._timer = asyncio.get_running_loop().call_later(min(rest, THROTTLE_SECONDS), self._look_again)
             self._send(encode(Throttled("points_per_day", rest)))
 
     def _look_again(self) -> None:
@@ -3549,6 +3988,169 @@ class Throttle:
             self._timer = None
 
 
+class Line(Protocol):
+    """The connection of a device, below WebSocket."""
+
+    heard: float  # when the last bytes came, by the loop's clock
+
+
+class Owner(Committed, Protocol):
+    """The session whose frames an intake takes."""
+
+    def send(self, payload: bytes) -> None: ...
+    def end(self, code: str) -> None: ...
+    def notice(self, kind: str, **detail: object) -> bool: ...
+
+
+class Intake:
+    """What a device sends in one session, on its way to the writer: every frame number once, and not more points than its tenant
+    may store."""
+
+    def __init__(self, platform: Platform, owner: Owner, device_id: int, use: TenantUse, opened: Opened) -> None:
+        self._limits = platform.limits
+        self._codec = platform.codec
+        self._writer = platform.store.writer
+        self._owner = owner
+        self._device_id = device_id
+        self._progress_key = str(device_id)
+        self._use = use
+        self._session = opened.session
+        self._series = opened.series
+        self._stamps = Stamps(opened.stamp, round(platform.limits.stamp_ahead_seconds * 1000))
+        self._taken = opened.seq  # the highest frame number handed to the writer, or refused
+        self._durable = opened.seq  # the highest frame number on disk
+        self._frames = 0  # handed to the writer
+        self._frames_stored = 0
+        self._bad_frames = Tally()
+        self._duplicates = 0  # since the last new frame
+        self._throttle: Throttle | None = None  # made when it is needed
+
+    @property
+    def waiting(self) -> int:
+        """Frames that are not on disk yet."""
+        return self._frames - self._frames_stored
+
+    @property
+    def held(self) -> int:
+        """Bytes of frames that wait until the tenant may store more points."""
+        return self._throttle.size if self._throttle is not None else 0
+
+    def take(self, data: bytes) -> None:
+        """One text frame: for the writer, or behind those that are held back."""
+        if self._use.points >= self._use.points_most or self.held:
+            self._throttled().hold(data)
+        else:
+            self._take(data)
+
+    def stored(self, mark: tuple[int, int]) -> None:
+        """The writer has every frame up to `mark` on disk."""
+        self._durable, self._frames_stored = mark
+
+    def look_again(self) -> None:
+        """The session begins, or the tenant's quota has changed."""
+        if self._throttle is not None or self._use.points >= self._use.points_most:
+            self._throttled().look()
+
+    def stop(self) -> None:
+        """Nothing is taken any more."""
+        if self._throttle is not None:
+            self._throttle.stop()
+
+    def _throttled(self) -> Throttle:
+        if self._throttle is None:
+            self._throttle = Throttle(self._use, self._take, self._owner.send)
+        return self._throttle
+
+    def _take(self, data: bytes) -> None:
+        try:
+            frame = self._codec.frame(data)
+            if isinstance(frame, (Hello, Provision)):
+                raise Refusal("unknown_type")
+            if frame.seq <= self._taken:
+                self._acknowledge_again(frame.seq)
+                return
+            if frame.seq - self._taken > self._limits.seq_leap:
+                raise Refusal("invalid", FieldError("seq", f"is more than {self._limits.seq_leap} above {self._taken}"))
+            if isinstance(frame, Telemetry):
+                self._take_telemetry(frame, len(data))
+            elif isinstance(frame, State):
+                self._take_state(frame, len(data))
+            else:
+                self._take_verdict(frame, len(data))
+        except Refusal as refusal:
+            self.bad_frame(refusal, self._codec.seq_of(data))
+
+    def _take_telemetry(self, frame: Telemetry, size: int) -> None:
+        """Hand the points to the writer. Refusal: too_many_series, invalid; then none of the frame is taken."""
+        now = now_ms()
+        count = self._take_points(frame, now)
+        self._use.add_points(now, count)
+        self._writer.points_taken(self._use.tenant_id, count)
+        self._frame_taken(frame.seq, now, count, size)
+        if self._use.points >= self._use.points_most:
+            self._throttled().look()
+
+    def _take_points(self, frame: Telemetry, now: int) -> int:
+        """How many there were."""
+        series, most = self._series, self._limits.series_per_device
+        if len(series) + sum(len(sample.values) for sample in frame.samples) > most < len(metrics_of(frame).union(series)):
+            raise Refusal("too_many_series")
+        moments = self._stamps.give(frame.samples, now)
+        rows, count = self._writer.points(), 0
+        for sample, moment in zip(frame.samples, moments, strict=True):
+            ts = str(moment)
+            for metric, value in sample.values.items():
+                number = series.get(metric)
+                if number is None:
+                    number = series[metric] = self._writer.add_series(self._device_id, metric)
+                points = rows.get(number)
+                if points is None:
+                    rows[number] = {ts: value}
+                else:
+                    points[ts] = value
+            count += len(sample.values)
+        return count
+
+    def _take_state(self, frame: State, size: int) -> None:
+        now = now_ms()
+        report = StateReport(self._owner, self._device_id, self._session, frame.seq, now, frame.mode, frame.reported)
+        self._writer.state_reported(report)
+        self._frame_taken(frame.seq, now, 0, size)
+
+    def _take_verdict(self, frame: ConfigStatus, size: int) -> None:
+        now = now_ms()
+        errors = errors_text(frame, self._limits.document_bytes)
+        report = VerdictReport(self._owner, self._device_id, frame.seq, now, frame.version, frame.status, frame.message, errors)
+        self._writer.verdict_reported(report)
+        self._frame_taken(frame.seq, now, 0, size)
+
+    def _frame_taken(self, seq: int, now: int, points: int, size: int) -> None:
+        self._taken = seq
+        self._duplicates = 0
+        self._frames += 1
+        self._writer.frame_taken(self._owner, self._progress_key, (seq, self._frames), now, self._stamps.newest, points, size)
+
+    def _acknowledge_again(self, seq: int) -> None:
+        """A duplicate: on disk already, or about to be and acknowledged then. If duplicates keep coming, the device has lost its
+        counter, and the operator must see it."""
+        self._duplicates += 1
+        if self._duplicates >= self._limits.duplicates:
+            self._owner.notice("duplicates", seq=seq, highest=self._taken)
+        if seq <= self._durable:
+            self._owner.send(encode_ack(self._durable))
+
+    def bad_frame(self, refusal: Refusal, seq: int | None) -> None:
+        """Say what is wrong with a frame; it is consumed, so that the device does not send it for ever."""
+        self.refuse(refusal, seq)
+        if seq is not None and 0 < seq - self._taken <= self._limits.seq_leap:
+            self._frame_taken(seq, now_ms(), 0, 0)
+
+    def refuse(self, refusal: Refusal, seq: int | None) -> None:
+        self._owner.send(encode_refusal(refusal, seq))
+        if self._bad_frames.add(asyncio.get_running_loop().time()) >= self._limits.bad_frames_per_minute:
+            self._owner.end("too_many_bad_frames")
+
+
 class Session:
     """One device's connection.
 
@@ -3556,30 +4158,33 @@ class Session:
     A device that does not read what it is sent is dropped.
     """
 
-    def __init__(self, platform: Platform, socket: DeviceSocket, transport: asyncio.Transport, address: str) -> None:
+    def __init__(self, platform: Platform, socket: DeviceSocket, transport: asyncio.Transport, line: Line, address: str) -> None:
         self._platform = platform
         self._socket = socket
         self._transport = transport
+        self._line = line
         self._writer = platform.store.writer
-        self._address = address
+        self.address = address
         self._device_id = 0
-        self._progress_key = ""
         self._number = 0
-        self._intake = Intake(self._writer, 0, {}, 0)
-        self._taken = 0  # the highest frame number handed to the writer, or refused
-        self._durable = 0  # the highest frame number on disk
-        self._frames = 0  # handed to the writer in this session
-        self._frames_stored = 0
+        self._intake: Intake | None = None  # once the device is known
         self._welcomed = False
         self._config_sent = 0  # the highest version that went out in this session
-        self._bad_frames = Tally()
         self._room = asyncio.Event()
         self._ended = ""  # why, once it has
         self.use = TenantUse(0, 0, 0)  # until it is known which device this is
-        self._throttle: Throttle | None = None  # made when it is needed
         self.reading = True
         self.pinged = False
-        self.heard = asyncio.get_running_loop().time()
+        self.began = asyncio.get_running_loop().time()
+
+    @property
+    def heard(self) -> float:
+        """When the last bytes came, by the loop's clock: a long frame on a slow line is life, before it is whole."""
+        return self._line.heard
+
+    @heard.setter
+    def heard(self, moment: float) -> None:
+        self._line.heard = moment
 
     async def serve(self) -> None:
         """From hello to close."""
@@ -3589,30 +4194,31 @@ class Session:
             if len(registry.sockets) > limits.connections:
                 raise Refusal("too_many_connections")
             async with asyncio.timeout(limits.hello_seconds):
-                token, hello = await handshake(self._platform, self._socket, self._address, self._send_frame)
-            await self._open(token, hello)
-            await self._converse()
+                token, hello = await handshake(self._platform, self._socket, self.address, self._send_frame)
+            await self._converse(await self._open(token, hello))
         except TimeoutError:
             self.end("handshake_timeout")
         except Refusal as refusal:
-            self._refuse(refusal, None)
+            if refusal.fault.close != FAULTS["closed_by_device"].close:
+                self.send(encode_refusal(refusal, None))
             self.end(refusal.fault.code)
         except Exception:  # a defect must not take the server with it
-            log.exception("session of %s failed", self._address)
+            log.exception("session of %s failed", self.address)
             self.end("server_fault")
         finally:
             await self._leave()
 
-    async def _open(self, token: DeviceToken, hello: Hello) -> None:
+    async def _open(self, token: DeviceToken, hello: Hello) -> Intake:
         """Take the device over and welcome it, once all that its earlier session queued is on disk."""
-        self._device_id, self._progress_key = token.device_id, str(token.device_id)
+        self._device_id = token.device_id
         self.use = self._platform.registry.use_of(token, default_quotas(self._platform.settings))
-        self._platform.registry.take_over(token.device_id, self)
+        await self._take_over(token)
+        agent = hello.agent and hello.agent[: self._platform.limits.shown_characters]
         opened = await self._writer.change(
-            lambda connection: open_session(connection, token.device_id, token.token_id, self._address, hello.agent)
+            lambda connection: open_session(connection, token.device_id, token.token_id, self.address, agent)
         )
-        self._number, self._intake = opened.session, Intake(self._writer, token.device_id, opened.series, opened.stamp)
-        self._taken = self._durable = opened.seq
+        self._number = opened.session
+        self._intake = Intake(self._platform, self, self._device_id, self.use, opened)
         if self._ended:  # superseded meanwhile
             self._record_parting()
         else:
@@ -3623,30 +4229,42 @@ class Session:
             if config is not None:
                 self._config_sent = config.version
                 self._writer.config_sent(self._device_id, config.version)
-            if self.use.points >= self.use.points_most:
-                self._throttled().look()
+            self._intake.look_again()
+        return self._intake
 
-    async def _converse(self) -> None:
+    async def _take_over(self, token: DeviceToken) -> None:
+        """Refusal: too_many_connected; session_conflict, and then a client without patience is kept for a moment."""
+        registry = self._platform.registry
+        try:
+            registry.take_over(token.device_id, self)
+        except Refusal as refusal:
+            if refusal.fault.code == "session_conflict":
+                other = registry.address_of(token.device_id)
+                if self.notice("conflict", address=self.address, session_address=other):
+                    log.warning("%s: clients at %s and %s use one token", token.device, self.address, other)
+                await asyncio.sleep(self._platform.limits.conflict_seconds)
+            raise
+
+    async def _converse(self, intake: Intake) -> None:
         """Take frames until the socket closes. After our own close frame the rest is read and thrown away: a socket closed
         with unread bytes is reset, and the device would never see the close code."""
-        receive, now, limits = self._socket.receive, asyncio.get_running_loop().time, self._platform.limits
+        receive, limits = self._socket.receive, self._platform.limits
         most, turn, long, taken = limits.unacknowledged_frames, limits.frames_per_turn, limits.frame_bytes_per_turn, 0
         while (message := await receive()).type not in CLOSED:
-            self.heard = now()
             if self._ended:
                 continue
             if message.type == WSMsgType.TEXT:
-                self._take_or_hold(cast(bytes, message.data))
+                intake.take(cast(bytes, message.data))
                 taken += len(message.data) // long
             elif message.type == WSMsgType.PING:
                 self._send_frame(WSMsgType.PONG, message.data)
             elif message.type == WSMsgType.BINARY:
-                self._bad_frame(Refusal("not_binary"), None)
+                intake.bad_frame(Refusal("not_binary"), None)
             taken += 1
-            if self._writer.full or self._frames - self._frames_stored >= most:
-                await self._wait_for_room()
-            elif self._throttle is not None and self._throttle.size > limits.held_bytes:
-                await self._wait_for_quota(self._throttle)
+            if self._writer.full or intake.waiting >= most:
+                await self._wait_for_room(intake)
+            elif intake.held > limits.held_bytes:
+                await self._wait_for_quota(intake)
             elif taken >= turn:
                 taken = 0
                 await asyncio.sleep(0)
@@ -3656,13 +4274,13 @@ class Session:
             broken = isinstance(message.data, WebSocketError)
             self._sign_off(self._socket.refused or ("protocol_error" if broken else "connection_lost"))
 
-    async def _wait_for_room(self) -> None:
+    async def _wait_for_room(self, intake: Intake) -> None:
         """Read no more until the writer has caught up: the device's own sends come to a stand, and nothing is dropped."""
         self.reading = False
         try:
             async with asyncio.timeout(self._platform.limits.storage_seconds):
                 await self._writer.room()
-                while self._frames - self._frames_stored >= self._platform.limits.unacknowledged_frames and not self._ended:
+                while intake.waiting >= self._platform.limits.unacknowledged_frames and not self._ended:
                     self._room.clear()
                     await self._room.wait()
         except TimeoutError:
@@ -3671,11 +4289,11 @@ class Session:
             self.reading = True
             self.heard = asyncio.get_running_loop().time()
 
-    async def _wait_for_quota(self, throttle: Throttle) -> None:
+    async def _wait_for_quota(self, intake: Intake) -> None:
         """The device goes on sending although it was told: read no more until its tenant may store again. Pings go on: a
         device that was unplugged does not confirm their bytes, and the system gives its connection up."""
         self.reading = False
-        while throttle.size > self._platform.limits.held_bytes and not self._ended:
+        while intake.held > self._platform.limits.held_bytes and not self._ended:
             if self._transport.is_closing():
                 self._sign_off("connection_lost")
             self._room.clear()
@@ -3687,95 +4305,27 @@ class Session:
         self.reading = True
         self.heard = asyncio.get_running_loop().time()
 
-    def _throttled(self) -> Throttle:
-        if self._throttle is None:
-            self._throttle = Throttle(self.use, self._take, self.send)
-        return self._throttle
-
-    def _take_or_hold(self, data: bytes) -> None:
-        if self.use.points >= self.use.points_most or (self._throttle is not None and self._throttle.size):
-            self._throttled().hold(data)  # behind what is held already
-        else:
-            self._take(data)
-
-    def _take(self, data: bytes) -> None:
-        """One text frame."""
-        try:
-            frame = self._platform.codec.frame(data)
-            if isinstance(frame, (Hello, Provision)):
-                raise Refusal("unknown_type")
-            if frame.seq <= self._taken:
-                self._acknowledge_again(frame.seq)
-            elif isinstance(frame, Telemetry):
-                self._take_telemetry(frame, len(data))
-            elif isinstance(frame, State):
-                self._take_state(frame, len(data))
-            else:
-                self._take_verdict(frame, len(data))
-        except Refusal as refusal:
-            self._bad_frame(refusal, self._platform.codec.seq_of(data))
-
-    def _take_telemetry(self, frame: Telemetry, size: int) -> None:
-        """Hand the points to the writer. Refusal: too_many_series; then none of the frame is taken."""
-        now = now_ms()
-        count = self._intake.take(frame, now, self._platform.limits.series_per_device)
-        self.use.add_points(now, count)
-        self._writer.points_taken(self.use.tenant_id, count)
-        self._frame_taken(frame.seq, now, count, size)
-        if self.use.points >= self.use.points_most:
-            self._throttled().look()
-
-    def _take_state(self, frame: State, size: int) -> None:
-        now = now_ms()
-        self._writer.state_reported(StateReport(self, self._device_id, self._number, frame.seq, now, frame.mode, frame.reported))
-        self._frame_taken(frame.seq, now, 0, size)
-
-    def _take_verdict(self, frame: ConfigStatus, size: int) -> None:
-        now = now_ms()
-        errors = errors_text(frame, self._platform.limits.document_bytes)
-        report = VerdictReport(self, self._device_id, frame.seq, now, frame.version, frame.status, frame.message, errors)
-        self._writer.verdict_reported(report)
-        self._frame_taken(frame.seq, now, 0, size)
-
-    def _frame_taken(self, seq: int, now: int, points: int, size: int) -> None:
-        self._taken = seq
-        self._frames += 1
-        self._writer.frame_taken(self, self._progress_key, (seq, self._frames), now, self._intake.stamp, points, size)
-
-    def _acknowledge_again(self, seq: int) -> None:
-        """A duplicate: on disk already, or about to be and acknowledged then."""
-        if seq <= self._durable:
-            self.send(encode_ack(self._durable))
-
-    def _bad_frame(self, refusal: Refusal, seq: int | None) -> None:
-        """Say what is wrong with a frame; it is consumed, so that the device does not send it for ever."""
-        self._refuse(refusal, seq)
-        if seq is not None and seq > self._taken:
-            self._frame_taken(seq, now_ms(), 0, 0)
-        self._count_bad_frame()
-
-    def _count_bad_frame(self) -> None:
-        if self._bad_frames.add(asyncio.get_running_loop().time()) >= self._platform.limits.bad_frames_per_minute:
-            self.end("too_many_bad_frames")
-
-    def _refuse(self, refusal: Refusal, seq: int | None) -> None:
-        if refusal.fault.close != FAULTS["closed_by_device"].close:
-            self.send(encode(Error(refusal.fault.code, refusal.fault.message, seq, refusal.errors)))
-
     def committed(self, mark: tuple[int, int]) -> None:
         """The writer has every frame up to `mark` on disk."""
-        seq, self._frames_stored = mark
-        self._durable = seq
+        assert self._intake is not None  # who else handed it over
+        self._intake.stored(mark)
         self._room.set()
-        self.send(encode_ack(seq))
+        self.send(encode_ack(mark[0]))
 
     def not_stored(self) -> None:
         self.end("storage_unavailable")
 
     def refused(self, code: str, seq: int) -> None:
         """The writer could not take a frame; it is consumed."""
-        self._refuse(Refusal(code), seq)
-        self._count_bad_frame()
+        assert self._intake is not None  # who else handed it over
+        self._intake.refuse(Refusal(code), seq)
+
+    def notice(self, kind: str, **detail: object) -> bool:
+        """Enter something in the device's timeline, unless that was done within the last hour."""
+        news = self._platform.registry.is_news(self._device_id, kind)
+        if news:
+            self._writer.happened(self._device_id, kind, **detail)
+        return news
 
     def send_config(self, version: int, document: bytes) -> bool:
         """Send a configuration, unless a newer one went out, or the welcome is still to come and carries it."""
@@ -3795,8 +4345,8 @@ class Session:
 
     def wake(self) -> None:
         """Its tenant's quota has changed."""
-        if self._throttle is not None and not self._ended:
-            self._throttle.look()
+        if self._intake is not None and not self._ended:
+            self._intake.look_again()
             self._room.set()
 
     def _send_frame(self, opcode: int, payload: bytes) -> None:
@@ -3826,15 +4376,15 @@ class Session:
             return
         self._ended = code
         self._room.set()
-        if self._throttle is not None:
-            self._throttle.stop()
+        if self._intake is not None:
+            self._intake.stop()
         if self._device_id:
             self._platform.registry.leave(self._device_id, self)
         if self._number:
             self._record_parting()
 
     def _record_parting(self) -> None:
-        self._writer.session_ended(Parting(self._device_id, self._number, now_ms(), self._ended, self._address))
+        self._writer.session_ended(Parting(self._device_id, self._number, now_ms(), self._ended, self.address))
 
     async def _leave(self) -> None:
         """Wait for the device's close frame, if it owes one."""
@@ -3856,6 +4406,8 @@ SPARE_DESCRIPTORS: Final = 64  # for the database, the log and what a library op
 PLATFORM: Final = web.AppKey("platform", Platform)
 JSON_TYPE: Final = "application/json"
 FUTURE: Final = Moment(LATEST)
+BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # by which spreadsheets know UTF-8
+MANY_PAUSE_SECONDS: Final = 0.1  # between two looks at the verdicts of a push to many: each may be thousands of rows
 
 
 @attrs.frozen
@@ -3924,6 +4476,15 @@ class FeedQuery:
 
 
 @attrs.frozen
+class RangeQuery:
+    """DELETE /iiot/{device}/telemetry; `from` is part of the range, `to` is not."""
+
+    metric: Names | None = None
+    from_: Moment | None = None
+    to_: Moment | None = None
+
+
+@attrs.frozen
 class RemovalQuery:
     """DELETE /tenants/{tenant}; `confirm` is its name once more."""
 
@@ -3957,6 +4518,7 @@ class TelemetryQuery:
     limit: int | None = None
     after: Moment | None = None
     format: str = "json"
+    spreadsheet: bool | None = None
 
 
 def one_value(values: object) -> str:
@@ -3976,9 +4538,9 @@ def query_integer(values: object, _: object) -> int:
 
 def query_boolean(values: object, _: object) -> bool:
     text = one_value(values)
-    if text not in ("true", "false"):
+    if text not in ("true", "false", "1", "0"):
         raise Invalid("is neither true nor false")
-    return text == "true"
+    return text in ("true", "1")
 
 
 def query_names(values: object, _: object) -> Names:
@@ -4037,6 +4599,8 @@ class Call:
     query: Any = None
     subject: str | None = None
     accounted: bool = False
+    match: frozenset[str] | None = None
+    none_match: frozenset[str] | None = None
 
     @property
     def tenant(self) -> int:
@@ -4059,6 +4623,11 @@ class Call:
         """What the address of the request names, or its body (`subject`)."""
         names = self.request.match_info
         return Affected(self.subject or next(iter(names.values()), None), names.get("device"))
+
+    def require(self, tag: str | None, *, exists: bool = True) -> None:
+        """Refusal: precondition_failed, unless the conditions of the request hold for what has this entity tag."""
+        if not is_met(self.match, self.none_match, tag, exists=exists):
+            raise Refusal("precondition_failed")
 
     async def change(
         self, function: Callable[[sqlite3.Connection], T], affected: Callable[[T], Iterable[Affected]] | None = None, **detail: object
@@ -4136,8 +4705,25 @@ def error_response(refusal: Refusal) -> web.Response:
     return json_response(orjson.dumps({"error": error}), fault.status, headers)
 
 
+async def look_until(
+    platform: Platform, seconds: float, look: Callable[[], Awaitable[T]], enough: Callable[[T], bool], pause: float = 0.0
+) -> T:
+    """What `look` answers, once that is enough; or when the time is over, or the server stops. It looks again after every commit
+    that may have changed something, but no sooner than after `pause` seconds."""
+    until = time.monotonic() + seconds
+    while True:
+        ring = platform.store.writer.news.next
+        seen = await look()
+        if enough(seen) or time.monotonic() >= until or platform.registry.closing.is_set():
+            return seen
+        await Bell.heard(ring, until - time.monotonic())
+        await asyncio.sleep(pause)
+
+
 async def list_devices(call: Call) -> web.StreamResponse:
     query: DeviceQuery = call.query
+    if query.match == "":
+        raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
     read = call.platform.store.read
     return json_response(await read.devices(call.tenant, call.page(), query.after or "", query.match, connected=query.connected))
 
@@ -4154,7 +4740,12 @@ async def register_device(call: Call) -> web.StreamResponse:
         raise Refusal("invalid", FieldError("device", str(error))) from error
     await call.body(NoQuery)
     most = call.platform.settings.quota_devices
-    await call.change(lambda connection: insert_device(connection, tenant, name, token.stored, call.by, most))
+    try:
+        await call.change(lambda connection: insert_device(connection, tenant, name, token.stored, call.by, most))
+    except Refusal as refusal:
+        if refusal.fault.code == "device_exists":  # If-None-Match: * asks for just that
+            call.require(None)
+        raise
     return answer({"device": name, "token": token.text}, 201)
 
 
@@ -4182,10 +4773,21 @@ async def rotate_device_token(call: Call) -> web.StreamResponse:
 
 async def delete_device(call: Call) -> web.StreamResponse:
     tenant, name = call.tenant, call.device
-    device_id = await call.change(lambda connection: remove_device(connection, tenant, name))
+    device_id = await call.change(lambda connection: remove_device(connection, tenant, name, call.by))
     call.platform.registry.end(device_id, "device_removed")
     call.platform.cleaner.wanted.set()
     return web.Response(status=204)
+
+
+async def reset_counter(call: Call) -> web.StreamResponse:
+    """Set the counter, and end the session, which was told the old one. Frames that it sent just before may have raised it again,
+    and another session may have been told that: so both once more."""
+    tenant, name, seq, platform = call.tenant, call.device, (await call.body(CounterReset)).seq, call.platform
+    device_id = await call.change(lambda connection: reset_seq(connection, tenant, name, seq, call.by), seq=seq)
+    platform.registry.end(device_id, "seq_reset")
+    await platform.store.writer.change(lambda connection: set_seq(connection, device_id, seq))
+    platform.registry.end(device_id, "seq_reset")
+    return answer({"device": name, "seq": seq})
 
 
 async def list_events(call: Call) -> web.StreamResponse:
@@ -4195,14 +4797,26 @@ async def list_events(call: Call) -> web.StreamResponse:
     return found(await read.events(call.tenant, call.device, call.page(), after, query.kind, query.from_, query.to_))
 
 
+def reset_if_broken(transport: asyncio.Transport | None, broken: bool) -> None:  # noqa: FBT001 - what the name ends in
+    """Let the system reset a connection that ends from now on, or end it in order again. A client of HTTP/1.0 knows the end of a
+    stream by the end of the connection, so only a reset tells it that something is missing; also when this process is killed."""
+    connection = transport.get_extra_info("socket") if transport is not None else None
+    if connection is not None:
+        with suppress(OSError):  # it has ended already
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", broken, 0))
+
+
 @asynccontextmanager
-async def streaming(call: Call, content_type: str) -> AsyncIterator[web.StreamResponse]:
+async def streaming(call: Call, content_type: str, headers: Mapping[str, str] = MappingProxyType({})) -> AsyncIterator[web.StreamResponse]:
     """A response of unknown length. Where it breaks off, the client must see that this is not the end of the file."""
-    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: content_type})
+    unbuffered = {"X-Accel-Buffering": "no"}  # by nginx: a feed would never arrive
+    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: content_type, **unbuffered, **headers})
+    reset_if_broken(call.request.transport, True)
     await response.prepare(call.request)
     try:
         yield response
         await response.write_eof()
+        reset_if_broken(call.request.transport, False)
     except ConnectionError:
         return  # the client has gone
     except BaseException as error:  # whatever it was, the transport must go; all but the client's slowness goes on
@@ -4215,16 +4829,20 @@ async def streaming(call: Call, content_type: str) -> AsyncIterator[web.StreamRe
 async def csv_pieces(
     call: Call, wanted: TelemetryRange, metrics: Iterable[str], every: int | None, aggregates: tuple[str, ...]
 ) -> AsyncIterator[bytes]:
+    """Refusal: not_found, when the device was removed meanwhile."""
     telemetry = call.platform.store.read.telemetry
     for metric in metrics:
         start: int | None = wanted.start
         while start is not None and start < wanted.stop:
             rest = attrs.evolve(wanted, start=start)
             if every is None:
-                rows, start = await telemetry.point_rows(call.tenant, call.device, metric, rest)
+                piece = await telemetry.point_rows(call.tenant, call.device, metric, rest)
             else:
-                rows, start = await telemetry.bucket_rows(call.tenant, call.device, metric, rest, every, aggregates)
-            yield csv_lines(rows)
+                piece = await telemetry.bucket_rows(call.tenant, call.device, metric, rest, every, aggregates)
+            if piece is None:
+                raise Refusal("not_found")
+            rows, start = piece
+            yield csv_lines(rows, spreadsheet=bool(call.query.spreadsheet))
 
 
 async def stream_csv(call: Call, wanted: TelemetryRange, every: int | None, aggregates: tuple[str, ...]) -> web.StreamResponse:
@@ -4235,12 +4853,15 @@ async def stream_csv(call: Call, wanted: TelemetryRange, every: int | None, aggr
     if wanted.descending:
         raise Refusal("bad_query", FieldError("order", "of format=csv is asc"))
     telemetry = call.platform.store.read.telemetry
-    metrics = await telemetry.metrics(call.tenant, call.device, wanted)
-    if metrics is None:
+    found_there = await telemetry.device_and_metrics(call.tenant, call.device, wanted)
+    if found_there is None:
         raise Refusal("not_found")
-    async with streaming(call, "text/csv; charset=utf-8") as response:
+    device_id, metrics = found_there
+    wanted = attrs.evolve(wanted, device_id=device_id)
+    headers = {"Content-Disposition": f'attachment; filename="{call.device.replace(":", "-")}.csv"'} if call.query.spreadsheet else {}
+    async with streaming(call, "text/csv; charset=utf-8", headers) as response:
         header = ("time", "metric", *(("value",) if every is None else aggregates))
-        await response.write(",".join(header).encode() + b"\n")
+        await response.write((BYTE_ORDER_MARK if call.query.spreadsheet else b"") + ",".join(header).encode() + b"\n")
         async for lines in csv_pieces(call, wanted, metrics, every, aggregates):
             async with asyncio.timeout(call.platform.limits.query_seconds):
                 await response.write(lines)
@@ -4256,6 +4877,8 @@ async def show_telemetry(call: Call) -> web.StreamResponse:
         raise Refusal("bad_query", FieldError("format", "is neither json nor csv"))
     if query.agg and query.every is None:
         raise Refusal("bad_query", FieldError("agg", "needs every"))
+    if query.spreadsheet is not None and query.format != "csv":
+        raise Refusal("bad_query", FieldError("spreadsheet", "needs format=csv"))
     wanted = TelemetryRange(query.metric, query.from_, query.to_, query.order == "desc")
     aggregates = query.agg or Aggregates(("avg",))
     if query.format == "csv":
@@ -4266,6 +4889,24 @@ async def show_telemetry(call: Call) -> web.StreamResponse:
     if query.every is None:
         return found(await telemetry.points(call.tenant, call.device, wanted, limit))
     return found(await telemetry.buckets(call.tenant, call.device, wanted, limit, query.every, aggregates))
+
+
+async def remove_telemetry(call: Call) -> web.StreamResponse:
+    """204 once the readings are gone; 202 when that takes longer than a request may, or the server stops: it goes on."""
+    query: RangeQuery = call.query
+    if query.from_ is None or query.to_ is None:
+        raise Refusal("bad_query", FieldError("from" if query.from_ is None else "to", "is missing"))
+    if query.from_ > query.to_:
+        raise Refusal("bad_query", FieldError("from", "is later than to"))
+    tenant, name, start, stop, platform = call.tenant, call.device, query.from_, query.to_, call.platform
+    marks = await call.change(
+        lambda connection: remove_readings(connection, tenant, name, query.metric, start, stop),
+        lambda _: [Affected(name, name, {"metric": query.metric, "from": format_time(start), "to": format_time(stop)})],
+    )
+    platform.cleaner.wanted.set()
+    tokens = platform.store.read.tokens
+    left = await look_until(platform, platform.limits.wait_seconds_most, lambda: tokens.is_range_left(marks), lambda left: not left)
+    return answer({"device": name, "status": "removing"}, 202) if left else web.Response(status=204)
 
 
 async def ask_report(call: Call) -> web.StreamResponse:
@@ -4289,6 +4930,8 @@ FINAL: Final = ("applied", "rejected", "timed_out", "superseded")
 
 async def show_state(call: Call) -> web.StreamResponse:
     query: StateQuery = call.query
+    if query.at is not None and query.version is not None:
+        raise Refusal("bad_query", FieldError("version", "is not for a request with at"))
     return found(await call.platform.store.read.state(call.tenant, call.device, query.at, query.version))
 
 
@@ -4296,10 +4939,20 @@ async def list_states(call: Call) -> web.StreamResponse:
     return found(await call.platform.store.read.state_history(call.tenant, call.device, call.page(), call.version_after()))
 
 
+def version_tag(version: int) -> str:
+    """The entity tag of a device's configuration; version 0 is none at all."""
+    return f'"{version}"'
+
+
 async def show_config(call: Call) -> web.StreamResponse:
     text = await call.platform.store.read.config(call.tenant, call.device)
     response = found(text)
-    response.headers[hdrs.ETAG] = f'"{orjson.loads(text or "")["version"]}"'
+    version = orjson.loads(text or "")["version"]
+    response.headers[hdrs.ETAG] = version_tag(version)
+    if call.match is not None:
+        call.require(version_tag(version), exists=version > 0)
+    if not is_met(None, call.none_match, version_tag(version), exists=version > 0):
+        return web.Response(status=304, headers={hdrs.ETAG: version_tag(version)})
     return response
 
 
@@ -4316,16 +4969,6 @@ def new_config(call: Call, document: str) -> NewConfig:
     return NewConfig(document, call.principal.name, timeout)
 
 
-def if_match(call: Call) -> int | None:
-    """The version that If-Match names (RFC 9110, section 13.1.1). Refusal: invalid, precondition_failed."""
-    text = call.request.headers.get(hdrs.IF_MATCH, "*").strip().strip('"')
-    if text == "*":
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise Refusal("invalid", FieldError("If-Match", "is not the number of a version"))
-    return int(text)
-
-
 def wait_seconds(call: Call) -> float:
     """For how long the answer to a push waits for the verdict. Refusal: bad_query."""
     seconds, most = (0.0 if call.query.wait is None else cast(int, call.query.wait) / 1000), call.platform.limits.wait_seconds_most
@@ -4334,22 +4977,32 @@ def wait_seconds(call: Call) -> float:
     return seconds
 
 
-async def answer_push(call: Call, pushed: Pushed, document: bytes, seconds: float) -> web.StreamResponse:
-    """Send what was pushed, and answer 202 with its status, or with the verdict if that was waited for and came."""
-    sent = call.platform.registry.send_config(pushed.device_id, pushed.version, document)
-    until = time.monotonic() + seconds
-    while True:
-        ring = call.platform.store.writer.news.next
-        text = await call.platform.store.read.config_version(call.tenant, call.device, pushed.version)
-        if text is None:  # the device was removed meanwhile
-            raise Refusal("not_found")
-        row = orjson.loads(text)
-        if row["status"] in FINAL or time.monotonic() >= until:
-            shown = {name: row[name] for name in ("version", "status", "message", "errors") if row[name] is not None}
-            if sent and row["status"] == "pending":  # that it is sent is on its way to the disk
-                shown["status"] = "sent"
-            return answer({"device": pushed.device, **shown}, 202)
-        await Bell.heard(ring, until - time.monotonic())
+async def answer_push(call: Call, pushed: list[Pushed], document: bytes, seconds: float, pause: float = 0.0) -> list[dict[str, Any]]:
+    """Send what was pushed; each device with its status, or with its verdict if that was waited for and came. Devices that were
+    removed meanwhile are left out."""
+    send, read, tenant = call.platform.registry.send_config, call.platform.store.read, call.tenant
+    sent = {row.device_id for row in pushed if send(row.device_id, row.version, document)}
+    rows = {row.device: row for row in pushed}
+    seen = await look_until(
+        call.platform, seconds, lambda: read.pushed(tenant, pushed), lambda seen: all(row["status"] in FINAL for row in seen), pause
+    )
+    for row in seen:
+        if row["status"] == "pending" and rows[row["device"]].device_id in sent:  # that it is sent is on its way to the disk
+            row["status"] = "sent"
+    return [{name: value for name, value in row.items() if value is not None} for row in seen]
+
+
+async def answer_one(call: Call, pushed: Pushed, document: bytes, seconds: float) -> web.StreamResponse:
+    """Refusal: not_found, when the device was removed meanwhile."""
+    rows = await answer_push(call, [pushed], document, seconds)
+    if not rows:
+        raise Refusal("not_found")
+    return answer(rows[0], 202)
+
+
+def require_version(call: Call) -> Callable[[int], None]:
+    """The conditions of a request, for the version of the wanted configuration."""
+    return lambda version: call.require(version_tag(version), exists=version > 0)
 
 
 def pushed_to(*rows: Pushed, **detail: object) -> list[Affected]:
@@ -4359,36 +5012,32 @@ def pushed_to(*rows: Pushed, **detail: object) -> list[Affected]:
 
 async def push_one(call: Call) -> web.StreamResponse:
     tenant, document = call.tenant, canonical(call.platform.codec.document(await call.content()))
-    new, expected, seconds = new_config(call, document.decode()), if_match(call), wait_seconds(call)
-    pushed = await call.change(lambda connection: push_to_one(connection, tenant, call.device, new, expected), pushed_to)
-    return await answer_push(call, pushed, document, seconds)
+    new, seconds = new_config(call, document.decode()), wait_seconds(call)
+    pushed = await call.change(lambda connection: push_to_one(connection, tenant, call.device, new, require_version(call)), pushed_to)
+    return await answer_one(call, pushed, document, seconds)
 
 
 async def push_back(call: Call) -> web.StreamResponse:
     tenant, body, new, seconds = call.tenant, await call.body(Rollback), new_config(call, ""), wait_seconds(call)
     pushed, document = await call.change(
-        lambda connection: roll_back(connection, tenant, call.device, body.version, new),
+        lambda connection: roll_back(connection, tenant, call.device, body.version, new, require_version(call)),
         lambda outcome: pushed_to(outcome[0], document_of=body.version),
     )
-    return await answer_push(call, pushed, document.encode(), seconds)
+    return await answer_one(call, pushed, document.encode(), seconds)
 
 
 async def push_many(call: Call) -> web.StreamResponse:
     tenant, body = call.tenant, await call.body(Push)
+    if not body.match:
+        raise Refusal("invalid", FieldError("match", "is empty; * is every device"))
     call.subject = body.match
     document = canonical(body.config)
-    new = new_config(call, document.decode())
+    new, seconds = new_config(call, document.decode()), wait_seconds(call)
     rows = await call.change(
         lambda connection: push_to_matching(connection, tenant, body.match, new),
         lambda rows: pushed_to(*rows, match=body.match) or [Affected(body.match)],
     )
-    send = call.platform.registry.send_config
-    sent = [send(row.device_id, row.version, document) for row in rows]
-    items = [
-        {"device": row.device, "version": row.version, "status": "sent" if gone else "pending"}
-        for row, gone in zip(rows, sent, strict=True)
-    ]
-    return answer({"items": items}, 202)
+    return answer({"items": await answer_push(call, rows, document, seconds, MANY_PAUSE_SECONDS if seconds else 0.0)}, 202)
 
 
 async def feed_pieces(platform: Platform, tenant: int, last: int) -> AsyncIterator[bytes]:
@@ -4414,12 +5063,17 @@ async def follow_events(call: Call) -> web.StreamResponse:
     """The tenant's events as they are committed (server-sent events, https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
     platform, tenant = call.platform, call.tenant
     shown, last = call.request.headers.get("Last-Event-ID", ""), cast("int | None", call.query.after)
-    if shown.isascii() and shown.isdigit() and len(shown) < 19:  # of a reconnect: newer than what the address says
+    if shown:  # of a reconnect: newer than what the address says
+        if not (shown.isascii() and shown.isdigit() and len(shown) < 19):
+            raise Refusal("invalid", FieldError("Last-Event-ID", "is not the id of an event"))
         last = int(shown)
-    if last is None:
-        last = await platform.store.read.last_event(tenant)
+    newest = await platform.store.read.last_event(tenant)
+    asked, last = last, newest if last is None else min(last, newest)
     async with streaming(call, "text/event-stream") as response:
         with platform.registry.feed(call.request.transport):
+            if asked is not None and asked > newest:  # of another database: a backup was restored
+                told = orjson.dumps({"id": newest, "kind": "reset", "asked": asked}).decode()
+                await response.write(f"id: {newest}\nevent: reset\ndata: {told}\n\n".encode())
             async for lines in feed_pieces(platform, tenant, last):
                 async with asyncio.timeout(platform.limits.query_seconds):
                     await response.write(lines)
@@ -4430,10 +5084,17 @@ async def list_keys(call: Call) -> web.StreamResponse:
     return json_response(await call.platform.store.read.accounts.provisioning_keys(call.tenant, call.page(), call.query.after or ""))
 
 
+def check_future(expires_at: int | None) -> None:
+    """Refusal: invalid, for what would have expired before it was made."""
+    if expires_at is not None and expires_at <= now_ms():
+        raise Refusal("invalid", FieldError("expires_at", "is in the past"))
+
+
 async def create_key(call: Call) -> web.StreamResponse:
     tenant, key, body = call.tenant, mint("prov"), await call.body(NewProvisioningKey)
     if body.uses is not None and body.uses < 1:
         raise Refusal("invalid", FieldError("uses", "is not at least 1"))
+    check_future(body.expires_at)
     await call.change(
         lambda connection: insert_provisioning_key(connection, tenant, key.stored, body.expires_at, body.uses),
         lambda _: [Affected(key.stored.id, None, {"uses": body.uses, "expires_at": moment_text(body.expires_at)})],
@@ -4458,6 +5119,7 @@ async def create_token(call: Call) -> web.StreamResponse:
     call.subject = body.name
     if body.role not in (*RANKS, "platform"):
         raise Refusal("invalid", FieldError("role", f"is not one of {', '.join((*RANKS, 'platform'))}"))
+    check_future(body.expires_at)
     if (body.role == "platform") != (who.tenant_id is None) or not who.may(body.role):
         raise Refusal("forbidden")
     await call.change(
@@ -4572,7 +5234,8 @@ async def hold_device(call: Call) -> web.StreamResponse:
     transport = call.request.transport
     if transport is not None:
         give_up_after(transport, call.platform.settings.heartbeat * 1.5)
-        await Session(call.platform, socket, transport, call.address).serve()
+        line = cast("Line", call.request.protocol)  # PlainRequestHandler
+        await Session(call.platform, socket, transport, line, call.address).serve()
     return socket
 
 
@@ -4582,7 +5245,8 @@ Handler = Callable[[Call], Awaitable[web.StreamResponse]]
 @attrs.frozen
 class Route:
     """A method and path, the least role that may use it (`public`: everybody, `any`: every token; `platform` stands beside the
-    others), what answers, and for whatever changes something, or reaches into a device, what the audit calls it."""
+    others), what answers, and for whatever changes something, or reaches into a device, what the audit calls it. `conditional`:
+    the handler looks at If-Match and If-None-Match; elsewhere a request with one that could fail is refused."""
 
     method: str
     path: str
@@ -4590,24 +5254,27 @@ class Route:
     handler: Handler
     query: type[Any] = NoQuery
     action: str = ""
+    conditional: bool = False
 
 
 ROUTES: Final = (
     Route("GET", "/iiot", "viewer", list_devices, DeviceQuery),
     Route("POST", "/iiot", "operator", push_many, PushQuery, "config.push"),
     Route("GET", "/iiot/{device}", "viewer", show_device),
-    Route("PUT", "/iiot/{device}", "admin", register_device, action="device.register"),
+    Route("PUT", "/iiot/{device}", "admin", register_device, action="device.register", conditional=True),
     Route("PATCH", "/iiot/{device}", "admin", patch_device, action="device.update"),
     Route("DELETE", "/iiot/{device}", "admin", delete_device, action="device.remove"),
     Route("POST", "/iiot/{device}/token", "admin", rotate_device_token, action="device.token"),
-    Route("POST", "/iiot/{device}", "operator", push_one, PushQuery, "config.push"),
-    Route("GET", "/iiot/{device}/config", "viewer", show_config),
+    Route("POST", "/iiot/{device}/seq", "operator", reset_counter, action="device.seq"),
+    Route("POST", "/iiot/{device}", "operator", push_one, PushQuery, "config.push", conditional=True),
+    Route("GET", "/iiot/{device}/config", "viewer", show_config, conditional=True),
     Route("GET", "/iiot/{device}/config/history", "viewer", list_configs, HistoryQuery),
-    Route("POST", "/iiot/{device}/config/rollback", "operator", push_back, PushQuery, "config.rollback"),
+    Route("POST", "/iiot/{device}/config/rollback", "operator", push_back, PushQuery, "config.rollback", conditional=True),
     Route("GET", "/iiot/{device}/state", "viewer", show_state, StateQuery),
     Route("GET", "/iiot/{device}/state/history", "viewer", list_states, HistoryQuery),
     Route("GET", "/iiot/{device}/events", "viewer", list_events, EventQuery),
     Route("GET", "/iiot/{device}/telemetry", "viewer", show_telemetry, TelemetryQuery),
+    Route("DELETE", "/iiot/{device}/telemetry", "admin", remove_telemetry, RangeQuery, "telemetry.remove"),
     Route("POST", "/iiot/{device}/report", "operator", ask_report, action="device.report"),
     Route("GET", "/provisioning-keys", "admin", list_keys, ListQuery),
     Route("POST", "/provisioning-keys", "admin", create_key, action="key.create"),
@@ -4639,6 +5306,25 @@ def bearer_token(request: web.Request) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
+def condition(request: web.Request, name: str) -> frozenset[str] | None:
+    """The entity tags of If-Match or If-None-Match, None without that header. Refusal: invalid."""
+    if name not in request.headers:
+        return None
+    try:
+        return entity_tags(",".join(request.headers.getall(name)))
+    except Invalid as error:
+        raise Refusal("invalid", FieldError(name, str(error))) from error
+
+
+def refuse_conditions(call: Call) -> None:
+    """What has no entity tag matches none: a GET may still ask for what has another one than some. All else would not do what the
+    request asks for. Refusal: invalid."""
+    if call.match is not None:
+        raise Refusal("invalid", FieldError("If-Match", "does not apply to this request"))
+    if call.none_match is not None and (call.request.method not in ("GET", "HEAD") or call.none_match == {"*"}):
+        raise Refusal("invalid", FieldError("If-None-Match", "does not apply to this request"))
+
+
 def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """A route as aiohttp calls it: who is it, may they, is the query right; then the handler."""
 
@@ -4663,6 +5349,9 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
 
     async def handle_known(call: Call) -> web.StreamResponse:
         shown = call.request.query
+        call.match, call.none_match = condition(call.request, hdrs.IF_MATCH), condition(call.request, hdrs.IF_NONE_MATCH)
+        if not route.conditional:
+            refuse_conditions(call)
         try:
             call.query = converter.structure({name: shown.getall(name) for name in shown}, route.query)
         except Exception as error:
@@ -4709,7 +5398,14 @@ def raise_descriptors() -> None:
 
 
 class PlainRequestHandler(web.RequestHandler):
-    """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract."""
+    """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract, and that it knows when the last
+    bytes came (`Line`)."""
+
+    __slots__ = ("heard",)
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = self._loop.time()
+        super().data_received(data)
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -4764,17 +5460,22 @@ HEADERS: Final = MappingProxyType(
 )
 
 
+STOP_SECONDS: Final = 2.0  # for requests under way to be answered, when the server stops
+BACKLOG: Final = 512  # connections that wait to be accepted, when a fleet comes back at once
+
+
 async def run_platform(app: web.Application, settings: Settings, limits: Limits) -> AsyncIterator[None]:
     """Open the store, then what stands on it; close them the other way round."""
     async with Store.open(Path(settings.db), limits) as store:
-        registry = Registry()
+        registry = Registry(limits)
         cleaner = Cleaner(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
         app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, networks(settings.trusted_proxy))
         tasks = [
             asyncio.create_task(Heartbeat(registry, store.writer, limits, settings.heartbeat).run(), name="heartbeat"),
-            asyncio.create_task(ConfigClock(store, limits).run(), name="config clock"),
+            asyncio.create_task(ConfigClock(store.writer, limits).run(), name="config clock"),
             asyncio.create_task(cleaner.run(), name="cleaner"),
+            asyncio.create_task(SaltClock(store, limits).run(), name="salt clock"),
         ]
         try:
             yield
@@ -4808,30 +5509,93 @@ def make_app(settings: Settings, limits: Limits | None = None) -> web.Applicatio
     return app
 
 
+def load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
+    """OSError with the name of the file that cannot be used."""
+
+    def refuse_passphrase() -> str:
+        raise OSError("the key has a passphrase, and nobody is there to type it; write a key without one: openssl pkey -in KEY -out NEW")
+
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None, refuse_passphrase)
+    except OSError as error:
+        raise OSError(f"cannot use {settings.tls_cert} {settings.tls_key}: {error}") from error
+
+
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """What HTTPS needs, None without a certificate. OSError with the name of the file that cannot be used."""
     if not settings.tls_cert:
+        if settings.tls_key:
+            raise OSError("there is --tls-key but no --tls-cert: give both, or neither for plain HTTP")
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key or None)
-    except OSError as error:
-        raise OSError(f"cannot use {settings.tls_cert} {settings.tls_key}: {error}") from error
+    load_certificate(context, settings)
     return context
 
 
+def reload_certificate(context: ssl.SSLContext | None, settings: Settings) -> None:
+    """Take certificate and key from their files anew, for connections from now on. If they cannot be used, the old ones stay."""
+    if context is None:
+        log.info("nothing to load anew: there is no certificate")
+        return
+    try:
+        tls_context(settings)  # tried apart: a failed load may leave half of it behind
+        load_certificate(context, settings)
+    except OSError as error:
+        log.error("the certificate in force stays: %s", error)
+    else:
+        log.info("loaded %s anew", settings.tls_cert)
+
+
+def listen_on(name: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on an address, or on all those that a name stands for, all on one port; `::` is every address of both
+    families. OSError."""
+    if name == "::" and socket.has_dualstack_ipv6():
+        return [socket.create_server((name, port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)]
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    try:
+        for family, _, _, _, (address, _, *more) in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            try:
+                sockets.append(socket.create_server((str(address), port, *more), family=family, backlog=BACKLOG))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # localhost has ::1 where no IPv6 is
+                    raise
+                missing = error
+            port = sockets[0].getsockname()[1] if sockets else port
+    except BaseException:
+        for made in sockets:
+            made.close()
+        raise
+    if not sockets:
+        raise missing or OSError("it stands for no address")
+    return sockets
+
+
+def warn_of_plain_text(addresses: Iterable[Any]) -> None:
+    """Say once that what crosses the network can be read there."""
+    open_to_others = [address for address, *_ in addresses if not ipaddress.ip_address(address.partition("%")[0]).is_loopback]
+    if open_to_others:
+        log.warning(
+            "listening on %s without TLS: everybody on the network can read tokens and data. Use --tls-cert and --tls-key, or a proxy"
+            " with TLS on this machine and --host 127.0.0.1", open_to_others[0],
+        )  # fmt: skip
+
+
 @asynccontextmanager
-async def serving(settings: Settings, limits: Limits | None = None) -> AsyncIterator[str]:
-    """The running server; yields its address. OSError when it cannot listen there."""
-    context = tls_context(settings)
-    runner = PlainRunner(make_app(settings, limits), access_log=None, keepalive_timeout=20, shutdown_timeout=3)
+async def serving(settings: Settings, limits: Limits | None = None, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """The running server, with the certificate in `context` or the one that the settings name; yields its address. OSError when it
+    cannot listen there."""
+    context = context or tls_context(settings)
+    runner = PlainRunner(make_app(settings, limits), access_log=None, keepalive_timeout=20, shutdown_timeout=STOP_SECONDS)
     try:
         await runner.setup()
-        site = web.TCPSite(runner, settings.host, settings.port, ssl_context=context, backlog=512, reuse_address=True)
         try:
-            await site.start()
+            for listener in listen_on(settings.host, settings.port):
+                await web.SockSite(runner, listener, ssl_context=context, backlog=BACKLOG).start()
         except OSError as error:
             raise OSError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}") from error
+        if context is None:
+            warn_of_plain_text(runner.addresses)
         host, port = runner.addresses[0][:2]
         shown = f"[{host}]" if ":" in host else host
         yield f"{'https' if context else 'http'}://{shown}:{port}"
@@ -4932,6 +5696,9 @@ def change_database(path: Path, function: Callable[[sqlite3.Connection], T]) -> 
     with named_errors(path):
         if is_new(path):
             raise StoreError(f"there is no database {path}; start the server first")
+        with closing(LockFile(resolved(path))) as lock:
+            if lock.take():  # no server runs: as at its start, the log must be the file's own
+                lock.check_log()
         with closing(connect(path)) as connection:
             if schema_version(connection, path) < SCHEMA_VERSION:
                 raise StoreError(f"{path} was written by an older version of this program; start the server first")
@@ -5044,7 +5811,10 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):  # Windows: there the KeyboardInterrupt ends asyncio.run
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with serving(settings) as url:
+    context = tls_context(settings)
+    with suppress(NotImplementedError, AttributeError):  # Windows has no such signal
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_certificate, context, settings)
+    async with serving(settings, context=context) as url:
         print(f"listening on {url}", flush=True)
         first = first_credentials(path)
         if first is not None:

@@ -54,9 +54,14 @@ create table device (
     created_at  integer not null,
     disabled    integer not null default 0 check (disabled in (0, 1)),  -- its tokens are known, and refused
     labels      text not null default '{}' check (json_valid(labels)),  -- JSON: {name: text}, the operators' own
+    old_name    text,                                                   -- of a removed device: its events stay in the live feed for a day
+    removed_at  integer,
+    emptied     integer not null default 0 check (emptied in (0, 1)),   -- of a removed device: nothing but its events is left
     unique (tenant_id, name)
 ) strict;
-create index device_removed on device (id) where name is null;
+create index device_removed on device (emptied, removed_at) where name is null;
+-- For hardware addresses as names: one in other letters is the same device.
+create index device_by_folded_name on device (tenant_id, lower(name));
 
 -- A device's token. Its holder is the device, whatever name it gives. There are two while the device is given a new one.
 create table device_token (
@@ -64,7 +69,8 @@ create table device_token (
     device_id    integer not null references device on delete cascade,
     secret_hash  blob not null,
     created_at   integer not null,
-    pending      integer not null default 0 check (pending in (0, 1))   -- waits for its first use, which ends the one before it
+    pending      integer not null default 0 check (pending in (0, 1)),  -- waits for its first use, which ends the one before it
+    key_id       text                                                   -- the provisioning key that it came by, if the device made the secret
 ) strict, without rowid;
 create index device_token_by_device on device_token (device_id);
 
@@ -73,7 +79,7 @@ create index device_token_by_device on device_token (device_id);
 create table presence (
     device_id        integer primary key references device on delete cascade,
     seq              integer not null default 0,  -- the highest frame number on disk; written in the transaction that stores the frame
-    stamp            integer not null default 0,  -- the last time of receipt given to a sample without one; they never repeat
+    stamp            integer not null default 0,  -- the newest time of receipt given to a sample without a time
     session          integer not null default 0,  -- counts the device's sessions
     connected        integer not null default 0 check (connected in (0, 1)),
     connected_at     integer,
@@ -81,7 +87,7 @@ create table presence (
     seen_at          integer,                     -- when the device was last heard, at most half a minute old while connected
     address          text,
     agent            text,                        -- what the device said it runs, name and version
-    software_version text,                        -- of the same name in the document that the device reports
+    software_version text,                        -- of the same name in the document that the device reports, its start
     config_version   integer not null default 0,  -- the configuration that is wanted, 0 for none; a row of `config`
     config_applied   integer                      -- the configuration that the device last said it has applied
 ) strict;
@@ -92,7 +98,7 @@ create table event (
     tenant_id  integer not null references tenant on delete cascade,
     device_id  integer not null references device on delete cascade,
     at         integer not null,
-    kind       text not null,                     -- connected, disconnected, credentials, state, config
+    kind       text not null,                     -- connected, disconnected, credentials, state, config, duplicates, conflict, removed
     detail     text not null check (json_valid(detail))
 ) strict;
 create index event_by_device on event (device_id, id);
@@ -118,6 +124,14 @@ create table telemetry (
 -- Series of devices that were removed, alone or with their tenant: their readings are deleted little by little, for a device may have millions.
 create table removed_series (
     id  integer primary key
+) strict;
+
+-- Readings that an operator removed, by series and time from `start` up to but without `stop`: deleted little by little.
+create table removed_range (
+    id         integer primary key autoincrement,
+    series_id  integer not null,
+    start      integer not null,
+    stop       integer not null
 ) strict;
 
 -- What a device reports of itself, one whole document for every actual change, each with what changed.
@@ -146,8 +160,8 @@ create table config (
     errors     text,                              -- of the device's last verdict, JSON: [{path, code, message}]
     primary key (device_id, version)
 ) strict, without rowid;
--- For the clock that looks for verdicts that did not come.
-create index config_awaited on config (sent_at + timeout) where status in ('sent', 'in_progress');
+-- For a start, after which the verdicts that are awaited have their whole time again.
+create index config_awaited on config (device_id, version) where status in ('sent', 'in_progress');
 
 -- Who did what, to what, from where, and whether they might: every change and every debug access, refused ones too. An entry
 -- is written in the transaction of its change. None is ever changed; they go only with all else of a removed tenant.
@@ -186,3 +200,10 @@ when exists (select 1 from audit where id = new.id)
 begin
     select raise(abort, 'the audit is append-only');
 end;
+
+-- A random text, new at every start and every hour. It stands in the file beside the database too, so that a write-ahead log
+-- is not replayed over a copy of another time.
+create table salt (
+    id     integer primary key check (id = 1),
+    value  text not null
+) strict;

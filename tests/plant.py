@@ -160,6 +160,25 @@ def admin_token(database: Path, role: str = "admin") -> str:
 
 
 @contextmanager
+def writing(database: Path) -> Iterator[sqlite3.Connection]:
+    """A transaction of the test's own, as a crash may have left it."""
+    with closing(iiot.connect(database)) as connection, iiot.transaction(connection):
+        yield connection
+
+
+def rows(database: Path, sql: str) -> list[Any]:
+    """What is on disk."""
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def expire(database: Path, table: str, identifier: str) -> None:
+    """Let a token or key expire: none can be made that has."""
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(f"update {table} set expires_at = ? where id = ?", (iiot.now_ms() - 1, identifier))
+
+
+@contextmanager
 def locked(database: Path) -> Iterator[None]:
     """Another program holds the write lock."""
     with closing(sqlite3.connect(database, isolation_level=None)) as other:
@@ -184,9 +203,10 @@ async def plant(folder: Path, limits: iiot.Limits | None = None, **settings: Any
 class Process:
     """The server as a process of its own, as people run it."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
         self.folder = folder
         self.arguments = arguments
+        self.environment = environment
         self.url = ""
         self.printed = ""
         self._process: asyncio.subprocess.Process | None = None
@@ -205,7 +225,8 @@ class Process:
         with (self.folder / "stderr").open("ab") as errors:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, str(ROOT / "iiot.py"), "--port", "0", "--db", str(self.database), *self.arguments,
-                stdout=asyncio.subprocess.PIPE, stderr=errors, cwd=self.folder, env={**os.environ, "PYTHONWARNINGS": "error"},
+                stdout=asyncio.subprocess.PIPE, stderr=errors, cwd=self.folder,
+                env={**os.environ, "PYTHONWARNINGS": "error", **self.environment},
             )  # fmt: skip
         assert self._process.stdout is not None
         async with asyncio.timeout(PATIENCE):

@@ -63,6 +63,7 @@ EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {
         Example(201, "device token", body={}),
         Example(201, "device token", body={"revoke": True}),
     ),
+    ("POST", "/iiot/{device}/seq"): (Example(200, "device seq", body={}), Example(200, "device seq", body={"seq": 7})),
     ("POST", "/iiot/{device}"): (Example(202, "device version status", body={"n": 2}),),
     ("GET", "/iiot/{device}/config"): (Example(200, CONFIG),),
     ("GET", "/iiot/{device}/config/history"): (PAGE,),
@@ -75,6 +76,7 @@ EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {
         Example(200, "device series next", "?every=60s&agg=max"),
         Example(200, query="?format=csv", kind="text/csv"),
     ),
+    ("DELETE", "/iiot/{device}/telemetry"): (Example(204, query="?metric=level&from=1&to=2026-01-02T00:00:00Z", kind=""),),
     ("POST", "/iiot/{device}/report"): (Example(202, "device what", body={"what": "telemetry"}),),
     ("GET", "/provisioning-keys"): (PAGE,),
     ("POST", "/provisioning-keys"): (Example(201, "id key", body={"uses": 1}),),
@@ -220,7 +222,8 @@ class Site:
         """Wait until nothing is left of what was removed before."""
         async with asyncio.timeout(plants.PATIENCE):
             with closing(sqlite3.connect(self.plant.database)) as connection:
-                while iiot.Removed.of(connection.execute(iiot.REMOVED_SQL, {"most": 1}).fetchone()):
+                times = iiot.removal_times(iiot.Limits())
+                while iiot.Removed.of(connection.execute(iiot.REMOVED_SQL, {"most": 1, **times}).fetchone()):
                     await asyncio.sleep(0.01)
 
     def snapshot(self, tenant: str | None = None) -> dict[str, list[str]]:
@@ -247,7 +250,7 @@ def of_tenant(table: str, columns: list[str], tenant: str) -> str:
         return devices
     if "series_id" in columns:
         return f"series_id in (select id from series where {devices})"
-    assert table == "removed_series", table
+    assert table in ("removed_series", "salt"), table
     return "false"
 
 
@@ -290,7 +293,8 @@ def bearer(token: str) -> str:
 async def strangers(site: Site, role: str) -> dict[str, str | None]:
     """What those show who have no valid token, though nearly one of a role that would do."""
     valid, revoked = await site.mint(role), await site.mint(role)
-    expired = await site.mint(role, expires_at="2020-01-01T00:00:00Z")
+    expired = await site.mint(role)
+    plants.expire(site.plant.database, "operator_token", expired.id)
     assert (await site.plant.ask("GET", "/whoami", token=revoked.text))[0] == 200
     await site.revoke(revoked, role)
     unknown = iiot.mint("op")
@@ -582,7 +586,8 @@ async def test_a_device_is_refused_that_does_not_prove_who_it_is(site: Site, cre
 async def test_no_device_is_provisioned_without_a_valid_key(site: Site, credential: str) -> None:
     plant = site.plant
     key, removed = await site.key(), await site.key()
-    _, expired = await plant.ask("POST", "/provisioning-keys", {"expires_at": "2020-01-01T00:00:00Z"})
+    _, expired = await plant.ask("POST", "/provisioning-keys", {})
+    plants.expire(plant.database, "provisioning_key", expired["id"])
     _, used_up = await plant.ask("POST", "/provisioning-keys", {"uses": 1})
     first = await plant.connect()
     await first.send("provision", key=used_up["key"], device="pump-1")
@@ -894,7 +899,7 @@ async def test_a_token_may_revoke_itself_and_is_told_so(site: Site) -> None:
 
 
 async def test_a_revocation_in_the_moment_of_the_look_up_is_not_undone_by_the_expiry() -> None:
-    registry, looked_up = iiot.Registry(), asyncio.get_running_loop().create_future()
+    registry, looked_up = iiot.Registry(iiot.Limits()), asyncio.get_running_loop().create_future()
 
     def revoke_after_look_up() -> None:
         looked_up.set_result(None)
@@ -966,7 +971,7 @@ async def test_the_last_token_that_manages_tokens_cannot_be_revoked(site: Site, 
     fault = iiot.FAULTS["last_token"]
     refused = (409, {"error": {"code": fault.code, "message": fault.message}})
     assert await plant.ask("DELETE", last, token=token) == refused, "viewers, operators, and others' admins do not count"
-    await site.mint(role, expires_at="2020-01-01T00:00:00Z")
+    plants.expire(plant.database, "operator_token", (await site.mint(role)).id)
     assert await plant.ask("DELETE", last, token=token) == refused, "one that has expired does not count"
     assert (await plant.ask("GET", "/whoami", token=token))[0] == 200
     second = await site.mint(role)

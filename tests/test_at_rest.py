@@ -333,7 +333,7 @@ def make_database_of_the_version_before(path: Path) -> None:
     """Nobody's yet, so that the first start is one, and migrates."""
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"pragma application_id = {iiot.APPLICATION_ID}")
-        connection.executescript((Path(__file__).parent / "schema-2.sql").read_text())
+        connection.executescript((Path(__file__).parent / f"schema-{iiot.SCHEMA_VERSION - 1}.sql").read_text())
         connection.execute("insert into tenant (id, name, created_at) values (1, 'default', 0)")
         connection.execute(f"pragma user_version = {iiot.SCHEMA_VERSION - 1}")
         connection.commit()

@@ -200,7 +200,7 @@ class Configurations(RuleBasedStateMachine):
         twin = self.twins[name]
         rows = [(number, version.status, version.document) for number, version in enumerate(twin.versions, 1)][::-1]
         version, status, document = rows[0] if rows else (0, None, None)
-        return version, status, document, twin.applied, twin.applied not in (None, version), rows
+        return version, status, document, twin.applied, (twin.applied or 0) != version, rows
 
     async def settled(self) -> None:
         """What follows without being announced (that a configuration was sent, that it timed out) is on disk."""

@@ -99,6 +99,8 @@ async def guess_at_socket(plant: Plant, *forwarded: str) -> str:
 def refusal(text: str, code: int | None, reason: str) -> str:
     frame = json.loads(text)
     fault = iiot.FAULTS[frame["code"]]
+    wait = frame.pop("retry_after", None)
+    assert (wait is not None and 1 <= wait <= 60) if fault.code == TOO_MANY else wait is None
     assert frame == {"type": "error", "code": fault.code, "message": fault.message}
     assert (code, reason) == (fault.close, fault.message)
     return fault.code
@@ -556,7 +558,7 @@ def test_a_world_of_guessers_takes_bounded_memory() -> None:
     for number in range(5_000):
         guesses.wrong(str(ipaddress.ip_address(2**32 - 1 - number)))
         guesses.wrong(str(ipaddress.ip_address((0x20010DB8 << 96) + (number << 64))))
-    remembered = vars(guesses)
+    remembered = vars(guesses._networks)
     assert max(len(value) for value in remembered.values() if isinstance(value, dict)) == 100
     assert sum(sys.getsizeof(value) for value in remembered.values()) < 100_000
 

@@ -242,6 +242,7 @@ ARGUMENTS: Mapping[str, Asked] = {
     "every: int": the_same(1_000, iiot.DAY),
     "aggregates: tuple[str, ...]": the_same(iiot.AGGREGATES),
     "defaults: Mapping[str, int]": the_same(QUOTAS),
+    "rows: list[Pushed]": the_same([iiot.Pushed(number, "", 1) for number in range(1, 30)]),  # devices of all
 }
 
 # Reads of one tenant whose answer is but a number.
@@ -288,9 +289,9 @@ async def check_removed(world: World, read: Read) -> None:
     assert set(removed.devices) == theirs != set()
 
 
-async def check_deadline(world: World, read: Read) -> None:
-    """For the clock of configurations: one moment, which nobody sees."""
-    assert isinstance(await read(), int)
+async def check_range_left(world: World, read: Read) -> None:
+    """For who has just marked them: whether they are still there."""
+    assert await read([1, 2, 3]) is False
 
 
 async def check_health(world: World, read: Read) -> None:
@@ -305,11 +306,11 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "TokenReads.provisioning_key": lambda world, read: check_token(world, read, "prov"),
     "AccountReads.tenants": check_tenants,
     "TokenReads.removed": check_removed,
-    "Reads.first_deadline": check_deadline,
+    "TokenReads.is_range_left": check_range_left,
     "Store.healthy": check_health,
 }
 
-NOT_READS = {"Store.open", "Store.writer"}
+NOT_READS = {"Store.open", "Store.renew_salt", "Store.writer"}
 
 
 def reads_of(owner: object, seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Read]]:
@@ -407,7 +408,8 @@ async def test_what_is_read_for_one_tenant_is_the_same_without_the_others(world:
     shutil.copy(world.database, alone)
     with closing(iiot.connect(alone)) as connection, iiot.transaction(connection):
         iiot.remove_tenant(connection, world.sides[1 - which].tenant)
-        while removed := iiot.Removed.of(connection.execute(iiot.REMOVED_SQL, {"most": 20}).fetchone()):
+        asked = {"most": 20, **iiot.removal_times(iiot.Limits())}
+        while removed := iiot.Removed.of(connection.execute(iiot.REMOVED_SQL, asked).fetchone()):
             iiot.delete_removed(connection, removed, LIMITS)
         kept = {row[0] for row in connection.execute("select distinct tenant_id from device union select id from tenant where id <> 1")}
         assert kept == {side.id}

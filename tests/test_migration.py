@@ -23,8 +23,11 @@ def make_old(path: Path, version: int) -> None:
         connection.execute("insert into tenant (id, name, created_at) values (1, 'default', 0), (4, 'other', 0)")
         connection.execute("insert into device (id, tenant_id, name, created_at) values (1, 1, 'press-1', 0), (9, 4, 'press-1', 0)")
         connection.execute("insert into presence (device_id, seq) values (1, 7), (9, 8)")
-        connection.execute("insert into device_token values ('0123456789abcdef', 1, x'00', 0)")
-        connection.execute("insert into operator_token values ('0123456789abcdef', 1, 'shift', 'viewer', x'00', 0, null)")
+        connection.execute("insert into device_token (id, device_id, secret_hash, created_at) values ('0123456789abcdef', 1, x'00', 0)")
+        connection.execute(
+            """insert into operator_token (id, tenant_id, name, role, secret_hash, created_at)
+               values ('0123456789abcdef', 1, 'shift', 'viewer', x'00', 0)"""
+        )
         connection.execute("insert into event (tenant_id, device_id, at, kind, detail) values (1, 1, 0, 'connected', '{}')")
         connection.execute("insert into series values (1, 1, 'pressure')")
         connection.execute("insert into telemetry values (1, 1000, 2.5)")

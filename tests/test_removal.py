@@ -24,7 +24,7 @@ def left(database: Path) -> dict[str, int]:
 
 
 async def test_a_removed_device_leaves_nothing_behind(tmp_path: Path) -> None:
-    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), removed_rows=100)) as plant:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), removed_rows=100, resume_seconds=0.0)) as plant:
         other = await plant.device("press-2")
         await other.store({"values": {"level": 1}})
         before = left(plant.database)

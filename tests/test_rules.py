@@ -179,9 +179,16 @@ def test_a_timestamp_is_an_integer_or_an_rfc3339_text(value: object) -> None:
 # ---- names and numbers
 
 
-@pytest.mark.parametrize("name", ["a", "A", "0", "press-1", "00:1A:2b:3C:4d:5E", "line_2.press", "x" * 64, ".", "-", "_", ":"])
+@pytest.mark.parametrize("name", ["a", "A", "0", "press-1", "00:1A:2b:3C:4d:5E", "line_2.press", "x" * 64, "...", "-", "_", ":"])
 def test_good_device_names(name: str) -> None:
     assert iiot.check_device_name(name) == name
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_step_in_a_path_is_no_name(name: str) -> None:
+    for check in (iiot.check_device_name, iiot.check_tenant_name):
+        with pytest.raises(iiot.Invalid, match="is a step in a path"):
+            check(name)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 65, "a b", "a/b", "a\n", "a\0", "é", "a*", "a?", "%41", "a,b", "\u0661", None, 1, True, ["a"]])
@@ -301,21 +308,27 @@ def test_however_deep_a_frame_is_it_is_refused(depth: int, where: str) -> None:
     assert refusal_of(b'{"a":' * depth + b"1" + b"}" * depth).fault.code in ("unknown_type", "too_deep")
 
 
-def test_the_number_of_a_bad_frame_is_found_if_it_is_good_itself() -> None:
-    assert CODEC.seq_of(b'{"type":"nonsense","seq":7}') == 7
-    for data in (
-        b"",
-        b"7",
-        b'"seq"',
-        b"[7]",
-        b"null",
-        b'{"seq":"7"}',
-        b'{"seq":0}',
-        b'{"seq":9223372036854775808}',
-        b'{"seq":true}',
-        b"{}",
-    ):
-        assert CODEC.seq_of(data) is None
+@pytest.mark.parametrize(
+    ("data", "seq"),
+    [
+        (b'{"type":"nonsense","seq":7}', 7), (b'{"seq":0}', 0), (b'{"seq":-3}', -3), (b'{"seq":9223372036854775808}', 2**63),
+        (b'{"seq": 36893488147419103232 }', 2**65), (b'{"seq":7,"values":{"seq":9}}', 7),
+        (b'{"type":"telemetry","seq":7,"samples":[{"values":{"a":NaN}}]}', 7), (b'\xef\xbb\xbf{"seq":7}', 7),
+        (b'{"seq" : 7, "a": "\xe9"}', 7), (b'{"seq":7,"a":"\\ud800"}', 7), (b'{"seq":7,"a":1.}', 7), (b'{"seq":7', 7),
+        (b'{"seq":7,"samples":[{"values":{"seq":7,"a":NaN}}]}', 7),
+        (b'{"seq":7,"samples":[{"values":{"seq":8,"a":NaN}}]}', None), (b'{"seq":7.5,"a":NaN}', None), (b'{"seq":01}', 1),
+        (b'{"seq":7e3,"a":NaN}', None), (b"", None), (b"7", None), (b'"seq"', None), (b"[7]", None), (b"null", None),
+        (b'{"seq":"7"}', None), (b'{"seq":true}', None), (b'{"seq":7.5}', None), (b"{}", None),
+        (b'{"seq":1' + b"0" * 50 + b"}", None),
+    ],
+)  # fmt: skip
+def test_the_number_of_a_bad_frame_is_found_as_the_device_wrote_it(data: bytes, seq: int | None) -> None:
+    assert CODEC.seq_of(data) == seq
+
+
+@pytest.mark.parametrize("seq", [0, -3, 2**63, 10**39])
+def test_an_error_repeats_a_number_that_is_out_of_range(seq: int) -> None:
+    assert json.loads(iiot.encode(iiot.Error("invalid", "No.", seq)))["seq"] == seq
 
 
 def test_a_frame_of_the_server_leaves_out_what_says_nothing() -> None:
