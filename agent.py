@@ -1502,7 +1502,7 @@ class Agent:
         if link.close_code == CLOSE_FRAME_TOO_BIG:
             await self._refusals.send_smaller()
         wait = error.get("retry_after")
-        if code == "session_conflict":
+        if code in ("session_conflict", "superseded"):
             text = f"another client uses the same token as this device ({text})"
         if link.close_code is None or link.close_code == 1006:
             return ClientError(f"the connection broke {text}".rstrip())

@@ -156,6 +156,37 @@ async def test_after_a_reset_of_the_counter_the_agent_comes_back_at_once_and_cou
     assert moments[2] - moments[1] < 5
 
 
+async def test_a_reset_of_the_counter_costs_a_live_agent_no_reading(plant: Plant, tmp_path: Path) -> None:
+    token = await plant.register("press-1")
+    path = "/iiot/press-1/telemetry?metric=load_1m&limit=10000"
+    async with started(tmp_path, "--url", plant.url, "--token", token, "--interval", "0.02") as running:
+        body = await plant.until(path, lambda body: body["series"] and len(body["series"][0]["points"]) > 20)
+        status, _ = await plant.ask("POST", "/iiot/press-1/seq", {"seq": 0})
+        assert status == 200
+        await running.line("closed by the server (4409)")
+        count = len(body["series"][0]["points"])
+        await plant.until(path, lambda body: len(body["series"][0]["points"]) > count + 20)
+        running.process.terminate()
+        assert (await running.end())[0] == 0
+    device = await plant.device("press-1")
+    assert 20 < device.seq < len(await plant.points("press-1", "load_1m")) + 10, "it counts from the number of the reset"
+
+
+async def test_of_two_agents_with_one_token_one_says_so_and_waits(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, iiot.Limits(fights=1, conflict_seconds=0.1)) as plant:
+        arguments = ("--url", plant.url, "--token", await plant.register("press-1"), "--interval", "0.05")
+        async with started(tmp_path, *arguments) as one, started(tmp_path, *arguments) as other:
+            told = [asyncio.create_task(running.line("another client uses the same token as this device")) for running in (one, other)]
+            done, rest = await asyncio.wait(told, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+        assert done, "nobody said so"
+        assert "the next attempt comes in 60.0 s" in done.pop().result()
+        sessions = (await plant.get("/iiot/press-1/events?kind=connected&limit=1000"))["items"]
+        assert len(sessions) < 10
+
+
 # ---- frames that are refused
 
 
@@ -410,7 +441,7 @@ async def test_a_slow_link_carries_a_recording(tmp_path: Path, *, buffers: bool)
     """The agent's patience is shorter here than in the field, and the line carries 3 kB/s: a frame of fifty rows takes over four
     seconds. Where all bytes seem to leave at once, the frames get smaller from one connection to the next."""
     expected = record(tmp_path / "run.csv", 60)
-    async with plants.plant(tmp_path, heartbeat=60.0) as plant:
+    async with plants.plant(tmp_path, heartbeat=1.0) as plant:
         token = await plant.register("press-1")
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (("LOOK_SECONDS", 0.1), ("PING_SECONDS", 0.8), ("LINK_SECONDS", 2.5), ("LINK_BYTES", 100)):
