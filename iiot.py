@@ -16,7 +16,13 @@ schema.sql the whole database.
     Errors                every way to say no
     Frames                what crosses the wire, checked
     Rules                 pure functions: time, durations, cursors
-    Store                 every line of SQL, the writer, the readers
+    Database              the file, connections, migrations, transactions, the readers
+    Accounts              SQL about tenants, tokens, keys and the audit
+    Devices               SQL about devices, their sessions, states and configurations
+    Readings              SQL about telemetry
+    Removal               what is left of removed things, deleted little by little
+    Writer                what waits to be stored, and the one task that stores it
+    Store                 the open database
     Identity              tokens, roles, principals
     Registry              the live sessions, their heartbeat
     Sessions              one device's WebSocket from hello to close
@@ -1128,9 +1134,10 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-# ==== Store ====
-# Owns: every line of SQL, the one writer, the readers, migrations. Rows go in as one JSON text a statement and answers come
-# out as one, because sqlite3 takes the interpreter lock at every row. Must not know: HTTP, sockets, the shape of frames.
+# ==== Database ====
+# Owns: the database file and who may open it, connections, migrations, transactions, the readers, and how SQL is spelled. Must not
+# know: what the rows mean. Rows go in as one JSON text a statement and answers come out as one, because sqlite3 takes the
+# interpreter lock at every row.
 
 SCHEMA_VERSION: Final = 4
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
@@ -1503,6 +1510,11 @@ def shortened(text: str) -> bytes:
     return orjson.dumps(orjson.loads(text))
 
 
+def bind(rows: object) -> tuple[str]:
+    """Rows as the one JSON text that a statement binds."""
+    return (orjson.dumps(rows).decode(),)
+
+
 class Connection(aiosqlite.Connection):
     """An aiosqlite connection that also runs a whole function on its thread: one hop for a transaction or a query."""
 
@@ -1519,6 +1531,448 @@ class Connection(aiosqlite.Connection):
     def interrupt_query(self) -> None:
         """End the query that runs on the connection's thread; it fails with `interrupted`."""
         self._conn.interrupt()
+
+
+class Readers:
+    """A few connections that can only read, each query with a deadline."""
+
+    def __init__(self, connections: Iterable[Connection], limits: Limits) -> None:
+        self._free: asyncio.Queue[Connection] = asyncio.Queue()
+        self._seconds = limits.query_seconds
+        for connection in connections:
+            self._free.put_nowait(connection)
+
+    async def row(self, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
+        """The first row of a query, or None. Refusal: query_too_slow."""
+        return await self._run(self._fetch, sql, parameters)
+
+    async def exact(self, sql: str, parameters: Mapping[str, object]) -> bytes | None:
+        """The JSON text in the first column of the first row, its numbers shortened; or None. Refusal: query_too_slow."""
+        return await self._run(self._fetch_exact, sql, parameters)
+
+    async def _run(self, fetch: Callable[..., T], sql: str, parameters: Mapping[str, object]) -> T:
+        try:
+            async with asyncio.timeout(self._seconds):
+                connection = await self._free.get()
+        except TimeoutError as error:
+            raise Refusal("query_too_slow") from error
+        query = asyncio.ensure_future(connection.run(fetch, sql, parameters))
+        deadline = asyncio.get_running_loop().call_later(self._seconds, connection.interrupt_query)
+
+        def release(finished: asyncio.Future[Any]) -> None:
+            deadline.cancel()
+            self._free.put_nowait(connection)
+            if not finished.cancelled():
+                finished.exception()  # its caller may be gone
+
+        query.add_done_callback(release)
+        try:
+            return await asyncio.shield(query)
+        except sqlite3.OperationalError as error:
+            if "interrupted" in str(error):
+                raise Refusal("query_too_slow") from error
+            raise
+        except asyncio.CancelledError:
+            connection.interrupt_query()  # nobody wants the answer any more
+            raise
+
+    @staticmethod
+    def _fetch(connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
+        return cast("tuple[Any, ...] | None", connection.execute(sql, parameters).fetchone())
+
+    @classmethod
+    def _fetch_exact(cls, connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> bytes | None:
+        row = cls._fetch(connection, sql, parameters)
+        return None if row is None else shortened(row[0])
+
+
+class Queries:
+    """Queries that answer as JSON text, made by SQLite and sent as it is."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def _json(self, sql: str, **parameters: object) -> str | None:
+        row = await self._readers.row(sql, parameters)
+        return None if row is None else row[0]
+
+    async def _list(self, page_sql: str, limit: int, **parameters: object) -> str:
+        """A page of `page_sql`, which yields (position, item) in order; `next` is the position to go on after."""
+        text = await self._json(
+            f"""with page as materialized ({page_sql} limit :limit + 1)
+                select json_object('items', (select json_group_array(json(item)) from (select item from page limit :limit)),
+                    'next', iif((select count(*) from page) > :limit, (select position from page limit 1 offset :limit - 1), null))""",
+            limit=limit, **parameters,
+        )  # fmt: skip
+        return str(text)
+
+
+class Bell:
+    """Wakes all who listen. Whoever looks for something takes `next` before the look, and awaits it after one in vain."""
+
+    def __init__(self) -> None:
+        self.next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def ring(self) -> None:
+        self.next.set_result(None)
+        self.next = asyncio.get_running_loop().create_future()
+
+    @staticmethod
+    async def heard(ring: asyncio.Future[None], seconds: float) -> None:
+        """Return at the ring, or after so many seconds."""
+        await asyncio.wait((ring,), timeout=seconds)
+
+
+def is_held_by_another(error: Exception) -> bool:
+    """Whether another program has the database for itself at the moment."""
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorname == "SQLITE_BUSY"
+
+
+# ==== Accounts ====
+# Owns: every line of SQL about tenants with their quotas, tokens, keys and the audit. Must not know: HTTP, sockets.
+
+
+@attrs.frozen
+class NewSecret:
+    """A token or key about to be stored: its id, and the SHA-256 of its secret."""
+
+    id: str
+    secret_hash: bytes
+
+
+@attrs.frozen
+class Actor:
+    """Who answers for a change: `tenant_id` None for the platform's own affairs, `token_id` and `address` None for the command line."""
+
+    tenant_id: int | None
+    token_id: str | None
+    name: str
+    role: str
+    address: str | None = None
+
+
+@attrs.frozen
+class Affected:
+    """What an action was done to: a name or an id as the action has it, the device if it is one, and what else the action was told."""
+
+    target: str | None = None
+    device: str | None = None
+    detail: Mapping[str, object] | None = None
+
+
+def shown_name(text: str | None) -> str | None:
+    """A name as a peer gave it, fit to be kept: it may be anything."""
+    return None if text is None else text.replace("\0", "\\0")[:256]
+
+
+def add_entries(connection: sqlite3.Connection, actor: Actor, action: str, outcome: str, affected: Iterable[Affected]) -> None:
+    """Entries of the audit, one for all that was affected; none in a tenant that was removed."""
+    rows = [(shown_name(row.target), shown_name(row.device), row.detail) for row in affected]
+    connection.execute(
+        """insert into audit (tenant_id, at, token, name, role, action, target, device, address, outcome, detail)
+           select ?2, ?3, ?4, ?5, ?6, ?7, value ->> 0, value ->> 1, ?8, ?9, iif(json_type(value, '$[2]') = 'null', null, value -> 2)
+           from json_each(?1) where ?2 is null or exists (select 1 from tenant where id = ?2 and name is not null) order by key""",
+        (redacted(*bind(rows)), actor.tenant_id, now_ms(), actor.token_id, actor.name, actor.role, action, actor.address, outcome),
+    )
+
+
+def accounted(
+    actor: Actor, action: str, function: Callable[[sqlite3.Connection], T], affected: Callable[[T], Iterable[Affected]]
+) -> Callable[[sqlite3.Connection], T]:
+    """A change that enters itself in the audit."""
+
+    def change(connection: sqlite3.Connection) -> T:
+        result = function(connection)
+        add_entries(connection, actor, action, "ok", affected(result))
+        return result
+
+    return change
+
+
+def require_token(connection: sqlite3.Connection, token_id: str) -> None:
+    """Refusal: unauthorized, when an operator's token was revoked or has expired since it was shown."""
+    if connection.execute(
+        "select 1 from operator_token where id = ? and (expires_at is null or expires_at > ?)", (token_id, now_ms())
+    ).fetchone() is None:
+        raise Refusal("unauthorized")
+
+
+def tenant_id_of(connection: sqlite3.Connection, name: str) -> int:
+    row = connection.execute("select id from tenant where name = ?", (name,)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    return int(row[0])
+
+
+def is_untouched(connection: sqlite3.Connection) -> bool:
+    """Whether nobody has a token yet, and the first tenant is still there."""
+    row = connection.execute("select 1 from tenant where name = 'default' and not exists (select 1 from operator_token)").fetchone()
+    return row is not None
+
+
+def insert_operator_token(
+    connection: sqlite3.Connection, tenant_id: int | None, new: NewSecret, name: str, role: str, expires_at: int | None = None
+) -> None:
+    connection.execute(
+        "insert into operator_token (id, tenant_id, name, role, secret_hash, created_at, expires_at) values (?, ?, ?, ?, ?, ?, ?)",
+        (new.id, tenant_id, name, role, new.secret_hash, now_ms(), expires_at),
+    )
+
+
+def delete_operator_token(connection: sqlite3.Connection, tenant_id: int | None, token_id: str) -> None:
+    """Revoke an operator's token of a tenant, or of the platform. Refusal: not_found, last_token."""
+    (outlasts_all,) = connection.execute(
+        """select exists (
+               select 1 from operator_token one where tenant_id is ?1 and id = ?2 and role in ('admin', 'platform')
+               and coalesce(expires_at, ?4) > ?3 and not exists (
+                   select 1 from operator_token other where tenant_id is ?1 and id <> ?2 and role in ('admin', 'platform')
+                   and coalesce(other.expires_at, ?4) >= coalesce(one.expires_at, ?4)))""",
+        (tenant_id, token_id, now_ms(), INTEGERS - 1),
+    ).fetchone()
+    if outlasts_all:
+        raise Refusal("last_token")
+    if connection.execute("delete from operator_token where tenant_id is ? and id = ?", (tenant_id, token_id)).rowcount == 0:
+        raise Refusal("not_found")
+
+
+def delete_provisioning_key(connection: sqlite3.Connection, tenant_id: int, key_id: str) -> None:
+    """Refusal: not_found."""
+    if connection.execute("delete from provisioning_key where tenant_id = ? and id = ?", (tenant_id, key_id)).rowcount == 0:
+        raise Refusal("not_found")
+
+
+def insert_provisioning_key(
+    connection: sqlite3.Connection, tenant_id: int, new: NewSecret, expires_at: int | None = None, uses: int | None = None
+) -> None:
+    connection.execute(
+        "insert into provisioning_key (id, tenant_id, secret_hash, created_at, expires_at, uses_left) values (?, ?, ?, ?, ?, ?)",
+        (new.id, tenant_id, new.secret_hash, now_ms(), expires_at, uses),
+    )
+
+
+def use_provisioning_key(connection: sqlite3.Connection, key_id: str) -> int:
+    """Take one use of a key; its tenant. Refusal: unauthorized, when it is used up or gone by now."""
+    row = connection.execute(
+        """update provisioning_key set uses_left = uses_left - 1
+           where id = ? and (uses_left is null or uses_left > 0) and (expires_at is null or expires_at > ?) returning tenant_id""",
+        (key_id, now_ms()),
+    ).fetchone()
+    if row is None:
+        raise Refusal("unauthorized")
+    return int(row[0])
+
+
+def set_quotas(connection: sqlite3.Connection, name: str, quotas: Mapping[str, int | None]) -> tuple[int, int | None, int | None]:
+    """Set those of a tenant's quotas that are named; its id, and its quotas of connections and points. Refusal: not_found."""
+    row = connection.execute(
+        """update tenant set
+               devices_most = iif(json_type(?1, '$.devices') is null, devices_most, ?1 ->> 'devices'),
+               connections_most = iif(json_type(?1, '$.connections') is null, connections_most, ?1 ->> 'connections'),
+               points_most = iif(json_type(?1, '$.points_per_day') is null, points_most, ?1 ->> 'points_per_day')
+           where name = ?2 returning id, connections_most, points_most""",
+        (*bind(quotas), name),
+    ).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    return cast("tuple[int, int | None, int | None]", row)
+
+
+def insert_tenant(connection: sqlite3.Connection, name: str, admin: NewSecret, quotas: Mapping[str, int | None]) -> None:
+    """A new tenant with its first admin token. Refusal: tenant_exists."""
+    row = connection.execute(
+        "insert into tenant (name, created_at) values (?, ?) on conflict do nothing returning id", (name, now_ms())
+    ).fetchone()
+    if row is None:
+        raise Refusal("tenant_exists")
+    set_quotas(connection, name, quotas)
+    insert_operator_token(connection, row[0], admin, "first admin", "admin")
+
+
+def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
+    """Put a tenant out of reach with all that is its own; its id. `delete_removed` deletes it. Refusal: not_found."""
+    row = connection.execute("update tenant set name = null where name = ? returning id", (name,)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    connection.execute("delete from operator_token where tenant_id = ?", row)
+    connection.execute("delete from provisioning_key where tenant_id = ?", row)
+    connection.execute("delete from device_token where device_id in (select id from device where tenant_id = ?)", row)
+    connection.execute("update device set name = null, removed_at = 0 where tenant_id = ?", row)
+    return int(row[0])
+
+
+DEVICES_SQL: Final = "(select count(*) from device where tenant_id = tenant.id and device.name is not null)"
+# One tenant; :today counts days since 1970-01-01, the others are the installation's defaults.
+QUOTAS_JSON: Final = f"""json_object(
+    'devices', json_object('used', {DEVICES_SQL}, 'limit', coalesce(devices_most, :devices)),
+    'connections', json_object('used', (
+        select count(*) from device join presence on device_id = device.id
+        where tenant_id = tenant.id and device.name is not null and connected),
+        'limit', coalesce(connections_most, :connections)),
+    'points_per_day', json_object('used', coalesce((select points from usage where tenant_id = tenant.id and day = :today), 0),
+        'limit', coalesce(points_most, :points_per_day)))"""
+TENANT_ROWS: Final = f"""select name position,
+    json_object('name', name, 'created_at', {time_sql("created_at")}, 'quotas', json({QUOTAS_JSON})) item
+    from tenant where name > :after order by name"""
+AUDIT_JSON: Final = f"""json_object('id', id, 'at', {time_sql("at")}, 'token', token, 'name', name, 'role', role, 'action', action,
+    'target', target, 'device', device, 'address', address, 'outcome', outcome, 'detail', json(detail))"""
+
+
+@attrs.frozen
+class DeviceToken:
+    """What a device token stands for; the quotas of its tenant are None where it has none of its own."""
+
+    token_id: str
+    secret_hash: bytes
+    device_id: int
+    device: str
+    tenant_id: int
+    tenant: str
+    connections_most: int | None
+    points_most: int | None
+    day: int
+    points_of_day: int
+
+
+@attrs.frozen
+class OperatorToken:
+    """What an operator token stands for; `tenant_id` None for the platform's own, `expires_at` None for never."""
+
+    token_id: str
+    secret_hash: bytes
+    name: str
+    role: str
+    expires_at: int | None
+    used_at: int | None
+    tenant_id: int | None
+    tenant: str | None
+
+
+@attrs.frozen
+class ProvisioningKey:
+    """What a provisioning key stands for; whether it may provision one more device."""
+
+    key_id: str
+    secret_hash: bytes
+    tenant_id: int
+    usable: bool
+
+
+class TokenReads:
+    """Look-ups by the id part of a token or key; whether its secret is right the caller must find out. They are short, and have
+    readers of their own: slow queries are kept from delaying them."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def device(self, token_id: str) -> DeviceToken | None:
+        row = await self._readers.row(
+            """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
+                      coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)
+               from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
+            {"id": token_id, "day": now_ms() // DAY},
+        )
+        return None if row is None else DeviceToken(*row)
+
+    async def operator(self, token_id: str) -> OperatorToken | None:
+        row = await self._readers.row(
+            """select operator_token.id, secret_hash, operator_token.name, role, expires_at, used_at, tenant_id, tenant.name
+               from operator_token left join tenant on tenant.id = tenant_id
+               where operator_token.id = :id and (expires_at is null or expires_at > :now)""",
+            {"id": token_id, "now": now_ms()},
+        )
+        return None if row is None else OperatorToken(*row)
+
+    async def provisioning_key(self, key_id: str) -> ProvisioningKey | None:
+        row = await self._readers.row(
+            """select id, secret_hash, tenant_id, (expires_at is null or expires_at > :now) and (uses_left is null or uses_left > 0)
+               from provisioning_key where id = :id""",
+            {"id": key_id, "now": now_ms()},
+        )
+        return None if row is None else ProvisioningKey(*row)
+
+
+@attrs.frozen
+class AuditFilter:
+    """Which entries of the audit: `actor` a token's name or id, `start` up to but without `stop` in milliseconds."""
+
+    actor: str | None
+    actions: tuple[str, ...] | None
+    device: str | None
+    start: int
+    stop: int
+
+    @property
+    def where(self) -> str:
+        """Only what is asked for, so that an index can serve it."""
+        conditions = ["tenant_id is :tenant and at >= :start and at < :stop"]
+        if self.actor is not None:
+            conditions.append("(token = :actor or name = :actor)")
+        if self.actions is not None:
+            conditions.append("action in (select value from json_each(:actions))")
+        if self.device is not None:
+            conditions.append("device = :device")
+        return " and ".join(conditions)
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        actions = None if self.actions is None else orjson.dumps(self.actions).decode()
+        return {"actor": self.actor, "actions": actions, "device": self.device, "start": self.start, "stop": self.stop}
+
+
+def tenant_lines(connection: sqlite3.Connection, defaults: Mapping[str, int]) -> list[str]:
+    """Every tenant as JSON, with what it uses and may use."""
+    rows = connection.execute(f"select item from ({TENANT_ROWS})", {"after": "", "today": now_ms() // DAY, **defaults})
+    return [row[0] for row in rows]
+
+
+class AccountReads(Queries):
+    """Queries over tokens, keys, tenants and the audit. A tenant of None is the platform, with what is its own."""
+
+    async def operator_tokens(self, tenant: int | None, limit: int, after: str) -> str:
+        return await self._list(
+            f"""select id position, json_object('id', id, 'name', name, 'role', role, 'created_at', {time_sql("created_at")},
+                       'expires_at', {time_sql("expires_at")}, 'used_at', {time_sql("used_at")}) item
+                from operator_token where tenant_id is :tenant and id > :after order by id""",
+            limit, tenant=tenant, after=after,
+        )  # fmt: skip
+
+    async def provisioning_keys(self, tenant: int, limit: int, after: str) -> str:
+        return await self._list(
+            f"""select id position, json_object('id', id, 'created_at', {time_sql("created_at")},
+                       'expires_at', {time_sql("expires_at")}, 'uses_left', uses_left) item
+                from provisioning_key where tenant_id = :tenant and id > :after order by id""",
+            limit, tenant=tenant, after=after,
+        )  # fmt: skip
+
+    async def quotas(self, tenant: int, defaults: Mapping[str, int]) -> str | None:
+        """What a tenant uses and may use."""
+        return await self._json(f"select {QUOTAS_JSON} from tenant where id = :tenant", tenant=tenant, today=now_ms() // DAY, **defaults)
+
+    async def tenants(self, limit: int, after: str, defaults: Mapping[str, int]) -> str:
+        """For the platform alone: every tenant, with what it uses and may use."""
+        return await self._list(TENANT_ROWS, limit, after=after, today=now_ms() // DAY, **defaults)
+
+    async def audit(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> str:
+        """A page of the audit, newest first; `after` is the id of the last entry seen."""
+        return await self._list(
+            f"select id position, {AUDIT_JSON} item from audit where {wanted.where} and id < :after order by id desc",
+            limit, tenant=tenant, after=after, **wanted.parameters,
+        )  # fmt: skip
+
+    async def audit_lines(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> tuple[str, int | None]:
+        """So many entries after one, oldest first, a line of JSON each; and the last one's id, None at the end."""
+        text = await self._json(
+            f"""select json_array(group_concat(item, char(10)), iif(count(*) = :limit, max(id), null)) from (
+                select id, {AUDIT_JSON} item from audit where {wanted.where} and id > :after order by id limit :limit)""",
+            tenant=tenant, limit=limit, after=after, **wanted.parameters,
+        )  # fmt: skip
+        lines, last = orjson.loads(text or "[null, null]")
+        return "" if lines is None else f"{lines}\n", last
+
+
+# ==== Devices ====
+# Owns: every line of SQL about devices: their names and tokens, sessions, timelines, states and configurations. Must not know:
+# HTTP, sockets, the shape of frames.
 
 
 class Committed(Protocol):
@@ -1587,27 +2041,247 @@ class Parting:
         return Happened(arrival, self.device_id, self.at, "disconnected", detail)
 
 
-class Change:
-    """A control operation that waits in the batch, and the future that its caller awaits."""
-
-    __slots__ = ("function", "future")
-
-    def __init__(self, function: Callable[[sqlite3.Connection], Any], future: asyncio.Future[Any]) -> None:
-        self.function = function
-        self.future = future
-
-    def settle(self, outcome: object) -> None:
-        if self.future.done():  # its caller was cancelled
-            return
-        if isinstance(outcome, BaseException):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
+def insert_events(connection: sqlite3.Connection, events: list[Happened]) -> None:
+    """Entries of timelines, in the order in which things came."""
+    if events:
+        rows = [(event.device_id, event.at, event.kind, event.detail) for event in sorted(events, key=lambda event: event.arrival)]
+        connection.execute(
+            """insert into event (tenant_id, device_id, at, kind, detail)
+               select tenant_id, device.id, new.value ->> 1, new.value ->> 2, json(new.value ->> 3)
+               from json_each(?) new join device on device.id = new.value ->> 0 order by new.key""",
+            bind(rows),
+        )
 
 
-def bind(rows: object) -> tuple[str]:
-    """Rows as the one JSON text that a statement binds."""
-    return (orjson.dumps(rows).decode(),)
+def add_event(connection: sqlite3.Connection, device_id: int, at: int, kind: str, detail: Mapping[str, object]) -> None:
+    """One entry of a device's timeline."""
+    connection.execute(
+        "insert into event (tenant_id, device_id, at, kind, detail) select tenant_id, id, ?, ?, ? from device where id = ?",
+        (at, kind, orjson.dumps(detail).decode(), device_id),
+    )
+
+
+def insert_device_token(
+    connection: sqlite3.Connection, device_id: int, new: NewSecret, *, pending: bool, key_id: str | None = None
+) -> None:
+    """`pending`: its first use ends the token before it; `key_id`: it came by that provisioning key, and may be asked for again."""
+    connection.execute(
+        "insert into device_token (id, device_id, secret_hash, created_at, pending, key_id) values (?, ?, ?, ?, ?, ?)",
+        (new.id, device_id, new.secret_hash, now_ms(), pending, key_id),
+    )
+
+
+def provisioned_token(connection: sqlite3.Connection, tenant_id: int, device: str, key_id: str, secret_hash: bytes) -> str | None:
+    """The id of the token that a device got by a provisioning key and a secret of its own, None where there is none."""
+    row = connection.execute(
+        """select device_token.id from device_token join device on device.id = device_id
+           where tenant_id = ? and name = ? and key_id = ? and secret_hash = ?""",
+        (tenant_id, device, key_id, secret_hash),
+    ).fetchone()
+    return None if row is None else str(row[0])
+
+
+def require_new_address(connection: sqlite3.Connection, tenant_id: int, name: str) -> None:
+    """Refusal: device_exists, when a device has the same hardware address in other letters."""
+    same_address = "select name from device where tenant_id = ? and lower(name) = lower(?) and name <> ?"
+    taken = connection.execute(same_address, (tenant_id, name, name)).fetchone()
+    if taken is not None:
+        raise Refusal("device_exists", FieldError("device", f"is the same hardware address as {taken[0]}"))
+
+
+def insert_device(
+    connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, detail: Mapping[str, object], most: int = INTEGERS - 1,
+    key_id: str | None = None,
+) -> None:
+    """A device with its first token, which it may ask for again if `key_id` is given; `most` devices for a tenant without a
+    quota of its own. Refusal: device_exists, also for a hardware address in other letters; too_many_devices."""
+    now = now_ms()
+    if MAC_ADDRESS.fullmatch(name):
+        require_new_address(connection, tenant_id, name)
+    row = connection.execute(
+        "insert into device (tenant_id, name, created_at) values (?, ?, ?) on conflict do nothing returning id", (tenant_id, name, now)
+    ).fetchone()
+    if row is None:
+        raise Refusal("device_exists")
+    (full,) = connection.execute(
+        f"select {DEVICES_SQL} > coalesce(devices_most, ?) from tenant where id = ?", (most, tenant_id)
+    ).fetchone()
+    if full:
+        raise Refusal("too_many_devices")
+    connection.execute("insert into presence (device_id) values (?)", row)
+    insert_device_token(connection, row[0], new, pending=False, key_id=key_id)
+    add_event(connection, row[0], now, "credentials", {"token": new.id, **detail})
+
+
+def device_row(connection: sqlite3.Connection, tenant_id: int, name: str) -> tuple[int, bool]:
+    """A device's id, and whether it is disabled. Refusal: not_found."""
+    row = connection.execute("select id, disabled from device where tenant_id = ? and name = ?", (tenant_id, name)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    return int(row[0]), bool(row[1])
+
+
+def update_device(
+    connection: sqlite3.Connection, tenant_id: int, name: str, patch: DevicePatch, by: Mapping[str, object], most_labels: int
+) -> int:
+    """Disable or enable a device, and patch its labels; its id. Refusal: not_found, invalid beyond `most_labels`."""
+    device_id, was_disabled = device_row(connection, tenant_id, name)
+    if patch.disabled is not None and patch.disabled != was_disabled:
+        connection.execute("update device set disabled = ? where id = ?", (patch.disabled, device_id))
+        add_event(connection, device_id, now_ms(), "credentials", {"disabled": patch.disabled, **by})
+    if patch.labels:
+        connection.execute("update device set labels = json_patch(labels, ?) where id = ?", (*bind(patch.labels), device_id))
+        (count,) = connection.execute("select count(*) from device, json_each(labels) where device.id = ?", (device_id,)).fetchone()
+        if count > most_labels:
+            raise Refusal("invalid", FieldError("labels", f"would be more than {most_labels}"))
+    return device_id
+
+
+def rotate_token(
+    connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, by: Mapping[str, object], *, revoke: bool
+) -> int:
+    """Give a device a new token; its id. The old one ends with the first use of the new, or now with `revoke`. Refusal: not_found."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    connection.execute("delete from device_token where device_id = ? and (pending or ?)", (device_id, revoke))
+    insert_device_token(connection, device_id, new, pending=not revoke)
+    add_event(connection, device_id, now_ms(), "credentials", {"token": new.id, "revoked": revoke, **by})
+    return device_id
+
+
+def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: str, address: str) -> None:
+    """A device shows its token: if it is a new one, the one before it ends. Refusal: unauthorized when the token is gone by
+    now, device_disabled."""
+    row = connection.execute(
+        "select pending, disabled from device_token join device on device.id = device_id where device_token.id = ? and device_id = ?",
+        (token_id, device_id),
+    ).fetchone()
+    if row is None:
+        raise Refusal("unauthorized")
+    pending, disabled = row
+    if disabled:
+        raise Refusal("device_disabled")
+    if pending:
+        connection.execute("delete from device_token where device_id = ? and id <> ?", (device_id, token_id))
+        connection.execute("update device_token set pending = 0 where id = ?", (token_id,))
+        add_event(connection, device_id, now_ms(), "credentials", {"token": token_id, "first_use": True, "address": address})
+
+
+@attrs.frozen
+class Opened:
+    """A session as the database has it: its number, the highest frame number on disk, the last time given to a sample
+    without one, the configuration that the device is owed, and the known series by metric."""
+
+    session: int
+    seq: int
+    stamp: int
+    config: Config | None
+    series: dict[str, str]
+
+
+def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, address: str, agent: str | None) -> Opened:
+    """Record that a device connected. Refusal: unauthorized when its token is gone by now, device_disabled."""
+    use_device_token(connection, device_id, token_id, address)
+    now = now_ms()
+    session, seq, stamp = connection.execute(
+        """update presence set session = session + 1, connected = 1, connected_at = ?1, seen_at = ?1, address = ?2, agent = ?3
+           where device_id = ?4 returning session, seq, stamp""",
+        (now, address, agent, device_id),
+    ).fetchone()
+    add_event(connection, device_id, now, "connected", {"session": session, "address": address, "agent": agent})
+    (series,) = connection.execute(
+        "select json_group_object(metric, cast(id as text)) from series where device_id = ?", (device_id,)
+    ).fetchone()
+    owed = connection.execute(
+        """select config.version, document from config join presence using (device_id)
+           where device_id = ? and config.version = config_version and status not in ('applied', 'rejected')""",
+        (device_id,),
+    ).fetchone()
+    config = None if owed is None else Config(owed[0], orjson.loads(owed[1]))
+    return Opened(session, seq, stamp, config, orjson.loads(series))
+
+
+def set_seq(connection: sqlite3.Connection, device_id: int, seq: int) -> None:
+    connection.execute("update presence set seq = ? where device_id = ?", (seq, device_id))
+
+
+def reset_seq(connection: sqlite3.Connection, tenant_id: int, name: str, seq: int, by: Mapping[str, object]) -> int:
+    """Say anew which frame of a device is the highest on disk; its id. Refusal: not_found."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    set_seq(connection, device_id, seq)
+    add_event(connection, device_id, now_ms(), "counter", {"seq": seq, **by})
+    return device_id
+
+
+def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str, by: Mapping[str, object] = MappingProxyType({})) -> int:
+    """Put a device out of reach with all that is known of it; its id. `delete_removed` deletes it. Refusal: not_found."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    now = now_ms()
+    add_event(connection, device_id, now, "removed", {**by})
+    connection.execute("delete from device_token where device_id = ?", (device_id,))
+    connection.execute("update device set old_name = name, name = null, removed_at = ? where id = ?", (now, device_id))
+    return device_id
+
+
+def close_crashed_sessions(connection: sqlite3.Connection) -> int:
+    """Close the sessions that a crash left open, at the last moment at which they are known to have lived."""
+    connection.execute(
+        """insert into event (tenant_id, device_id, at, kind, detail)
+           select tenant_id, device_id, coalesce(seen_at, connected_at), 'disconnected',
+                  json_object('session', session, 'reason', 'crashed', 'address', address)
+           from presence join device on device.id = device_id where connected"""
+    )
+    return connection.execute(
+        "update presence set connected = 0, disconnected_at = coalesce(seen_at, connected_at) where connected"
+    ).rowcount
+
+
+def insert_states(connection: sqlite3.Connection, rows: tuple[str], characters: int) -> None:
+    """Rows of (device, version, at, session, document, changes, software version), in order; so many characters of the last are shown."""
+    connection.execute(
+        """insert into state (device_id, version, at, session, document, changes)
+           select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 from json_each(?)""",
+        rows,
+    )
+    connection.execute(
+        """update presence set software_version = new.software
+           from (select value ->> 0 device_id, iif(json_type(value, '$[6]') = 'text', substr(value ->> 6, 1, ?2), null) software, max(key)
+                 from json_each(?1) group by 1) new
+           where presence.device_id = new.device_id""",
+        (*rows, characters),
+    )
+
+
+def write_states(
+    connection: sqlite3.Connection, reports: list[tuple[int, StateReport]], events: list[Happened], limits: Limits
+) -> list[tuple[Committed, str, int]]:
+    """What devices report, in order of arrival: a version for every actual change; which reports are refused, as (owner, code, seq)."""
+    if not reports:
+        return []
+    (text,) = connection.execute(
+        """select json_group_object(device_id, json_array(version, json(document)))
+           from (select distinct value id from json_each(?)) reporting join state on device_id = reporting.id
+           where version = (select max(version) from state last where last.device_id = reporting.id)""",
+        bind([report.device_id for _, report in reports]),
+    ).fetchone()
+    known: dict[str, tuple[int, dict[str, Any]]] = orjson.loads(text)
+    rows: list[tuple[object, ...]] = []
+    refused: list[tuple[Committed, str, int]] = []
+    for arrival, report in reports:
+        version, old = known.get(str(report.device_id), (0, {}))
+        new = merge_patch(old, report.document) if report.mode == "merge" else dict(report.document)
+        document = canonical(new)
+        if document == canonical(old) and version:
+            continue
+        if len(document) > limits.document_bytes or depth_of(new, limits.document_depth) > limits.document_depth:
+            refused.append((report.owner, "document_too_large", report.seq))
+            continue
+        known[str(report.device_id)] = version + 1, new
+        changes = orjson.dumps(list(changes_between(old, new))).decode()
+        events.append(Happened(arrival, report.device_id, report.at, "state", {"version": version + 1}))
+        rows.append((report.device_id, version + 1, report.at, report.session, document.decode(), changes, new.get("software_version")))
+    if rows:
+        insert_states(connection, bind(rows), limits.shown_characters)
+    return refused
 
 
 # A configuration whose verdict is awaited: its device, its version, and for how many milliseconds.
@@ -1673,53 +2347,465 @@ def write_verdicts(
     return [(said.owner, "unknown_version", said.seq) for index, (_, said) in enumerate(verdicts) if index in refused]
 
 
-def insert_states(connection: sqlite3.Connection, rows: tuple[str], characters: int) -> None:
-    """Rows of (device, version, at, session, document, changes, software version), in order; so many characters of the last are shown."""
+@attrs.frozen
+class Pushed:
+    """One row of a push: which version of its configuration the device is now wanted to have."""
+
+    device_id: int
+    device: str
+    version: int
+
+
+@attrs.frozen
+class NewConfig:
+    """A configuration to be pushed: its JSON text, whose token pushed it, and the milliseconds until `timed_out`."""
+
+    document: str
+    author: str
+    timeout: int
+
+
+def push_config(connection: sqlite3.Connection, devices: list[int], new: NewConfig) -> list[Pushed]:
+    """A new version of the wanted configuration for every device; what it supersedes, and is not final, says so."""
+    now, ids = now_ms(), bind(devices)
     connection.execute(
-        """insert into state (device_id, version, at, session, document, changes)
-           select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 from json_each(?)""",
+        """update config set status = 'superseded', status_at = ?2 from json_each(?1) wanted, presence
+           where presence.device_id = wanted.value and config.device_id = presence.device_id and version = config_version
+           and status in ('pending', 'sent', 'in_progress', 'timed_out')""",
+        (*ids, now),
+    )
+    connection.execute("update presence set config_version = config_version + 1 where device_id in (select value from json_each(?))", ids)
+    connection.execute(
+        """insert into config (device_id, version, document, at, author, timeout, status, status_at)
+           select device_id, config_version, ?2, ?3, ?4, ?5, 'pending', ?3
+           from presence where device_id in (select value from json_each(?1))""",
+        (*ids, new.document, now, new.author, new.timeout),
+    )
+    connection.execute(
+        """insert into event (tenant_id, device_id, at, kind, detail)
+           select tenant_id, device.id, ?2, 'config', json_object('version', config_version, 'status', 'pending', 'by', ?3)
+           from device join presence on device_id = device.id where device.id in (select value from json_each(?1)) order by name""",
+        (*ids, now, new.author),
+    )
+    (rows,) = connection.execute(
+        """select json_group_array(json_array(id, name, config_version)) from (
+               select id, name, config_version from device join presence on device_id = id
+               where id in (select value from json_each(?)) order by name)""",
+        ids,
+    ).fetchone()
+    return [Pushed(*row) for row in orjson.loads(rows)]
+
+
+def push_to_one(
+    connection: sqlite3.Connection, tenant_id: int, device: str, new: NewConfig, require: Callable[[int], None] = lambda _: None
+) -> Pushed:
+    """Refusal: not_found, and what `require` says to the version that is wanted so far."""
+    row = connection.execute(
+        "select id, config_version from device join presence on device_id = id where tenant_id = ? and name = ?", (tenant_id, device)
+    ).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    require(row[1])
+    return push_config(connection, [row[0]], new)[0]
+
+
+def push_to_matching(connection: sqlite3.Connection, tenant_id: int, match: str, new: NewConfig) -> list[Pushed]:
+    (ids,) = connection.execute(
+        "select json_group_array(id) from device where tenant_id = ? and name glob ?", (tenant_id, match)
+    ).fetchone()
+    return push_config(connection, orjson.loads(ids), new)
+
+
+def roll_back(
+    connection: sqlite3.Connection, tenant_id: int, device: str, version: int, new: NewConfig, require: Callable[[int], None]
+) -> tuple[Pushed, str]:
+    """Push the document of an earlier version; it, too. Refusal: not_found, unknown_version, and what `require` says to the
+    version that is wanted so far."""
+    device_id, _ = device_row(connection, tenant_id, device)
+    row = connection.execute("select document from config where device_id = ? and version = ?", (device_id, version)).fetchone()
+    if row is None:
+        raise Refusal("unknown_version", FieldError("version", f"{version} was never pushed to {device}"))
+    return push_to_one(connection, tenant_id, device, attrs.evolve(new, document=row[0]), require), row[0]
+
+
+def time_out_configs(connection: sqlite3.Connection, late: list[tuple[int, int]]) -> int:
+    """Mark the configurations, as device and version, for which no verdict came in time; how many."""
+    rows = (*bind(late), now_ms())
+    no_verdict = """status in ('sent', 'in_progress')
+        and (device_id, version) in (select value ->> 0, value ->> 1 from json_each(?1))"""
+    connection.execute(
+        f"""insert into event (tenant_id, device_id, at, kind, detail)
+            select tenant_id, device_id, ?2, 'config', json_object('version', version, 'status', 'timed_out')
+            from config join device on device.id = device_id where {no_verdict}""",
         rows,
     )
+    return connection.execute(f"update config set status = 'timed_out', status_at = ?2 where {no_verdict}", rows).rowcount
+
+
+DRIFT_SQL: Final = "json(iif(coalesce(config_applied, 0) <> config_version, 'true', 'false'))"
+DEVICE_JSON: Final = f"""json_object(
+    'device', device.name, 'connected', json(iif(connected, 'true', 'false')),
+    'connected_at', {time_sql("connected_at")}, 'disconnected_at', {time_sql("disconnected_at")},
+    'seen_at', {time_sql("seen_at")}, 'created_at', {time_sql("device.created_at")}, 'agent', agent,
+    'software_version', software_version, 'disabled', json(iif(disabled, 'true', 'false')), 'labels', json(labels),
+    'config', iif(config_version = 0, null, json_object(
+        'version', config_version, 'applied', config_applied, 'status', config.status,
+        'drift', {DRIFT_SQL})))"""
+# A row for every device of a tenant, with where it stands and the configuration that it is wanted to have.
+DEVICE_ROWS: Final = """device join presence on presence.device_id = device.id
+    left join config on config.device_id = device.id and config.version = config_version"""
+STATE_JSON: Final = f"""json_object('device', device.name, 'version', state.version, 'at', {time_sql("state.at")},
+    'session', state.session, 'reported', json(document))"""
+CONFIG_JSON: Final = f"""json_object('version', config.version, 'status', status, 'status_at', {time_sql("status_at")},
+    'at', {time_sql("config.at")}, 'by', author, 'sent_at', {time_sql("sent_at")}, 'timeout', timeout / 1000.0,
+    'message', message, 'errors', json(errors), 'document', json(document))"""
+
+
+# ==== Readings ====
+# Owns: every line of SQL that asks for readings. Must not know: HTTP, the shape of frames.
+
+LATEST_JSON: Final = f"""(select json_group_object(metric, json(point)) from (
+    select metric, (select json_object('time', {time_sql("ts")}, 'value', {exact_sql("value")})
+                    from telemetry where series_id = series.id order by ts desc limit 1) point
+    from series where device_id = device.id order by metric) where point is not null)"""
+# The series that a query is about, in the order asked: (id, metric), id null where the device has no such metric.
+WANTED_SQL: Final = """device_row as (
+        select id from device where tenant_id = :tenant and name = :device and (:device_id is null or id = :device_id)),
+    wanted as (
+        select series.id, asked.value metric from json_each(:metrics) asked
+        left join series on metric = asked.value and device_id = (select id from device_row)
+        union all
+        select * from (select id, metric from series where :metrics is null and device_id = (select id from device_row) order by metric)),
+    page_size as (select max(1, min(:limit, :together / max(1, (select count(*) from wanted)))) points)"""
+
+
+@attrs.frozen
+class TelemetryRange:
+    """Which points: metrics (None: all), from `start` up to but without `stop`, in milliseconds, newest first if `descending`; with
+    `device_id`, only of this one of the devices that have the same name one after the other."""
+
+    metrics: tuple[str, ...] | None
+    start: int
+    stop: int
+    descending: bool = False
+    device_id: int | None = None
+
+
+class TelemetryReads:
+    """Queries over the readings of one device of one tenant."""
+
+    def __init__(self, readers: Readers, limits: Limits) -> None:
+        self._readers = readers
+        self._limits = limits
+
+    async def points(self, tenant: int, device: str, wanted: TelemetryRange, limit: int) -> bytes | None:
+        """One page of points as JSON, None if there is no such device.
+
+        A page is a stretch of time: it ends before the first point that would be one too many for some series, so that all
+        series are complete in it, and `next` is where the stretch after it starts.
+        """
+        order, most = ("desc", "max") if wanted.descending else ("asc", "min")
+        within = "ts > (select ts from cut)" if wanted.descending else "ts < (select ts from cut)"
+        return await self._json(
+            f"""with {WANTED_SQL},
+            cut as (select {most}(ts) ts from (
+                select (select ts from telemetry where series_id = wanted.id and ts >= :start and ts < :stop
+                        order by ts {order} limit 1 offset (select points from page_size)) ts from wanted) where ts is not null)
+            select json_object('device', :device, 'series', (
+                select json_group_array(json_object('metric', metric, 'points', json((
+                    select json_group_array(json_array({time_sql("ts")}, {exact_sql("value")})) from (
+                        select ts, value from telemetry where series_id = wanted.id and ts >= :start and ts < :stop
+                        and ((select ts from cut) is null or {within}) order by ts {order})))))
+                from wanted), 'next', (select {time_sql("ts + 1" if wanted.descending else "ts")} from cut))
+            from device_row""",
+            tenant, device, wanted, limit=limit,
+        )  # fmt: skip
+
+    async def buckets(
+        self, tenant: int, device: str, wanted: TelemetryRange, limit: int, every: int, aggregates: tuple[str, ...]
+    ) -> bytes | None:
+        """One page of buckets of `every` milliseconds as JSON, None if there is no such device; a bucket without points is
+        left out. A page spans at most `limit` buckets from the first point on; `next` is where points come after it."""
+        first, beyond = (
+            ("max", "exists (select 1 from telemetry where series_id = wanted.id and ts >= :start and ts < (select low from span))")
+            if wanted.descending
+            else ("min", "exists (select 1 from telemetry where series_id = wanted.id and ts >= (select high from span) and ts < :stop)")
+        )
+        span = (
+            "max(:start, ts / :every * :every + :every - :every * (select points from page_size)) low,"
+            " min(:stop, ts / :every * :every + :every) high"
+            if wanted.descending
+            else "max(:start, ts / :every * :every) low,"
+            " min(:stop, ts / :every * :every + :every * (select points from page_size)) high"
+        )
+        next_page = "low" if wanted.descending else "high"
+        return await self._json(
+            f"""with recursive {WANTED_SQL},
+            first as (select {first}(ts) ts from (
+                select (select {first}(ts) from telemetry where series_id = wanted.id and ts >= :start and ts < :stop) ts from wanted)),
+            span as (select {span} from first where ts is not null),
+            bucket (low, high) as (
+                select low, min(high, low / :every * :every + :every) from span
+                union all
+                select bucket.high, min(span.high, bucket.high + :every) from bucket, span where bucket.high < span.high)
+            select json_object('device', :device, 'series', (
+                select json_group_array(json_object('metric', metric, 'points', json((
+                    select json_group_array(json(point)) from (
+                        select ({self._bucket_sql(aggregates)}) point from bucket order by low {"desc" if wanted.descending else "asc"})
+                    where point is not null)))) from wanted),
+                'next', (select {time_sql(next_page)} from span where exists (select 1 from wanted where {beyond})))
+            from device_row""",
+            tenant, device, wanted, limit=limit, every=every,
+        )  # fmt: skip
+
+    @staticmethod
+    def _bucket_sql(aggregates: tuple[str, ...], *more: str) -> str:
+        """One bucket as JSON array, null if it is empty. Text counts, and may be last, but is no number."""
+        number = "filter (where typeof(value) <> 'text')"
+        inner = {
+            "avg": f"avg(value) {number}", "min": f"min(value) {number}", "max": f"max(value) {number}",
+            "sum": f"sum(cast(value as real)) {number}", "count": "count(*)", "last": "max(ts)",
+        }  # fmt: skip
+        columns = ", ".join(f"{inner[name]} a_{name}" for name in dict.fromkeys(aggregates))
+        # A sum of large numbers passes the largest double where their average does not: then each is made smaller first.
+        scaled = f"""(select avg(value * 1.0 / {SCALE}) {number} * {SCALE} from telemetry
+            where series_id = wanted.id and ts >= bucket.low and ts < bucket.high)"""
+        value = {
+            "last": "(select value from telemetry where series_id = wanted.id and ts = a_last)",
+            "avg": f"case when abs(a_avg) <= {LARGEST} then a_avg else {scaled} end",
+        }
+        shown = [exact_sql(f"({value[name]})" if name in value else f"a_{name}") for name in aggregates]
+        return (
+            f"select json_array({', '.join([time_sql('bucket.low / :every * :every'), *more, *shown])})"
+            f" from (select count(*) n, {columns} from telemetry"
+            " where series_id = wanted.id and ts >= bucket.low and ts < bucket.high) where n > 0"
+        )
+
+    async def device_and_metrics(self, tenant: int, device: str, wanted: TelemetryRange) -> tuple[int, list[str]] | None:
+        """The device's id, and its metrics among those wanted; None if there is no such device."""
+        text = await self._json(
+            f"with {WANTED_SQL} select json_array(id, json((select json_group_array(metric) from wanted))) from device_row",
+            tenant, device, wanted,
+        )  # fmt: skip
+        return None if text is None else cast("tuple[int, list[str]]", tuple(orjson.loads(text)))
+
+    async def point_rows(self, tenant: int, device: str, metric: str, wanted: TelemetryRange) -> tuple[bytes, int | None] | None:
+        """Rows `[time, metric, value]` of one metric as JSON, and from where to go on, None at the end; None if there is no such device."""
+        return await self._rows(
+            f"""with {WANTED_SQL}
+            select (
+                select json_array(json(coalesce(json_group_array(json_array({time_sql("ts")}, :metric, {exact_sql("value")})), '[]')),
+                                  iif(count(*) = :limit, max(ts) + 1, null))
+                from (select ts, value from telemetry where series_id = (select id from wanted) and ts >= :start and ts < :stop
+                      order by ts limit :limit)) from device_row""",
+            tenant, device, metric, wanted,
+        )  # fmt: skip
+
+    async def bucket_rows(
+        self, tenant: int, device: str, metric: str, wanted: TelemetryRange, every: int, aggregates: tuple[str, ...]
+    ) -> tuple[bytes, int | None] | None:
+        """Rows `[time, metric, …aggregates]` of one metric as JSON, and from where to go on, None at the end; None if there is no such
+        device."""
+        return await self._rows(
+            f"""with recursive {WANTED_SQL},
+            first as (select min(ts) ts from telemetry where series_id = (select id from wanted) and ts >= :start and ts < :stop),
+            span as (select max(:start, ts / :every * :every) low, min(:stop, ts / :every * :every + :every * :limit) high
+                     from first where ts is not null),
+            bucket (low, high) as (
+                select low, min(high, low / :every * :every + :every) from span
+                union all
+                select bucket.high, min(span.high, bucket.high + :every) from bucket, span where bucket.high < span.high)
+            select json_array(json((
+                select coalesce(json_group_array(json(line)), '[]') from (
+                    select ({self._bucket_sql(aggregates, ":metric")}) line from wanted, bucket order by low) where line is not null)),
+                (select high from span where high < :stop)) from device_row""",
+            tenant, device, metric, wanted, every=every,
+        )  # fmt: skip
+
+    async def _rows(
+        self, sql: str, tenant: int, device: str, metric: str, wanted: TelemetryRange, **more: object
+    ) -> tuple[bytes, int | None] | None:
+        one = attrs.evolve(wanted, metrics=(metric,))
+        text = await self._readers.exact(sql, self._parameters(tenant, device, one, limit=self._limits.csv_rows, metric=metric, **more))
+        if text is None:
+            return None
+        rows, _, following = text[1:-1].rpartition(b",")
+        return rows, None if following == b"null" else int(following)
+
+    async def _json(self, sql: str, tenant: int, device: str, wanted: TelemetryRange, **more: object) -> bytes | None:
+        return await self._readers.exact(sql, self._parameters(tenant, device, wanted, **more))
+
+    def _parameters(self, tenant: int, device: str, wanted: TelemetryRange, **more: object) -> dict[str, object]:
+        metrics = None if wanted.metrics is None else orjson.dumps(wanted.metrics).decode()
+        return {
+            "tenant": tenant, "device": device, "device_id": wanted.device_id, "metrics": metrics,
+            "start": wanted.start, "stop": wanted.stop, "limit": 1, "together": self._limits.points_together, **more,
+        }  # fmt: skip
+
+
+def remove_readings(
+    connection: sqlite3.Connection, tenant_id: int, name: str, metrics: tuple[str, ...] | None, start: int, stop: int
+) -> list[int]:
+    """Mark a device's readings of some metrics (None: all), from `start` up to but without `stop`, to be deleted by
+    `delete_removed`; the numbers of the marks. Refusal: not_found, also for a metric that the device does not have."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    wanted = None if metrics is None else bind(metrics)[0]
+    unknown = connection.execute(
+        "select value from json_each(?) where value not in (select metric from series where device_id = ?)", (wanted or "[]", device_id)
+    ).fetchone()
+    if unknown is not None:
+        raise Refusal("not_found", FieldError("metric", f"the device has no metric {shown_name(unknown[0])}"))
+    rows = connection.execute(
+        """insert into removed_range (series_id, start, stop) select id, ?3, ?4 from series
+           where device_id = ?1 and (?2 is null or metric in (select value from json_each(?2))) returning id""",
+        (device_id, wanted, start, stop),
+    )
+    return [row[0] for row in rows.fetchall()]
+
+
+# ==== Removal ====
+# Owns: what is left of removed devices, tenants and readings, and its deletion little by little. Must not know: HTTP, sockets.
+
+REMOVED_SQL: Final = """select
+    (select json_group_array(id) from (
+        select id from device where name is null and emptied = 0
+        union all select id from device where name is null and emptied = 1 and removed_at <= :expired
+        union all select id from device where name is null and emptied = 1 and removed_at > :now limit :most)),
+    (select json_group_array(id) from tenant where name is null), exists (select 1 from removed_series),
+    exists (select 1 from removed_range)"""
+
+
+@attrs.frozen
+class Removed:
+    """Numbers of removed devices and tenants of which something is to be deleted, a few at a time; whether there are series, and
+    ranges of readings, too."""
+
+    devices: list[int]
+    tenants: list[int]
+    series: bool
+    ranges: bool
+
+    @classmethod
+    def of(cls, row: tuple[Any, ...]) -> Removed:
+        return cls(orjson.loads(row[0]), orjson.loads(row[1]), bool(row[2]), bool(row[3]))
+
+    def __bool__(self) -> bool:
+        return bool(self.devices or self.tenants or self.series or self.ranges)
+
+
+def removal_times(limits: Limits) -> dict[str, int]:
+    """The time now, and up to which a removal is so long ago that its device's events are no longer kept. A removal later than
+    now was made while the clock was wrong."""
+    now = now_ms()
+    return {"now": now, "expired": now - round(limits.resume_seconds * 1000)}
+
+
+def delete_removed_readings(connection: sqlite3.Connection, limits: Limits) -> None:
+    """Of a few series, which may have millions, or none."""
+    some = "select id from removed_series order by id limit ?"
     connection.execute(
-        """update presence set software_version = new.software
-           from (select value ->> 0 device_id, iif(json_type(value, '$[6]') = 'text', substr(value ->> 6, 1, ?2), null) software, max(key)
-                 from json_each(?1) group by 1) new
-           where presence.device_id = new.device_id""",
-        (*rows, characters),
+        f"delete from telemetry where (series_id, ts) in (select series_id, ts from ({some}) join telemetry on series_id = id limit ?)",
+        (limits.removed_series, limits.removed_rows),
+    )
+    connection.execute(
+        f"delete from removed_series where id in ({some}) and not exists (select 1 from telemetry where series_id = id)",
+        (limits.removed_series,),
     )
 
 
-def write_states(
-    connection: sqlite3.Connection, reports: list[tuple[int, StateReport]], events: list[Happened], limits: Limits
-) -> list[tuple[Committed, str, int]]:
-    """What devices report, in order of arrival: a version for every actual change; which reports are refused, as (owner, code, seq)."""
-    if not reports:
-        return []
-    (text,) = connection.execute(
-        """select json_group_object(device_id, json_array(version, json(document)))
-           from (select distinct value id from json_each(?)) reporting join state on device_id = reporting.id
-           where version = (select max(version) from state last where last.device_id = reporting.id)""",
-        bind([report.device_id for _, report in reports]),
-    ).fetchone()
-    known: dict[str, tuple[int, dict[str, Any]]] = orjson.loads(text)
-    rows: list[tuple[object, ...]] = []
-    refused: list[tuple[Committed, str, int]] = []
-    for arrival, report in reports:
-        version, old = known.get(str(report.device_id), (0, {}))
-        new = merge_patch(old, report.document) if report.mode == "merge" else dict(report.document)
-        document = canonical(new)
-        if document == canonical(old) and version:
-            continue
-        if len(document) > limits.document_bytes or depth_of(new, limits.document_depth) > limits.document_depth:
-            refused.append((report.owner, "document_too_large", report.seq))
-            continue
-        known[str(report.device_id)] = version + 1, new
-        changes = orjson.dumps(list(changes_between(old, new))).decode()
-        events.append(Happened(arrival, report.device_id, report.at, "state", {"version": version + 1}))
-        rows.append((report.device_id, version + 1, report.at, report.session, document.decode(), changes, new.get("software_version")))
-    if rows:
-        insert_states(connection, bind(rows), limits.shown_characters)
-    return refused
+def delete_removed_ranges(connection: sqlite3.Connection, limits: Limits) -> None:
+    """A part of the first one."""
+    mark, *where = connection.execute("select id, series_id, start, stop from removed_range order by id limit 1").fetchone()
+    deleted = connection.execute(
+        """delete from telemetry where (series_id, ts) in (
+               select series_id, ts from telemetry where series_id = ? and ts >= ? and ts < ? limit ?)""",
+        (*where, limits.removed_rows),
+    ).rowcount
+    if deleted < limits.removed_rows:
+        connection.execute("delete from removed_range where id = ?", (mark,))
+
+
+def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], limits: Limits) -> None:
+    """Rows of which there may be many; their readings are left to `delete_removed_readings`. Then the events and the devices, but
+    for those whose events are still in the live feed."""
+    ids = bind(devices)
+    of_them = "device_id in (select value from json_each(?))"
+    for table in ("state", "config"):
+        key = "device_id, version"
+        sql = f"delete from {table} where ({key}) in (select {key} from {table} where {of_them} limit ?)"
+        if connection.execute(sql, (*ids, limits.removed_documents)).rowcount:
+            return
+    connection.execute(f"insert into removed_series select id from series where {of_them}", ids)
+    connection.execute(f"delete from series where {of_them}", ids)
+    times = {"ids": ids[0], "most": limits.removed_rows, **removal_times(limits)}
+    in_feed = "removed_at > :expired and removed_at <= :now"
+    connection.execute(f"update device set emptied = 1 where id in (select value from json_each(:ids)) and {in_feed}", times)
+    over = f"select id from device where id in (select value from json_each(:ids)) and ({in_feed}) is not true"
+    events = f"delete from event where id in (select id from event where device_id in ({over}) limit :most)"
+    if not connection.execute(events, times).rowcount:
+        connection.execute(f"delete from device where id in ({over})", times)
+
+
+def delete_removed_tenant(connection: sqlite3.Connection, tenant_id: int, limits: Limits) -> None:
+    """The audit, then the tenant; its devices have gone before."""
+    deleted = connection.execute(
+        "delete from audit where id in (select id from audit where tenant_id = ? limit ?)", (tenant_id, limits.removed_rows)
+    ).rowcount
+    if not deleted:
+        connection.execute("delete from tenant where id = ?", (tenant_id,))
+
+
+def delete_removed(connection: sqlite3.Connection, removed: Removed, limits: Limits) -> None:
+    """Delete a part of what is left of `removed`. Nothing may be under way any more from its devices."""
+    if removed.series:
+        delete_removed_readings(connection, limits)
+    elif removed.ranges:
+        delete_removed_ranges(connection, limits)
+    elif removed.devices:
+        delete_removed_devices(connection, removed.devices, limits)
+    else:
+        delete_removed_tenant(connection, removed.tenants[0], limits)
+
+
+class RemovalReads:
+    """What there is to delete. These are short, and share the readers of the tokens."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def removed(self, limits: Limits) -> Removed:
+        """Of what there is something left to delete."""
+        row = await self._readers.row(REMOVED_SQL, {"most": limits.removed_devices, **removal_times(limits)})
+        assert row is not None
+        return Removed.of(row)
+
+    async def is_range_left(self, marks: list[int]) -> bool:
+        """Whether some of the readings that were marked to be deleted may still be there."""
+        return await self._readers.row(
+            "select 1 from removed_range where id in (select value from json_each(:marks)) limit 1", {"marks": bind(marks)[0]}
+        ) is not None
+
+
+# ==== Writer ====
+# Owns: what waits to be stored, and the one task that stores it. Must not know: HTTP, sockets, the shape of frames.
+
+
+class Change:
+    """A control operation that waits in the batch, and the future that its caller awaits."""
+
+    __slots__ = ("function", "future")
+
+    def __init__(self, function: Callable[[sqlite3.Connection], Any], future: asyncio.Future[Any]) -> None:
+        self.function = function
+        self.future = future
+
+    def settle(self, outcome: object) -> None:
+        if self.future.done():  # its caller was cancelled
+            return
+        if isinstance(outcome, BaseException):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
 
 
 @attrs.frozen
@@ -1730,18 +2816,6 @@ class Outcome:
     changes: list[object]
     refused: list[tuple[Committed, str, int]]
     awaited: list[tuple[int, int, int]]
-
-
-def insert_events(connection: sqlite3.Connection, events: list[Happened]) -> None:
-    """Entries of timelines, in the order in which things came."""
-    if events:
-        rows = [(event.device_id, event.at, event.kind, event.detail) for event in sorted(events, key=lambda event: event.arrival)]
-        connection.execute(
-            """insert into event (tenant_id, device_id, at, kind, detail)
-               select tenant_id, device.id, new.value ->> 1, new.value ->> 2, json(new.value ->> 3)
-               from json_each(?) new join device on device.id = new.value ->> 0 order by new.key""",
-            bind(rows),
-        )
 
 
 class Batch:
@@ -1849,22 +2923,6 @@ class Batch:
         return outcome
 
 
-class Bell:
-    """Wakes all who listen. Whoever looks for something takes `next` before the look, and awaits it after one in vain."""
-
-    def __init__(self) -> None:
-        self.next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def ring(self) -> None:
-        self.next.set_result(None)
-        self.next = asyncio.get_running_loop().create_future()
-
-    @staticmethod
-    async def heard(ring: asyncio.Future[None], seconds: float) -> None:
-        """Return at the ring, or after so many seconds."""
-        await asyncio.wait((ring,), timeout=seconds)
-
-
 class Awaited:
     """Configurations that were sent and whose verdict is awaited, with the time at which each is late. It goes by the clock
     of the process: the wall clock may be set meanwhile. So a start gives each its whole time again."""
@@ -1889,11 +2947,6 @@ class Awaited:
                 del self._due[key]
                 late.append(key)
         return late
-
-
-def is_held_by_another(error: Exception) -> bool:
-    """Whether another program has the database for itself at the moment."""
-    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorname == "SQLITE_BUSY"
 
 
 class Writer:
@@ -2074,1025 +3127,8 @@ class Writer:
             failed.changes, failed.waiting, failed.tokens_used = [], {}, {}
 
 
-class Readers:
-    """A few connections that can only read, each query with a deadline."""
-
-    def __init__(self, connections: Iterable[Connection], limits: Limits) -> None:
-        self._free: asyncio.Queue[Connection] = asyncio.Queue()
-        self._seconds = limits.query_seconds
-        for connection in connections:
-            self._free.put_nowait(connection)
-
-    async def row(self, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
-        """The first row of a query, or None. Refusal: query_too_slow."""
-        return await self._run(self._fetch, sql, parameters)
-
-    async def exact(self, sql: str, parameters: Mapping[str, object]) -> bytes | None:
-        """The JSON text in the first column of the first row, its numbers shortened; or None. Refusal: query_too_slow."""
-        return await self._run(self._fetch_exact, sql, parameters)
-
-    async def _run(self, fetch: Callable[..., T], sql: str, parameters: Mapping[str, object]) -> T:
-        try:
-            async with asyncio.timeout(self._seconds):
-                connection = await self._free.get()
-        except TimeoutError as error:
-            raise Refusal("query_too_slow") from error
-        query = asyncio.ensure_future(connection.run(fetch, sql, parameters))
-        deadline = asyncio.get_running_loop().call_later(self._seconds, connection.interrupt_query)
-
-        def release(finished: asyncio.Future[Any]) -> None:
-            deadline.cancel()
-            self._free.put_nowait(connection)
-            if not finished.cancelled():
-                finished.exception()  # its caller may be gone
-
-        query.add_done_callback(release)
-        try:
-            return await asyncio.shield(query)
-        except sqlite3.OperationalError as error:
-            if "interrupted" in str(error):
-                raise Refusal("query_too_slow") from error
-            raise
-        except asyncio.CancelledError:
-            connection.interrupt_query()  # nobody wants the answer any more
-            raise
-
-    @staticmethod
-    def _fetch(connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
-        return cast("tuple[Any, ...] | None", connection.execute(sql, parameters).fetchone())
-
-    @classmethod
-    def _fetch_exact(cls, connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> bytes | None:
-        row = cls._fetch(connection, sql, parameters)
-        return None if row is None else shortened(row[0])
-
-
-def add_event(connection: sqlite3.Connection, device_id: int, at: int, kind: str, detail: Mapping[str, object]) -> None:
-    """One entry of a device's timeline."""
-    connection.execute(
-        "insert into event (tenant_id, device_id, at, kind, detail) select tenant_id, id, ?, ?, ? from device where id = ?",
-        (at, kind, orjson.dumps(detail).decode(), device_id),
-    )
-
-
-@attrs.frozen
-class NewSecret:
-    """A token or key about to be stored: its id, and the SHA-256 of its secret."""
-
-    id: str
-    secret_hash: bytes
-
-
-@attrs.frozen
-class Actor:
-    """Who answers for a change: `tenant_id` None for the platform's own affairs, `token_id` and `address` None for the command line."""
-
-    tenant_id: int | None
-    token_id: str | None
-    name: str
-    role: str
-    address: str | None = None
-
-
-@attrs.frozen
-class Affected:
-    """What an action was done to: a name or an id as the action has it, the device if it is one, and what else the action was told."""
-
-    target: str | None = None
-    device: str | None = None
-    detail: Mapping[str, object] | None = None
-
-
-def shown_name(text: str | None) -> str | None:
-    """A name as a peer gave it, fit to be kept: it may be anything."""
-    return None if text is None else text.replace("\0", "\\0")[:256]
-
-
-def add_entries(connection: sqlite3.Connection, actor: Actor, action: str, outcome: str, affected: Iterable[Affected]) -> None:
-    """Entries of the audit, one for all that was affected; none in a tenant that was removed."""
-    rows = [(shown_name(row.target), shown_name(row.device), row.detail) for row in affected]
-    connection.execute(
-        """insert into audit (tenant_id, at, token, name, role, action, target, device, address, outcome, detail)
-           select ?2, ?3, ?4, ?5, ?6, ?7, value ->> 0, value ->> 1, ?8, ?9, iif(json_type(value, '$[2]') = 'null', null, value -> 2)
-           from json_each(?1) where ?2 is null or exists (select 1 from tenant where id = ?2 and name is not null) order by key""",
-        (redacted(*bind(rows)), actor.tenant_id, now_ms(), actor.token_id, actor.name, actor.role, action, actor.address, outcome),
-    )
-
-
-def accounted(
-    actor: Actor, action: str, function: Callable[[sqlite3.Connection], T], affected: Callable[[T], Iterable[Affected]]
-) -> Callable[[sqlite3.Connection], T]:
-    """A change that enters itself in the audit."""
-
-    def change(connection: sqlite3.Connection) -> T:
-        result = function(connection)
-        add_entries(connection, actor, action, "ok", affected(result))
-        return result
-
-    return change
-
-
-def require_token(connection: sqlite3.Connection, token_id: str) -> None:
-    """Refusal: unauthorized, when an operator's token was revoked or has expired since it was shown."""
-    if connection.execute(
-        "select 1 from operator_token where id = ? and (expires_at is null or expires_at > ?)", (token_id, now_ms())
-    ).fetchone() is None:
-        raise Refusal("unauthorized")
-
-
-def tenant_id_of(connection: sqlite3.Connection, name: str) -> int:
-    row = connection.execute("select id from tenant where name = ?", (name,)).fetchone()
-    if row is None:
-        raise Refusal("not_found")
-    return int(row[0])
-
-
-def is_untouched(connection: sqlite3.Connection) -> bool:
-    """Whether nobody has a token yet, and the first tenant is still there."""
-    row = connection.execute("select 1 from tenant where name = 'default' and not exists (select 1 from operator_token)").fetchone()
-    return row is not None
-
-
-def insert_operator_token(
-    connection: sqlite3.Connection, tenant_id: int | None, new: NewSecret, name: str, role: str, expires_at: int | None = None
-) -> None:
-    connection.execute(
-        "insert into operator_token (id, tenant_id, name, role, secret_hash, created_at, expires_at) values (?, ?, ?, ?, ?, ?, ?)",
-        (new.id, tenant_id, name, role, new.secret_hash, now_ms(), expires_at),
-    )
-
-
-def delete_operator_token(connection: sqlite3.Connection, tenant_id: int | None, token_id: str) -> None:
-    """Revoke an operator's token of a tenant, or of the platform. Refusal: not_found, last_token."""
-    (outlasts_all,) = connection.execute(
-        """select exists (
-               select 1 from operator_token one where tenant_id is ?1 and id = ?2 and role in ('admin', 'platform')
-               and coalesce(expires_at, ?4) > ?3 and not exists (
-                   select 1 from operator_token other where tenant_id is ?1 and id <> ?2 and role in ('admin', 'platform')
-                   and coalesce(other.expires_at, ?4) >= coalesce(one.expires_at, ?4)))""",
-        (tenant_id, token_id, now_ms(), INTEGERS - 1),
-    ).fetchone()
-    if outlasts_all:
-        raise Refusal("last_token")
-    if connection.execute("delete from operator_token where tenant_id is ? and id = ?", (tenant_id, token_id)).rowcount == 0:
-        raise Refusal("not_found")
-
-
-def delete_provisioning_key(connection: sqlite3.Connection, tenant_id: int, key_id: str) -> None:
-    """Refusal: not_found."""
-    if connection.execute("delete from provisioning_key where tenant_id = ? and id = ?", (tenant_id, key_id)).rowcount == 0:
-        raise Refusal("not_found")
-
-
-def insert_provisioning_key(
-    connection: sqlite3.Connection, tenant_id: int, new: NewSecret, expires_at: int | None = None, uses: int | None = None
-) -> None:
-    connection.execute(
-        "insert into provisioning_key (id, tenant_id, secret_hash, created_at, expires_at, uses_left) values (?, ?, ?, ?, ?, ?)",
-        (new.id, tenant_id, new.secret_hash, now_ms(), expires_at, uses),
-    )
-
-
-def set_quotas(connection: sqlite3.Connection, name: str, quotas: Mapping[str, int | None]) -> tuple[int, int | None, int | None]:
-    """Set those of a tenant's quotas that are named; its id, and its quotas of connections and points. Refusal: not_found."""
-    row = connection.execute(
-        """update tenant set
-               devices_most = iif(json_type(?1, '$.devices') is null, devices_most, ?1 ->> 'devices'),
-               connections_most = iif(json_type(?1, '$.connections') is null, connections_most, ?1 ->> 'connections'),
-               points_most = iif(json_type(?1, '$.points_per_day') is null, points_most, ?1 ->> 'points_per_day')
-           where name = ?2 returning id, connections_most, points_most""",
-        (*bind(quotas), name),
-    ).fetchone()
-    if row is None:
-        raise Refusal("not_found")
-    return cast("tuple[int, int | None, int | None]", row)
-
-
-def insert_tenant(connection: sqlite3.Connection, name: str, admin: NewSecret, quotas: Mapping[str, int | None]) -> None:
-    """A new tenant with its first admin token. Refusal: tenant_exists."""
-    row = connection.execute(
-        "insert into tenant (name, created_at) values (?, ?) on conflict do nothing returning id", (name, now_ms())
-    ).fetchone()
-    if row is None:
-        raise Refusal("tenant_exists")
-    set_quotas(connection, name, quotas)
-    insert_operator_token(connection, row[0], admin, "first admin", "admin")
-
-
-def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
-    """Put a tenant out of reach with all that is its own; its id. `delete_removed` deletes it. Refusal: not_found."""
-    row = connection.execute("update tenant set name = null where name = ? returning id", (name,)).fetchone()
-    if row is None:
-        raise Refusal("not_found")
-    connection.execute("delete from operator_token where tenant_id = ?", row)
-    connection.execute("delete from provisioning_key where tenant_id = ?", row)
-    connection.execute("delete from device_token where device_id in (select id from device where tenant_id = ?)", row)
-    connection.execute("update device set name = null, removed_at = 0 where tenant_id = ?", row)
-    return int(row[0])
-
-
-def insert_device_token(
-    connection: sqlite3.Connection, device_id: int, new: NewSecret, *, pending: bool, key_id: str | None = None
-) -> None:
-    """`pending`: its first use ends the token before it; `key_id`: it came by that provisioning key, and may be asked for again."""
-    connection.execute(
-        "insert into device_token (id, device_id, secret_hash, created_at, pending, key_id) values (?, ?, ?, ?, ?, ?)",
-        (new.id, device_id, new.secret_hash, now_ms(), pending, key_id),
-    )
-
-
-def provisioned_token(connection: sqlite3.Connection, tenant_id: int, device: str, key_id: str, secret_hash: bytes) -> str | None:
-    """The id of the token that a device got by a provisioning key and a secret of its own, None where there is none."""
-    row = connection.execute(
-        """select device_token.id from device_token join device on device.id = device_id
-           where tenant_id = ? and name = ? and key_id = ? and secret_hash = ?""",
-        (tenant_id, device, key_id, secret_hash),
-    ).fetchone()
-    return None if row is None else str(row[0])
-
-
-DEVICES_SQL: Final = "(select count(*) from device where tenant_id = tenant.id and device.name is not null)"
-
-
-def require_new_address(connection: sqlite3.Connection, tenant_id: int, name: str) -> None:
-    """Refusal: device_exists, when a device has the same hardware address in other letters."""
-    same_address = "select name from device where tenant_id = ? and lower(name) = lower(?) and name <> ?"
-    taken = connection.execute(same_address, (tenant_id, name, name)).fetchone()
-    if taken is not None:
-        raise Refusal("device_exists", FieldError("device", f"is the same hardware address as {taken[0]}"))
-
-
-def insert_device(
-    connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, detail: Mapping[str, object], most: int = INTEGERS - 1,
-    key_id: str | None = None,
-) -> None:
-    """A device with its first token, which it may ask for again if `key_id` is given; `most` devices for a tenant without a
-    quota of its own. Refusal: device_exists, also for a hardware address in other letters; too_many_devices."""
-    now = now_ms()
-    if MAC_ADDRESS.fullmatch(name):
-        require_new_address(connection, tenant_id, name)
-    row = connection.execute(
-        "insert into device (tenant_id, name, created_at) values (?, ?, ?) on conflict do nothing returning id", (tenant_id, name, now)
-    ).fetchone()
-    if row is None:
-        raise Refusal("device_exists")
-    (full,) = connection.execute(
-        f"select {DEVICES_SQL} > coalesce(devices_most, ?) from tenant where id = ?", (most, tenant_id)
-    ).fetchone()
-    if full:
-        raise Refusal("too_many_devices")
-    connection.execute("insert into presence (device_id) values (?)", row)
-    insert_device_token(connection, row[0], new, pending=False, key_id=key_id)
-    add_event(connection, row[0], now, "credentials", {"token": new.id, **detail})
-
-
-def device_row(connection: sqlite3.Connection, tenant_id: int, name: str) -> tuple[int, bool]:
-    """A device's id, and whether it is disabled. Refusal: not_found."""
-    row = connection.execute("select id, disabled from device where tenant_id = ? and name = ?", (tenant_id, name)).fetchone()
-    if row is None:
-        raise Refusal("not_found")
-    return int(row[0]), bool(row[1])
-
-
-def update_device(
-    connection: sqlite3.Connection, tenant_id: int, name: str, patch: DevicePatch, by: Mapping[str, object], most_labels: int
-) -> int:
-    """Disable or enable a device, and patch its labels; its id. Refusal: not_found, invalid beyond `most_labels`."""
-    device_id, was_disabled = device_row(connection, tenant_id, name)
-    if patch.disabled is not None and patch.disabled != was_disabled:
-        connection.execute("update device set disabled = ? where id = ?", (patch.disabled, device_id))
-        add_event(connection, device_id, now_ms(), "credentials", {"disabled": patch.disabled, **by})
-    if patch.labels:
-        connection.execute("update device set labels = json_patch(labels, ?) where id = ?", (*bind(patch.labels), device_id))
-        (count,) = connection.execute("select count(*) from device, json_each(labels) where device.id = ?", (device_id,)).fetchone()
-        if count > most_labels:
-            raise Refusal("invalid", FieldError("labels", f"would be more than {most_labels}"))
-    return device_id
-
-
-def rotate_token(
-    connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, by: Mapping[str, object], *, revoke: bool
-) -> int:
-    """Give a device a new token; its id. The old one ends with the first use of the new, or now with `revoke`. Refusal: not_found."""
-    device_id, _ = device_row(connection, tenant_id, name)
-    connection.execute("delete from device_token where device_id = ? and (pending or ?)", (device_id, revoke))
-    insert_device_token(connection, device_id, new, pending=not revoke)
-    add_event(connection, device_id, now_ms(), "credentials", {"token": new.id, "revoked": revoke, **by})
-    return device_id
-
-
-def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: str, address: str) -> None:
-    """A device shows its token: if it is a new one, the one before it ends. Refusal: unauthorized when the token is gone by
-    now, device_disabled."""
-    row = connection.execute(
-        "select pending, disabled from device_token join device on device.id = device_id where device_token.id = ? and device_id = ?",
-        (token_id, device_id),
-    ).fetchone()
-    if row is None:
-        raise Refusal("unauthorized")
-    pending, disabled = row
-    if disabled:
-        raise Refusal("device_disabled")
-    if pending:
-        connection.execute("delete from device_token where device_id = ? and id <> ?", (device_id, token_id))
-        connection.execute("update device_token set pending = 0 where id = ?", (token_id,))
-        add_event(connection, device_id, now_ms(), "credentials", {"token": token_id, "first_use": True, "address": address})
-
-
-def use_provisioning_key(connection: sqlite3.Connection, key_id: str) -> int:
-    """Take one use of a key; its tenant. Refusal: unauthorized, when it is used up or gone by now."""
-    row = connection.execute(
-        """update provisioning_key set uses_left = uses_left - 1
-           where id = ? and (uses_left is null or uses_left > 0) and (expires_at is null or expires_at > ?) returning tenant_id""",
-        (key_id, now_ms()),
-    ).fetchone()
-    if row is None:
-        raise Refusal("unauthorized")
-    return int(row[0])
-
-
-@attrs.frozen
-class Opened:
-    """A session as the database has it: its number, the highest frame number on disk, the last time given to a sample
-    without one, the configuration that the device is owed, and the known series by metric."""
-
-    session: int
-    seq: int
-    stamp: int
-    config: Config | None
-    series: dict[str, str]
-
-
-def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, address: str, agent: str | None) -> Opened:
-    """Record that a device connected. Refusal: unauthorized when its token is gone by now, device_disabled."""
-    use_device_token(connection, device_id, token_id, address)
-    now = now_ms()
-    session, seq, stamp = connection.execute(
-        """update presence set session = session + 1, connected = 1, connected_at = ?1, seen_at = ?1, address = ?2, agent = ?3
-           where device_id = ?4 returning session, seq, stamp""",
-        (now, address, agent, device_id),
-    ).fetchone()
-    add_event(connection, device_id, now, "connected", {"session": session, "address": address, "agent": agent})
-    (series,) = connection.execute(
-        "select json_group_object(metric, cast(id as text)) from series where device_id = ?", (device_id,)
-    ).fetchone()
-    owed = connection.execute(
-        """select config.version, document from config join presence using (device_id)
-           where device_id = ? and config.version = config_version and status not in ('applied', 'rejected')""",
-        (device_id,),
-    ).fetchone()
-    config = None if owed is None else Config(owed[0], orjson.loads(owed[1]))
-    return Opened(session, seq, stamp, config, orjson.loads(series))
-
-
-@attrs.frozen
-class Pushed:
-    """One row of a push: which version of its configuration the device is now wanted to have."""
-
-    device_id: int
-    device: str
-    version: int
-
-
-@attrs.frozen
-class NewConfig:
-    """A configuration to be pushed: its JSON text, whose token pushed it, and the milliseconds until `timed_out`."""
-
-    document: str
-    author: str
-    timeout: int
-
-
-def push_config(connection: sqlite3.Connection, devices: list[int], new: NewConfig) -> list[Pushed]:
-    """A new version of the wanted configuration for every device; what it supersedes, and is not final, says so."""
-    now, ids = now_ms(), bind(devices)
-    connection.execute(
-        """update config set status = 'superseded', status_at = ?2 from json_each(?1) wanted, presence
-           where presence.device_id = wanted.value and config.device_id = presence.device_id and version = config_version
-           and status in ('pending', 'sent', 'in_progress', 'timed_out')""",
-        (*ids, now),
-    )
-    connection.execute("update presence set config_version = config_version + 1 where device_id in (select value from json_each(?))", ids)
-    connection.execute(
-        """insert into config (device_id, version, document, at, author, timeout, status, status_at)
-           select device_id, config_version, ?2, ?3, ?4, ?5, 'pending', ?3
-           from presence where device_id in (select value from json_each(?1))""",
-        (*ids, new.document, now, new.author, new.timeout),
-    )
-    connection.execute(
-        """insert into event (tenant_id, device_id, at, kind, detail)
-           select tenant_id, device.id, ?2, 'config', json_object('version', config_version, 'status', 'pending', 'by', ?3)
-           from device join presence on device_id = device.id where device.id in (select value from json_each(?1)) order by name""",
-        (*ids, now, new.author),
-    )
-    (rows,) = connection.execute(
-        """select json_group_array(json_array(id, name, config_version)) from (
-               select id, name, config_version from device join presence on device_id = id
-               where id in (select value from json_each(?)) order by name)""",
-        ids,
-    ).fetchone()
-    return [Pushed(*row) for row in orjson.loads(rows)]
-
-
-def push_to_one(
-    connection: sqlite3.Connection, tenant_id: int, device: str, new: NewConfig, require: Callable[[int], None] = lambda _: None
-) -> Pushed:
-    """Refusal: not_found, and what `require` says to the version that is wanted so far."""
-    row = connection.execute(
-        "select id, config_version from device join presence on device_id = id where tenant_id = ? and name = ?", (tenant_id, device)
-    ).fetchone()
-    if row is None:
-        raise Refusal("not_found")
-    require(row[1])
-    return push_config(connection, [row[0]], new)[0]
-
-
-def push_to_matching(connection: sqlite3.Connection, tenant_id: int, match: str, new: NewConfig) -> list[Pushed]:
-    (ids,) = connection.execute(
-        "select json_group_array(id) from device where tenant_id = ? and name glob ?", (tenant_id, match)
-    ).fetchone()
-    return push_config(connection, orjson.loads(ids), new)
-
-
-def roll_back(
-    connection: sqlite3.Connection, tenant_id: int, device: str, version: int, new: NewConfig, require: Callable[[int], None]
-) -> tuple[Pushed, str]:
-    """Push the document of an earlier version; it, too. Refusal: not_found, unknown_version, and what `require` says to the
-    version that is wanted so far."""
-    device_id, _ = device_row(connection, tenant_id, device)
-    row = connection.execute("select document from config where device_id = ? and version = ?", (device_id, version)).fetchone()
-    if row is None:
-        raise Refusal("unknown_version", FieldError("version", f"{version} was never pushed to {device}"))
-    return push_to_one(connection, tenant_id, device, attrs.evolve(new, document=row[0]), require), row[0]
-
-
-def time_out_configs(connection: sqlite3.Connection, late: list[tuple[int, int]]) -> int:
-    """Mark the configurations, as device and version, for which no verdict came in time; how many."""
-    rows = (*bind(late), now_ms())
-    no_verdict = """status in ('sent', 'in_progress')
-        and (device_id, version) in (select value ->> 0, value ->> 1 from json_each(?1))"""
-    connection.execute(
-        f"""insert into event (tenant_id, device_id, at, kind, detail)
-            select tenant_id, device_id, ?2, 'config', json_object('version', version, 'status', 'timed_out')
-            from config join device on device.id = device_id where {no_verdict}""",
-        rows,
-    )
-    return connection.execute(f"update config set status = 'timed_out', status_at = ?2 where {no_verdict}", rows).rowcount
-
-
-def set_seq(connection: sqlite3.Connection, device_id: int, seq: int) -> None:
-    connection.execute("update presence set seq = ? where device_id = ?", (seq, device_id))
-
-
-def reset_seq(connection: sqlite3.Connection, tenant_id: int, name: str, seq: int, by: Mapping[str, object]) -> int:
-    """Say anew which frame of a device is the highest on disk; its id. Refusal: not_found."""
-    device_id, _ = device_row(connection, tenant_id, name)
-    set_seq(connection, device_id, seq)
-    add_event(connection, device_id, now_ms(), "counter", {"seq": seq, **by})
-    return device_id
-
-
-def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str, by: Mapping[str, object] = MappingProxyType({})) -> int:
-    """Put a device out of reach with all that is known of it; its id. `delete_removed` deletes it. Refusal: not_found."""
-    device_id, _ = device_row(connection, tenant_id, name)
-    now = now_ms()
-    add_event(connection, device_id, now, "removed", {**by})
-    connection.execute("delete from device_token where device_id = ?", (device_id,))
-    connection.execute("update device set old_name = name, name = null, removed_at = ? where id = ?", (now, device_id))
-    return device_id
-
-
-def remove_readings(
-    connection: sqlite3.Connection, tenant_id: int, name: str, metrics: tuple[str, ...] | None, start: int, stop: int
-) -> list[int]:
-    """Mark a device's readings of some metrics (None: all), from `start` up to but without `stop`, to be deleted by
-    `delete_removed`; the numbers of the marks. Refusal: not_found, also for a metric that the device does not have."""
-    device_id, _ = device_row(connection, tenant_id, name)
-    wanted = None if metrics is None else bind(metrics)[0]
-    unknown = connection.execute(
-        "select value from json_each(?) where value not in (select metric from series where device_id = ?)", (wanted or "[]", device_id)
-    ).fetchone()
-    if unknown is not None:
-        raise Refusal("not_found", FieldError("metric", f"the device has no metric {shown_name(unknown[0])}"))
-    rows = connection.execute(
-        """insert into removed_range (series_id, start, stop) select id, ?3, ?4 from series
-           where device_id = ?1 and (?2 is null or metric in (select value from json_each(?2))) returning id""",
-        (device_id, wanted, start, stop),
-    )
-    return [row[0] for row in rows.fetchall()]
-
-
-REMOVED_SQL: Final = """select
-    (select json_group_array(id) from (
-        select id from device where name is null and emptied = 0
-        union all select id from device where name is null and emptied = 1 and removed_at <= :expired
-        union all select id from device where name is null and emptied = 1 and removed_at > :now limit :most)),
-    (select json_group_array(id) from tenant where name is null), exists (select 1 from removed_series),
-    exists (select 1 from removed_range)"""
-
-
-@attrs.frozen
-class Removed:
-    """Numbers of removed devices and tenants of which something is to be deleted, a few at a time; whether there are series, and
-    ranges of readings, too."""
-
-    devices: list[int]
-    tenants: list[int]
-    series: bool
-    ranges: bool
-
-    @classmethod
-    def of(cls, row: tuple[Any, ...]) -> Removed:
-        return cls(orjson.loads(row[0]), orjson.loads(row[1]), bool(row[2]), bool(row[3]))
-
-    def __bool__(self) -> bool:
-        return bool(self.devices or self.tenants or self.series or self.ranges)
-
-
-def removal_times(limits: Limits) -> dict[str, int]:
-    """The time now, and up to which a removal is so long ago that its device's events are no longer kept. A removal later than
-    now was made while the clock was wrong."""
-    now = now_ms()
-    return {"now": now, "expired": now - round(limits.resume_seconds * 1000)}
-
-
-def delete_removed_readings(connection: sqlite3.Connection, limits: Limits) -> None:
-    """Of a few series, which may have millions, or none."""
-    some = "select id from removed_series order by id limit ?"
-    connection.execute(
-        f"delete from telemetry where (series_id, ts) in (select series_id, ts from ({some}) join telemetry on series_id = id limit ?)",
-        (limits.removed_series, limits.removed_rows),
-    )
-    connection.execute(
-        f"delete from removed_series where id in ({some}) and not exists (select 1 from telemetry where series_id = id)",
-        (limits.removed_series,),
-    )
-
-
-def delete_removed_ranges(connection: sqlite3.Connection, limits: Limits) -> None:
-    """A part of the first one."""
-    mark, *where = connection.execute("select id, series_id, start, stop from removed_range order by id limit 1").fetchone()
-    deleted = connection.execute(
-        """delete from telemetry where (series_id, ts) in (
-               select series_id, ts from telemetry where series_id = ? and ts >= ? and ts < ? limit ?)""",
-        (*where, limits.removed_rows),
-    ).rowcount
-    if deleted < limits.removed_rows:
-        connection.execute("delete from removed_range where id = ?", (mark,))
-
-
-def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], limits: Limits) -> None:
-    """Rows of which there may be many; their readings are left to `delete_removed_readings`. Then the events and the devices, but
-    for those whose events are still in the live feed."""
-    ids = bind(devices)
-    of_them = "device_id in (select value from json_each(?))"
-    for table in ("state", "config"):
-        key = "device_id, version"
-        sql = f"delete from {table} where ({key}) in (select {key} from {table} where {of_them} limit ?)"
-        if connection.execute(sql, (*ids, limits.removed_documents)).rowcount:
-            return
-    connection.execute(f"insert into removed_series select id from series where {of_them}", ids)
-    connection.execute(f"delete from series where {of_them}", ids)
-    times = {"ids": ids[0], "most": limits.removed_rows, **removal_times(limits)}
-    in_feed = "removed_at > :expired and removed_at <= :now"
-    connection.execute(f"update device set emptied = 1 where id in (select value from json_each(:ids)) and {in_feed}", times)
-    over = f"select id from device where id in (select value from json_each(:ids)) and ({in_feed}) is not true"
-    events = f"delete from event where id in (select id from event where device_id in ({over}) limit :most)"
-    if not connection.execute(events, times).rowcount:
-        connection.execute(f"delete from device where id in ({over})", times)
-
-
-def delete_removed_tenant(connection: sqlite3.Connection, tenant_id: int, limits: Limits) -> None:
-    """The audit, then the tenant; its devices have gone before."""
-    deleted = connection.execute(
-        "delete from audit where id in (select id from audit where tenant_id = ? limit ?)", (tenant_id, limits.removed_rows)
-    ).rowcount
-    if not deleted:
-        connection.execute("delete from tenant where id = ?", (tenant_id,))
-
-
-def delete_removed(connection: sqlite3.Connection, removed: Removed, limits: Limits) -> None:
-    """Delete a part of what is left of `removed`. Nothing may be under way any more from its devices."""
-    if removed.series:
-        delete_removed_readings(connection, limits)
-    elif removed.ranges:
-        delete_removed_ranges(connection, limits)
-    elif removed.devices:
-        delete_removed_devices(connection, removed.devices, limits)
-    else:
-        delete_removed_tenant(connection, removed.tenants[0], limits)
-
-
-def close_crashed_sessions(connection: sqlite3.Connection) -> int:
-    """Close the sessions that a crash left open, at the last moment at which they are known to have lived."""
-    connection.execute(
-        """insert into event (tenant_id, device_id, at, kind, detail)
-           select tenant_id, device_id, coalesce(seen_at, connected_at), 'disconnected',
-                  json_object('session', session, 'reason', 'crashed', 'address', address)
-           from presence join device on device.id = device_id where connected"""
-    )
-    return connection.execute(
-        "update presence set connected = 0, disconnected_at = coalesce(seen_at, connected_at) where connected"
-    ).rowcount
-
-
-DRIFT_SQL: Final = "json(iif(coalesce(config_applied, 0) <> config_version, 'true', 'false'))"
-DEVICE_JSON: Final = f"""json_object(
-    'device', device.name, 'connected', json(iif(connected, 'true', 'false')),
-    'connected_at', {time_sql("connected_at")}, 'disconnected_at', {time_sql("disconnected_at")},
-    'seen_at', {time_sql("seen_at")}, 'created_at', {time_sql("device.created_at")}, 'agent', agent,
-    'software_version', software_version, 'disabled', json(iif(disabled, 'true', 'false')), 'labels', json(labels),
-    'config', iif(config_version = 0, null, json_object(
-        'version', config_version, 'applied', config_applied, 'status', config.status,
-        'drift', {DRIFT_SQL})))"""
-# A row for every device of a tenant, with where it stands and the configuration that it is wanted to have.
-DEVICE_ROWS: Final = """device join presence on presence.device_id = device.id
-    left join config on config.device_id = device.id and config.version = config_version"""
-STATE_JSON: Final = f"""json_object('device', device.name, 'version', state.version, 'at', {time_sql("state.at")},
-    'session', state.session, 'reported', json(document))"""
-CONFIG_JSON: Final = f"""json_object('version', config.version, 'status', status, 'status_at', {time_sql("status_at")},
-    'at', {time_sql("config.at")}, 'by', author, 'sent_at', {time_sql("sent_at")}, 'timeout', timeout / 1000.0,
-    'message', message, 'errors', json(errors), 'document', json(document))"""
-
-# One tenant; :today counts days since 1970-01-01, the others are the installation's defaults.
-QUOTAS_JSON: Final = f"""json_object(
-    'devices', json_object('used', {DEVICES_SQL}, 'limit', coalesce(devices_most, :devices)),
-    'connections', json_object('used', (
-        select count(*) from device join presence on device_id = device.id
-        where tenant_id = tenant.id and device.name is not null and connected),
-        'limit', coalesce(connections_most, :connections)),
-    'points_per_day', json_object('used', coalesce((select points from usage where tenant_id = tenant.id and day = :today), 0),
-        'limit', coalesce(points_most, :points_per_day)))"""
-TENANT_ROWS: Final = f"""select name position,
-    json_object('name', name, 'created_at', {time_sql("created_at")}, 'quotas', json({QUOTAS_JSON})) item
-    from tenant where name > :after order by name"""
-AUDIT_JSON: Final = f"""json_object('id', id, 'at', {time_sql("at")}, 'token', token, 'name', name, 'role', role, 'action', action,
-    'target', target, 'device', device, 'address', address, 'outcome', outcome, 'detail', json(detail))"""
-
-LATEST_JSON: Final = f"""(select json_group_object(metric, json(point)) from (
-    select metric, (select json_object('time', {time_sql("ts")}, 'value', {exact_sql("value")})
-                    from telemetry where series_id = series.id order by ts desc limit 1) point
-    from series where device_id = device.id order by metric) where point is not null)"""
-
-# The series that a query is about, in the order asked: (id, metric), id null where the device has no such metric.
-WANTED_SQL: Final = """device_row as (
-        select id from device where tenant_id = :tenant and name = :device and (:device_id is null or id = :device_id)),
-    wanted as (
-        select series.id, asked.value metric from json_each(:metrics) asked
-        left join series on metric = asked.value and device_id = (select id from device_row)
-        union all
-        select * from (select id, metric from series where :metrics is null and device_id = (select id from device_row) order by metric)),
-    page_size as (select max(1, min(:limit, :together / max(1, (select count(*) from wanted)))) points)"""
-
-
-@attrs.frozen
-class TelemetryRange:
-    """Which points: metrics (None: all), from `start` up to but without `stop`, in milliseconds, newest first if `descending`; with
-    `device_id`, only of this one of the devices that have the same name one after the other."""
-
-    metrics: tuple[str, ...] | None
-    start: int
-    stop: int
-    descending: bool = False
-    device_id: int | None = None
-
-
-class TelemetryReads:
-    """Queries over the readings of one device of one tenant."""
-
-    def __init__(self, readers: Readers, limits: Limits) -> None:
-        self._readers = readers
-        self._limits = limits
-
-    async def points(self, tenant: int, device: str, wanted: TelemetryRange, limit: int) -> bytes | None:
-        """One page of points as JSON, None if there is no such device.
-
-        A page is a stretch of time: it ends before the first point that would be one too many for some series, so that all
-        series are complete in it, and `next` is where the stretch after it starts.
-        """
-        order, most = ("desc", "max") if wanted.descending else ("asc", "min")
-        within = "ts > (select ts from cut)" if wanted.descending else "ts < (select ts from cut)"
-        return await self._json(
-            f"""with {WANTED_SQL},
-            cut as (select {most}(ts) ts from (
-                select (select ts from telemetry where series_id = wanted.id and ts >= :start and ts < :stop
-                        order by ts {order} limit 1 offset (select points from page_size)) ts from wanted) where ts is not null)
-            select json_object('device', :device, 'series', (
-                select json_group_array(json_object('metric', metric, 'points', json((
-                    select json_group_array(json_array({time_sql("ts")}, {exact_sql("value")})) from (
-                        select ts, value from telemetry where series_id = wanted.id and ts >= :start and ts < :stop
-                        and ((select ts from cut) is null or {within}) order by ts {order})))))
-                from wanted), 'next', (select {time_sql("ts + 1" if wanted.descending else "ts")} from cut))
-            from device_row""",
-            tenant, device, wanted, limit=limit,
-        )  # fmt: skip
-
-    async def buckets(
-        self, tenant: int, device: str, wanted: TelemetryRange, limit: int, every: int, aggregates: tuple[str, ...]
-    ) -> bytes | None:
-        """One page of buckets of `every` milliseconds as JSON, None if there is no such device; a bucket without points is
-        left out. A page spans at most `limit` buckets from the first point on; `next` is where points come after it."""
-        first, beyond = (
-            ("max", "exists (select 1 from telemetry where series_id = wanted.id and ts >= :start and ts < (select low from span))")
-            if wanted.descending
-            else ("min", "exists (select 1 from telemetry where series_id = wanted.id and ts >= (select high from span) and ts < :stop)")
-        )
-        span = (
-            "max(:start, ts / :every * :every + :every - :every * (select points from page_size)) low,"
-            " min(:stop, ts / :every * :every + :every) high"
-            if wanted.descending
-            else "max(:start, ts / :every * :every) low,"
-            " min(:stop, ts / :every * :every + :every * (select points from page_size)) high"
-        )
-        next_page = "low" if wanted.descending else "high"
-        return await self._json(
-            f"""with recursive {WANTED_SQL},
-            first as (select {first}(ts) ts from (
-                select (select {first}(ts) from telemetry where series_id = wanted.id and ts >= :start and ts < :stop) ts from wanted)),
-            span as (select {span} from first where ts is not null),
-            bucket (low, high) as (
-                select low, min(high, low / :every * :every + :every) from span
-                union all
-                select bucket.high, min(span.high, bucket.high + :every) from bucket, span where bucket.high < span.high)
-            select json_object('device', :device, 'series', (
-                select json_group_array(json_object('metric', metric, 'points', json((
-                    select json_group_array(json(point)) from (
-                        select ({self._bucket_sql(aggregates)}) point from bucket order by low {"desc" if wanted.descending else "asc"})
-                    where point is not null)))) from wanted),
-                'next', (select {time_sql(next_page)} from span where exists (select 1 from wanted where {beyond})))
-            from device_row""",
-            tenant, device, wanted, limit=limit, every=every,
-        )  # fmt: skip
-
-    @staticmethod
-    def _bucket_sql(aggregates: tuple[str, ...], *more: str) -> str:
-        """One bucket as JSON array, null if it is empty. Text counts, and may be last, but is no number."""
-        number = "filter (where typeof(value) <> 'text')"
-        inner = {
-            "avg": f"avg(value) {number}", "min": f"min(value) {number}", "max": f"max(value) {number}",
-            "sum": f"sum(cast(value as real)) {number}", "count": "count(*)", "last": "max(ts)",
-        }  # fmt: skip
-        columns = ", ".join(f"{inner[name]} a_{name}" for name in dict.fromkeys(aggregates))
-        # A sum of large numbers passes the largest double where their average does not: then each is made smaller first.
-        scaled = f"""(select avg(value * 1.0 / {SCALE}) {number} * {SCALE} from telemetry
-            where series_id = wanted.id and ts >= bucket.low and ts < bucket.high)"""
-        value = {
-            "last": "(select value from telemetry where series_id = wanted.id and ts = a_last)",
-            "avg": f"case when abs(a_avg) <= {LARGEST} then a_avg else {scaled} end",
-        }
-        shown = [exact_sql(f"({value[name]})" if name in value else f"a_{name}") for name in aggregates]
-        return (
-            f"select json_array({', '.join([time_sql('bucket.low / :every * :every'), *more, *shown])})"
-            f" from (select count(*) n, {columns} from telemetry"
-            " where series_id = wanted.id and ts >= bucket.low and ts < bucket.high) where n > 0"
-        )
-
-    async def device_and_metrics(self, tenant: int, device: str, wanted: TelemetryRange) -> tuple[int, list[str]] | None:
-        """The device's id, and its metrics among those wanted; None if there is no such device."""
-        text = await self._json(
-            f"with {WANTED_SQL} select json_array(id, json((select json_group_array(metric) from wanted))) from device_row",
-            tenant, device, wanted,
-        )  # fmt: skip
-        return None if text is None else cast("tuple[int, list[str]]", tuple(orjson.loads(text)))
-
-    async def point_rows(self, tenant: int, device: str, metric: str, wanted: TelemetryRange) -> tuple[bytes, int | None] | None:
-        """Rows `[time, metric, value]` of one metric as JSON, and from where to go on, None at the end; None if there is no such device."""
-        return await self._rows(
-            f"""with {WANTED_SQL}
-            select (
-                select json_array(json(coalesce(json_group_array(json_array({time_sql("ts")}, :metric, {exact_sql("value")})), '[]')),
-                                  iif(count(*) = :limit, max(ts) + 1, null))
-                from (select ts, value from telemetry where series_id = (select id from wanted) and ts >= :start and ts < :stop
-                      order by ts limit :limit)) from device_row""",
-            tenant, device, metric, wanted,
-        )  # fmt: skip
-
-    async def bucket_rows(
-        self, tenant: int, device: str, metric: str, wanted: TelemetryRange, every: int, aggregates: tuple[str, ...]
-    ) -> tuple[bytes, int | None] | None:
-        """Rows `[time, metric, …aggregates]` of one metric as JSON, and from where to go on, None at the end; None if there is no such
-        device."""
-        return await self._rows(
-            f"""with recursive {WANTED_SQL},
-            first as (select min(ts) ts from telemetry where series_id = (select id from wanted) and ts >= :start and ts < :stop),
-            span as (select max(:start, ts / :every * :every) low, min(:stop, ts / :every * :every + :every * :limit) high
-                     from first where ts is not null),
-            bucket (low, high) as (
-                select low, min(high, low / :every * :every + :every) from span
-                union all
-                select bucket.high, min(span.high, bucket.high + :every) from bucket, span where bucket.high < span.high)
-            select json_array(json((
-                select coalesce(json_group_array(json(line)), '[]') from (
-                    select ({self._bucket_sql(aggregates, ":metric")}) line from wanted, bucket order by low) where line is not null)),
-                (select high from span where high < :stop)) from device_row""",
-            tenant, device, metric, wanted, every=every,
-        )  # fmt: skip
-
-    async def _rows(
-        self, sql: str, tenant: int, device: str, metric: str, wanted: TelemetryRange, **more: object
-    ) -> tuple[bytes, int | None] | None:
-        one = attrs.evolve(wanted, metrics=(metric,))
-        text = await self._readers.exact(sql, self._parameters(tenant, device, one, limit=self._limits.csv_rows, metric=metric, **more))
-        if text is None:
-            return None
-        rows, _, following = text[1:-1].rpartition(b",")
-        return rows, None if following == b"null" else int(following)
-
-    async def _json(self, sql: str, tenant: int, device: str, wanted: TelemetryRange, **more: object) -> bytes | None:
-        return await self._readers.exact(sql, self._parameters(tenant, device, wanted, **more))
-
-    def _parameters(self, tenant: int, device: str, wanted: TelemetryRange, **more: object) -> dict[str, object]:
-        metrics = None if wanted.metrics is None else orjson.dumps(wanted.metrics).decode()
-        return {
-            "tenant": tenant, "device": device, "device_id": wanted.device_id, "metrics": metrics,
-            "start": wanted.start, "stop": wanted.stop, "limit": 1, "together": self._limits.points_together, **more,
-        }  # fmt: skip
-
-
-class Queries:
-    """Queries that answer as JSON text, made by SQLite and sent as it is."""
-
-    def __init__(self, readers: Readers) -> None:
-        self._readers = readers
-
-    async def _json(self, sql: str, **parameters: object) -> str | None:
-        row = await self._readers.row(sql, parameters)
-        return None if row is None else row[0]
-
-    async def _list(self, page_sql: str, limit: int, **parameters: object) -> str:
-        """A page of `page_sql`, which yields (position, item) in order; `next` is the position to go on after."""
-        text = await self._json(
-            f"""with page as materialized ({page_sql} limit :limit + 1)
-                select json_object('items', (select json_group_array(json(item)) from (select item from page limit :limit)),
-                    'next', iif((select count(*) from page) > :limit, (select position from page limit 1 offset :limit - 1), null))""",
-            limit=limit, **parameters,
-        )  # fmt: skip
-        return str(text)
-
-
-@attrs.frozen
-class DeviceToken:
-    """What a device token stands for; the quotas of its tenant are None where it has none of its own."""
-
-    token_id: str
-    secret_hash: bytes
-    device_id: int
-    device: str
-    tenant_id: int
-    tenant: str
-    connections_most: int | None
-    points_most: int | None
-    day: int
-    points_of_day: int
-
-
-@attrs.frozen
-class OperatorToken:
-    """What an operator token stands for; `tenant_id` None for the platform's own, `expires_at` None for never."""
-
-    token_id: str
-    secret_hash: bytes
-    name: str
-    role: str
-    expires_at: int | None
-    used_at: int | None
-    tenant_id: int | None
-    tenant: str | None
-
-
-@attrs.frozen
-class ProvisioningKey:
-    """What a provisioning key stands for; whether it may provision one more device."""
-
-    key_id: str
-    secret_hash: bytes
-    tenant_id: int
-    usable: bool
-
-
-class TokenReads:
-    """Look-ups by the id part of a token or key; whether its secret is right the caller must find out. They are short, and so
-    is the one for what was removed: slow queries are kept from delaying them."""
-
-    def __init__(self, readers: Readers) -> None:
-        self._readers = readers
-
-    async def device(self, token_id: str) -> DeviceToken | None:
-        row = await self._readers.row(
-            """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
-                      coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)
-               from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
-            {"id": token_id, "day": now_ms() // DAY},
-        )
-        return None if row is None else DeviceToken(*row)
-
-    async def operator(self, token_id: str) -> OperatorToken | None:
-        row = await self._readers.row(
-            """select operator_token.id, secret_hash, operator_token.name, role, expires_at, used_at, tenant_id, tenant.name
-               from operator_token left join tenant on tenant.id = tenant_id
-               where operator_token.id = :id and (expires_at is null or expires_at > :now)""",
-            {"id": token_id, "now": now_ms()},
-        )
-        return None if row is None else OperatorToken(*row)
-
-    async def provisioning_key(self, key_id: str) -> ProvisioningKey | None:
-        row = await self._readers.row(
-            """select id, secret_hash, tenant_id, (expires_at is null or expires_at > :now) and (uses_left is null or uses_left > 0)
-               from provisioning_key where id = :id""",
-            {"id": key_id, "now": now_ms()},
-        )
-        return None if row is None else ProvisioningKey(*row)
-
-    async def removed(self, limits: Limits) -> Removed:
-        """Of what there is something left to delete."""
-        row = await self._readers.row(REMOVED_SQL, {"most": limits.removed_devices, **removal_times(limits)})
-        assert row is not None
-        return Removed.of(row)
-
-    async def is_range_left(self, marks: list[int]) -> bool:
-        """Whether some of the readings that were marked to be deleted may still be there."""
-        return await self._readers.row(
-            "select 1 from removed_range where id in (select value from json_each(:marks)) limit 1", {"marks": bind(marks)[0]}
-        ) is not None
-
-
-@attrs.frozen
-class AuditFilter:
-    """Which entries of the audit: `actor` a token's name or id, `start` up to but without `stop` in milliseconds."""
-
-    actor: str | None
-    actions: tuple[str, ...] | None
-    device: str | None
-    start: int
-    stop: int
-
-    @property
-    def where(self) -> str:
-        """Only what is asked for, so that an index can serve it."""
-        conditions = ["tenant_id is :tenant and at >= :start and at < :stop"]
-        if self.actor is not None:
-            conditions.append("(token = :actor or name = :actor)")
-        if self.actions is not None:
-            conditions.append("action in (select value from json_each(:actions))")
-        if self.device is not None:
-            conditions.append("device = :device")
-        return " and ".join(conditions)
-
-    @property
-    def parameters(self) -> dict[str, object]:
-        actions = None if self.actions is None else orjson.dumps(self.actions).decode()
-        return {"actor": self.actor, "actions": actions, "device": self.device, "start": self.start, "stop": self.stop}
-
-
-def tenant_lines(connection: sqlite3.Connection, defaults: Mapping[str, int]) -> list[str]:
-    """Every tenant as JSON, with what it uses and may use."""
-    rows = connection.execute(f"select item from ({TENANT_ROWS})", {"after": "", "today": now_ms() // DAY, **defaults})
-    return [row[0] for row in rows]
-
-
-class AccountReads(Queries):
-    """Queries over tokens, keys, tenants and the audit. A tenant of None is the platform, with what is its own."""
-
-    async def operator_tokens(self, tenant: int | None, limit: int, after: str) -> str:
-        return await self._list(
-            f"""select id position, json_object('id', id, 'name', name, 'role', role, 'created_at', {time_sql("created_at")},
-                       'expires_at', {time_sql("expires_at")}, 'used_at', {time_sql("used_at")}) item
-                from operator_token where tenant_id is :tenant and id > :after order by id""",
-            limit, tenant=tenant, after=after,
-        )  # fmt: skip
-
-    async def provisioning_keys(self, tenant: int, limit: int, after: str) -> str:
-        return await self._list(
-            f"""select id position, json_object('id', id, 'created_at', {time_sql("created_at")},
-                       'expires_at', {time_sql("expires_at")}, 'uses_left', uses_left) item
-                from provisioning_key where tenant_id = :tenant and id > :after order by id""",
-            limit, tenant=tenant, after=after,
-        )  # fmt: skip
-
-    async def quotas(self, tenant: int, defaults: Mapping[str, int]) -> str | None:
-        """What a tenant uses and may use."""
-        return await self._json(f"select {QUOTAS_JSON} from tenant where id = :tenant", tenant=tenant, today=now_ms() // DAY, **defaults)
-
-    async def tenants(self, limit: int, after: str, defaults: Mapping[str, int]) -> str:
-        """For the platform alone: every tenant, with what it uses and may use."""
-        return await self._list(TENANT_ROWS, limit, after=after, today=now_ms() // DAY, **defaults)
-
-    async def audit(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> str:
-        """A page of the audit, newest first; `after` is the id of the last entry seen."""
-        return await self._list(
-            f"select id position, {AUDIT_JSON} item from audit where {wanted.where} and id < :after order by id desc",
-            limit, tenant=tenant, after=after, **wanted.parameters,
-        )  # fmt: skip
-
-    async def audit_lines(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> tuple[str, int | None]:
-        """So many entries after one, oldest first, a line of JSON each; and the last one's id, None at the end."""
-        text = await self._json(
-            f"""select json_array(group_concat(item, char(10)), iif(count(*) = :limit, max(id), null)) from (
-                select id, {AUDIT_JSON} item from audit where {wanted.where} and id > :after order by id limit :limit)""",
-            tenant=tenant, limit=limit, after=after, **wanted.parameters,
-        )  # fmt: skip
-        lines, last = orjson.loads(text or "[null, null]")
-        return "" if lines is None else f"{lines}\n", last
+# ==== Store ====
+# Owns: the open database as the rest of the program sees it. Must not know: HTTP, sockets.
 
 
 class Reads(Queries):
@@ -3104,6 +3140,7 @@ class Reads(Queries):
         self.telemetry = TelemetryReads(readers, limits)
         self.accounts = AccountReads(readers)
         self.tokens = TokenReads(keys)
+        self.removal = RemovalReads(keys)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
@@ -3206,6 +3243,7 @@ class Reads(Queries):
     async def _history(self, page_sql: str, tenant: int, device: str, limit: int, after: int) -> str | None:
         device_id = await self.device_id(tenant, device)
         return None if device_id is None else await self._list(page_sql, limit, device_id=device_id, after=after)
+
 
 class Store:
     """The open database: `writer` for everything that changes, `read` for everything that is asked."""
@@ -3864,7 +3902,7 @@ class Cleaner:
     async def _clean(self) -> None:
         """First nothing more may come from what was removed: frames that are under way are stored before the change that deletes."""
         self.wanted.clear()
-        while removed := await self._store.read.tokens.removed(self._limits):
+        while removed := await self._store.read.removal.removed(self._limits):
             for tenant_id in removed.tenants:
                 self._registry.end_tenant(tenant_id)
             for device_id in removed.devices:
@@ -4988,8 +5026,8 @@ async def remove_telemetry(call: Call) -> web.StreamResponse:
         lambda _: [Affected(name, name, {"metric": query.metric, "from": format_time(start), "to": format_time(stop)})],
     )
     platform.cleaner.wanted.set()
-    tokens = platform.store.read.tokens
-    left = await look_until(platform, platform.limits.wait_seconds_most, lambda: tokens.is_range_left(marks), lambda left: not left)
+    removal = platform.store.read.removal
+    left = await look_until(platform, platform.limits.wait_seconds_most, lambda: removal.is_range_left(marks), lambda left: not left)
     return answer({"device": name, "status": "removing"}, 202) if left else web.Response(status=204)
 
 

@@ -305,8 +305,8 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "TokenReads.operator": lambda world, read: check_token(world, read, "op"),
     "TokenReads.provisioning_key": lambda world, read: check_token(world, read, "prov"),
     "AccountReads.tenants": check_tenants,
-    "TokenReads.removed": check_removed,
-    "TokenReads.is_range_left": check_range_left,
+    "RemovalReads.removed": check_removed,
+    "RemovalReads.is_range_left": check_range_left,
     "Store.healthy": check_health,
 }
 
