@@ -252,6 +252,8 @@ class Limits:
     # A live feed sends a comment after so long without an event, so that both ends notice a broken connection.
     feed_seconds: float = 15.0
     feed_events: int = 500
+    # Live feeds that a tenant may have open: each has a socket, and what it has not read yet.
+    feeds: int = 200
     # For so long after its removal a device's events stay in the live feed, so that a client that was away misses nothing.
     resume_seconds: float = 86_400.0
     # What one transaction deletes of removed devices and tenants, between those of devices that are there: devices that it
@@ -337,6 +339,7 @@ FAULTS: Final = fault_table(
     ("too_many_connected",   403, 4429, "The tenant has as many connected devices as it may."),
     ("too_many_connections", 503, 4429, "The server holds as many connections as it can."),
     ("too_many_devices",     403, 4429, "The tenant has as many devices as it may."),
+    ("too_many_feeds",       429, 4429, "The tenant has as many live feeds open as it may."),
     ("too_many_series",      422, 4400, "The device has as many metrics as it may."),
     ("too_slow",             408, 1013, "The peer did not read what was sent to it."),
     ("unauthorized",         401, 4401, "A valid token is needed."),
@@ -2454,11 +2457,35 @@ DEVICE_JSON: Final = f"""json_object(
 # A row for every device of a tenant, with where it stands and the configuration that it is wanted to have.
 DEVICE_ROWS: Final = """device join presence on presence.device_id = device.id
     left join config on config.device_id = device.id and config.version = config_version"""
+# An event of the live feed; a device that was removed still has its name there.
+EVENT_JSON: Final = f"""json_patch(json_object('id', event.id, 'device', coalesce(name, old_name), 'kind', kind,
+    'at', {time_sql("at")}), detail)"""
 STATE_JSON: Final = f"""json_object('device', device.name, 'version', state.version, 'at', {time_sql("state.at")},
     'session', state.session, 'reported', json(document))"""
 CONFIG_JSON: Final = f"""json_object('version', config.version, 'status', status, 'status_at', {time_sql("status_at")},
     'at', {time_sql("config.at")}, 'by', author, 'sent_at', {time_sql("sent_at")}, 'timeout', timeout / 1000.0,
     'message', message, 'errors', json(errors), 'document', json(document))"""
+
+
+class NewsReads:
+    """What happened, in all tenants, for the one task that tells it. These are short, and share the readers of the tokens."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def newest(self) -> int:
+        row = await self._readers.row("select coalesce(max(id), 0) from event", {})
+        return int(row[0]) if row else 0
+
+    async def after(self, last: int, limit: int) -> list[tuple[int, int, str, str]]:
+        """The events after one, oldest first: (tenant, id, kind, JSON)."""
+        row = await self._readers.row(
+            f"""select json_group_array(json_array(tenant_id, id, kind, item)) from (
+                select event.tenant_id tenant_id, event.id id, kind, {EVENT_JSON} item from event join device on device.id = device_id
+                where event.id > :last and coalesce(name, old_name) is not null order by event.id limit :limit)""",
+            {"last": last, "limit": limit},
+        )
+        return cast("list[tuple[int, int, str, str]]", orjson.loads(row[0]) if row else [])
 
 
 # ==== Readings ====
@@ -3141,6 +3168,7 @@ class Reads(Queries):
         self.accounts = AccountReads(readers)
         self.tokens = TokenReads(keys)
         self.removal = RemovalReads(keys)
+        self.news = NewsReads(keys)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
@@ -3181,8 +3209,7 @@ class Reads(Queries):
         """What happened in a tenant after an event, oldest first: (id, kind, JSON)."""
         text = await self._json(
             f"""select json_group_array(json_array(id, kind, item)) from (
-                select event.id id, kind, json_patch(json_object('id', event.id, 'device', coalesce(name, old_name), 'kind', kind,
-                       'at', {time_sql("at")}), detail) item
+                select event.id id, kind, {EVENT_JSON} item
                 from event join device on device.id = device_id
                 where event.tenant_id = :tenant and event.id > :after and coalesce(name, old_name) is not null
                 order by event.id limit :limit)""",
@@ -3595,6 +3622,107 @@ class Running:
             self._deadline.reschedule(None if self._changing else self._until)
 
 
+class Subscription:
+    """The events of a tenant that a live feed has not sent yet, in order. One that falls behind reads the database again."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._events: deque[tuple[int, bytes]] = deque()
+        self.behind = True
+        self.ring = asyncio.Event()
+
+    def add(self, number: int, text: bytes) -> None:
+        if len(self._events) >= self._most:
+            self._events.clear()
+            self.behind = True
+        if not self.behind:
+            self._events.append((number, text))
+        self.ring.set()
+
+    def catch_up(self) -> None:
+        """What happens from now on is kept; what happened before is read from the database."""
+        self._events.clear()
+        self.behind = False
+
+    def take(self, last: int) -> tuple[int, bytes]:
+        """What came after the event `last`: the newest event's id, and the text."""
+        self.ring.clear()
+        events, self._events = self._events, deque()
+        newer = [(number, text) for number, text in events if number > last]
+        return (newer[-1][0] if newer else last), b"".join(text for _, text in newer)
+
+
+def event_lines(number: int, kind: str, text: str) -> bytes:
+    """One event of a live feed (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+    return f"id: {number}\nevent: {kind}\ndata: {text}\n\n".encode()
+
+
+class News:
+    """Tells what was committed to those of the tenant who wait for it: its live feeds, and pushes that wait for a verdict. One look
+    at the database serves all of them."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._read = store.read.news
+        self._committed = store.writer.news
+        self._limits = limits
+        self._feeds: dict[int, set[Subscription]] = {}
+        self._rings: dict[int, asyncio.Future[None]] = {}
+
+    @contextmanager
+    def subscription(self, tenant: int) -> Iterator[Subscription]:
+        """Refusal: too_many_feeds."""
+        feeds = self._feeds.setdefault(tenant, set())
+        if len(feeds) >= self._limits.feeds:
+            raise Refusal("too_many_feeds", retry_after=math.ceil(self._limits.feed_seconds))
+        feed = Subscription(self._limits.feed_events)
+        feeds.add(feed)
+        try:
+            yield feed
+        finally:
+            feeds.discard(feed)
+            if not feeds:
+                self._feeds.pop(tenant, None)
+
+    def ring(self, tenant: int) -> asyncio.Future[None]:
+        """Done when something has happened in the tenant. Whoever looks for something takes it before the look."""
+        return self._rings.setdefault(tenant, asyncio.get_running_loop().create_future())
+
+    def wake_all(self) -> None:
+        """The server stops."""
+        for tenant in list(self._rings):
+            self._rings.pop(tenant).set_result(None)
+        for feeds in self._feeds.values():
+            for feed in feeds:
+                feed.ring.set()
+
+    async def run(self) -> None:
+        last = await self._read.newest()
+        while True:
+            ring = self._committed.next
+            try:
+                last = await self._tell(last)
+            except (Refusal, sqlite3.Error) as error:  # the next look tells it
+                log.warning("cannot look for what happened: %s", error)
+            await Bell.heard(ring, self._limits.feed_seconds)
+
+    async def _tell(self, last: int) -> int:
+        """Tell what happened after an event; the id of the newest."""
+        if not (self._feeds or self._rings):
+            newest = await self._read.newest()
+            if not (self._feeds or self._rings):  # whoever has come meanwhile is to be told
+                return newest
+        while events := await self._read.after(last, self._limits.feed_events):
+            for tenant, number, kind, text in events:
+                if feeds := self._feeds.get(tenant):
+                    lines = event_lines(number, kind, text)
+                    for feed in feeds:
+                        feed.add(number, lines)
+                if tenant in self._rings:
+                    self._rings.pop(tenant).set_result(None)
+            last = events[-1][1]
+        return last
+
+
 FEED_END_SECONDS: Final = 1.0  # for a live feed to write what it is at, when the server stops
 
 
@@ -3956,6 +4084,7 @@ class Platform:
     registry: Registry
     cleaner: Cleaner
     supervisor: Supervisor
+    news: News
     trusted: Networks
 
 
@@ -4828,13 +4957,14 @@ def error_response(refusal: Refusal) -> web.Response:
 
 
 async def look_until(
-    platform: Platform, seconds: float, look: Callable[[], Awaitable[T]], enough: Callable[[T], bool], pause: float = 0.0
+    platform: Platform, seconds: float, look: Callable[[], Awaitable[T]], enough: Callable[[T], bool],
+    next_ring: Callable[[], asyncio.Future[None]], pause: float = 0.0,
 ) -> T:
-    """What `look` answers, once that is enough; or when the time is over, or the server stops. It looks again after every commit
-    that may have changed something, but no sooner than after `pause` seconds."""
+    """What `look` answers, once that is enough; or when the time is over, or the server stops. It looks again after each ring,
+    but no sooner than after `pause` seconds."""
     until = time.monotonic() + seconds
     while True:
-        ring = platform.store.writer.news.next
+        ring = next_ring()
         seen = await look()
         if enough(seen) or time.monotonic() >= until or platform.registry.closing.is_set():
             return seen
@@ -5027,7 +5157,10 @@ async def remove_telemetry(call: Call) -> web.StreamResponse:
     )
     platform.cleaner.wanted.set()
     removal = platform.store.read.removal
-    left = await look_until(platform, platform.limits.wait_seconds_most, lambda: removal.is_range_left(marks), lambda left: not left)
+    left = await look_until(
+        platform, platform.limits.wait_seconds_most, lambda: removal.is_range_left(marks), lambda left: not left,
+        lambda: platform.store.writer.news.next,
+    )  # fmt: skip
     return answer({"device": name, "status": "removing"}, 202) if left else web.Response(status=204)
 
 
@@ -5106,8 +5239,9 @@ async def answer_push(call: Call, pushed: list[Pushed], document: bytes, seconds
     sent = {row.device_id for row in pushed if send(row.device_id, row.version, document)}
     rows = {row.device: row for row in pushed}
     seen = await look_until(
-        call.platform, seconds, lambda: read.pushed(tenant, pushed), lambda seen: all(row["status"] in FINAL for row in seen), pause
-    )
+        call.platform, seconds, lambda: read.pushed(tenant, pushed), lambda seen: all(row["status"] in FINAL for row in seen),
+        lambda: call.platform.news.ring(tenant), pause,
+    )  # fmt: skip
     for row in seen:
         if row["status"] == "pending" and rows[row["device"]].device_id in sent:  # that it is sent is on its way to the disk
             row["status"] = "sent"
@@ -5162,23 +5296,24 @@ async def push_many(call: Call) -> web.StreamResponse:
     return answer({"items": await answer_push(call, rows, document, seconds, MANY_PAUSE_SECONDS if seconds else 0.0)}, 202)
 
 
-async def feed_pieces(platform: Platform, tenant: int, last: int) -> AsyncIterator[bytes]:
+async def feed_pieces(platform: Platform, tenant: int, feed: Subscription, last: int) -> AsyncIterator[bytes]:
     """The events after the last one seen, as they come; a comment where there is none for a while. Ends with the server."""
-    quiet_since = time.monotonic()
+    limits = platform.limits
     while not platform.registry.closing.is_set():
-        ring = platform.store.writer.news.next
-        events = await platform.store.read.feed(tenant, last, platform.limits.feed_events)
-        if events:
-            last = events[-1][0]
-            yield "".join(f"id: {number}\nevent: {kind}\ndata: {text}\n\n" for number, kind, text in events).encode()
-            quiet_since = time.monotonic()
-            continue
-        rest = quiet_since + platform.limits.feed_seconds - time.monotonic()
-        if rest <= 0:
-            yield b":\n\n"
-            quiet_since = time.monotonic()
-        else:
-            await Bell.heard(ring, rest)
+        if feed.behind:
+            feed.catch_up()
+            while events := await platform.store.read.feed(tenant, last, limits.feed_events):
+                last = events[-1][0]
+                yield b"".join(event_lines(*event) for event in events)
+        last, lines = feed.take(last)
+        if lines:
+            yield lines
+        elif not feed.behind:
+            try:
+                async with asyncio.timeout(limits.feed_seconds):
+                    await feed.ring.wait()
+            except TimeoutError:
+                yield b":\n\n"
 
 
 async def follow_events(call: Call) -> web.StreamResponse:
@@ -5191,15 +5326,15 @@ async def follow_events(call: Call) -> web.StreamResponse:
         last = int(shown)
     newest = await platform.store.read.last_event(tenant)
     asked, last = last, newest if last is None else min(last, newest)
-    async with streaming(call, "text/event-stream") as response:
-        with platform.registry.feed(call.request.transport):
+    with platform.news.subscription(tenant) as feed, platform.registry.feed(call.request.transport):
+        async with streaming(call, "text/event-stream") as response:
             if asked is not None and asked > newest:  # of another database: a backup was restored
                 told = orjson.dumps({"id": newest, "kind": "reset", "asked": asked}).decode()
-                await response.write(f"id: {newest}\nevent: reset\ndata: {told}\n\n".encode())
-            async for lines in feed_pieces(platform, tenant, last):
+                await response.write(event_lines(newest, "reset", told))
+            async for lines in feed_pieces(platform, tenant, feed, last):
                 async with asyncio.timeout(platform.limits.query_seconds):
                     await response.write(lines)
-    return response
+        return response
 
 
 async def list_keys(call: Call) -> web.StreamResponse:
@@ -5602,12 +5737,13 @@ async def run_platform(app: web.Application, settings: Settings, limits: Limits)
         registry = Registry(limits)
         cleaner = Cleaner(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
-        supervisor, trusted = Supervisor(), networks(settings.trusted_proxy)
-        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, supervisor, trusted)
+        supervisor, news, trusted = Supervisor(), News(store, limits), networks(settings.trusted_proxy)
+        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, supervisor, news, trusted)
         supervisor.watch(store.writer.task)
         supervisor.start("heartbeat", Heartbeat(registry, store.writer, limits, settings.heartbeat).run())
         supervisor.start("config clock", ConfigClock(store.writer, limits).run())
         supervisor.start("cleaner", cleaner.run())
+        supervisor.start("news", news.run())
         supervisor.start("salt clock", SaltClock(store, limits).run())
         try:
             yield
@@ -5624,6 +5760,7 @@ async def add_headers(_: web.Request, response: web.StreamResponse) -> None:
 async def end_sessions(app: web.Application) -> None:
     app[PLATFORM].registry.end_all("shutting_down")
     app[PLATFORM].store.writer.news.ring()
+    app[PLATFORM].news.wake_all()
 
 
 def make_app(settings: Settings, limits: Limits | None = None) -> web.Application:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import sqlite3
@@ -17,6 +18,7 @@ import plant as plants
 import pytest
 from aiohttp import ClientSession
 from plant import PATIENCE, Device, Plant, Process, locked
+from test_feed import feed as follow
 
 import iiot
 
@@ -131,6 +133,60 @@ async def test_a_push_whose_client_has_gone_is_made(plant: Plant) -> None:
     assert (await device.expect("config"))["document"] == {"n": 1}
     (entry,) = (await plant.get("/audit?action=config.push"))["items"]
     assert entry["outcome"] == "ok"
+
+
+# ---- feeds
+
+
+async def test_what_happens_in_one_tenant_wakes_no_feed_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    feed = iiot.Reads.feed
+
+    async def noted(reads: iiot.Reads, tenant: int, *arguments: int) -> list[tuple[int, str, str]]:
+        asked.append(tenant)
+        return await feed(reads, tenant, *arguments)
+
+    monkeypatch.setattr(iiot.Reads, "feed", noted)
+    async with plants.plant(tmp_path) as plant, contextlib.AsyncExitStack() as stack:
+        platform = plants.admin_token(plant.database, "platform")
+        other = (await plant.ask("POST", "/tenants", {"name": "other"}, token=platform))[1]["token"]
+        quiet = [await stack.enter_async_context(follow(plant, token=other)) for _ in range(20)]
+        loud = [await stack.enter_async_context(follow(plant)) for _ in range(20)]
+        device = await plant.device("press-1")
+        for number in range(1, 51):
+            await device.send("state", seq=number, reported={"n": number})
+        for feed_of_all in loud:
+            assert [(await feed_of_all.event()).kind for _ in range(52)] == ["credentials", "connected", *["state"] * 50]
+        assert len(asked) == 40, "each feed asks the database once, at its start"
+        assert len(quiet) == 20
+
+
+async def test_a_feed_that_falls_behind_misses_nothing(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), feed_events=5)) as plant:
+        device = await plant.device("press-1")
+        async with follow(plant) as following:
+            for number in range(1, 301):
+                await device.send("state", seq=number, reported={"n": number})
+            await device.acknowledged(300)
+            assert [(await following.event()).data["version"] for _ in range(300)] == list(range(1, 301))
+
+
+async def test_a_tenant_has_a_bounded_number_of_feeds(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), feeds=3)) as plant, contextlib.AsyncExitStack() as stack:
+        for _ in range(3):
+            await stack.enter_async_context(follow(plant))
+        status, body = await plant.ask("GET", "/events")
+        assert (status, body["error"]["code"]) == (429, "too_many_feeds")
+        await stack.aclose()
+        async with asyncio.timeout(PATIENCE):
+            while (await try_feed(plant)) != 200:
+                await asyncio.sleep(0.01)
+
+
+async def try_feed(plant: Plant) -> int:
+    headers = {"Authorization": f"Bearer {plant.token}"}
+    async with plant.client.get(plant.url + "/events", headers=headers) as response:
+        return response.status
 
 
 # ---- nothing before the welcome
