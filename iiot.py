@@ -59,7 +59,7 @@ import sysconfig
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -146,6 +146,7 @@ class Settings:
         are_networks,
         "a list of networks such as 10.0.0.0/8,::1",
     )
+    query_seconds: float = setting(2.0, "seconds that a query may take; then it is refused, for others wait", positive, "above 0")
     quota_devices: int = quota(15_000, "devices")
     quota_connections: int = quota(15_000, "connected devices")
     quota_points: int = quota(5_000_000_000, "points stored in a day (UTC)")
@@ -232,9 +233,16 @@ class Limits:
     frame_bytes_per_turn: int = 4 * 1024
     # Between two records of `seen_at` for devices that are connected and send nothing.
     seen_seconds: float = 30.0
-    # A query beyond this is interrupted: it holds one of the few readers.
-    query_seconds: float = 30.0
-    readers: int = 3
+    # Connections that read. A tenant has all but one of them at most.
+    readers: int = 4
+    # A piece of an export may take longer than a query that somebody looks at: it is as many rows as `csv_rows`.
+    export_seconds: float = 30.0
+    # For so long a client may not read the stream that it asked for.
+    stall_seconds: float = 30.0
+    # The write-ahead log is started over when it is longer than this: readers that always overlap keep SQLite from doing so. And
+    # between two looks at its length.
+    log_bytes: int = 64 * 1024 * 1024
+    log_look_seconds: float = 0.5
     # Lists: entries a page. Telemetry: points a series, and points of all series together.
     page: int = 100
     page_most: int = 1_000
@@ -1480,6 +1488,11 @@ class LockFile:
             )
 
 
+def start_log_over(connection: sqlite3.Connection) -> None:
+    """Copy the write-ahead log into the database file, and cut it. Where somebody still reads from it, a later try may do it."""
+    connection.execute("pragma wal_checkpoint(truncate)").fetchone()
+
+
 def renew_salt(connection: sqlite3.Connection, lock: LockFile) -> None:
     """Give the database another salt. Until that has reached the database file itself, both are right."""
     row, new = connection.execute("select value from salt").fetchone(), secrets.token_hex(16)
@@ -1536,35 +1549,111 @@ class Connection(aiosqlite.Connection):
         self._conn.interrupt()
 
 
+class Turns:
+    """Who reads next. A tenant never has all readers, so that another one's short question finds one free; and tenants that wait
+    take turns, whatever each of them asks. While paused, nobody begins to read."""
+
+    def __init__(self, readers: Iterable[Connection]) -> None:
+        self._free = list(readers)
+        self._most = max(1, len(self._free) - 1)  # for one tenant
+        self._held: dict[object, int] = {}
+        self._waiting: dict[object, deque[asyncio.Future[Connection]]] = {}  # who has waited longest for a turn stands first
+        self._paused = False
+        self._all = len(self._free)
+        self._returned = asyncio.Event()
+
+    async def take(self, tenant: object) -> Connection:
+        turn: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        self._grant()
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give(tenant, turn.result())
+            raise
+
+    def give(self, tenant: object, reader: Connection) -> None:
+        self._held[tenant] -= 1
+        if not self._held[tenant]:
+            del self._held[tenant]
+        self._free.append(reader)
+        self._returned.set()
+        self._grant()
+
+    @asynccontextmanager
+    async def paused(self, seconds: float) -> AsyncIterator[None]:
+        """Until all have been given back, or so many seconds are over; nobody takes one meanwhile."""
+        self._paused = True
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    while len(self._free) < self._all:
+                        self._returned.clear()
+                        await self._returned.wait()
+            yield
+        finally:
+            self._paused = False
+            self._grant()
+
+    def _grant(self) -> None:
+        while self._free and not self._paused:
+            turn = self._next()
+            if turn is None:
+                return
+            turn.set_result(self._free.pop())
+
+    def _next(self) -> asyncio.Future[Connection] | None:
+        """The first that waits of the first tenant that may have one more reader; the tenant stands last from then on."""
+        for tenant in list(self._waiting):
+            turns = self._waiting[tenant]
+            while turns and turns[0].done():  # cancelled
+                turns.popleft()
+            if not turns:
+                del self._waiting[tenant]
+            elif self._held.get(tenant, 0) < self._most:
+                del self._waiting[tenant]
+                turn = turns.popleft()
+                if turns:
+                    self._waiting[tenant] = turns
+                self._held[tenant] = self._held.get(tenant, 0) + 1
+                return turn
+        return None
+
+
 class Readers:
     """A few connections that can only read, each query with a deadline."""
 
-    def __init__(self, connections: Iterable[Connection], limits: Limits) -> None:
-        self._free: asyncio.Queue[Connection] = asyncio.Queue()
-        self._seconds = limits.query_seconds
-        for connection in connections:
-            self._free.put_nowait(connection)
+    def __init__(self, connections: Iterable[Connection], seconds: float) -> None:
+        self._turns = Turns(connections)
+        self._seconds = seconds
 
     async def row(self, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
         """The first row of a query, or None. Refusal: query_too_slow."""
-        return await self._run(self._fetch, sql, parameters)
+        return await self._run(self._fetch, sql, parameters, self._seconds)
 
-    async def exact(self, sql: str, parameters: Mapping[str, object]) -> bytes | None:
-        """The JSON text in the first column of the first row, its numbers shortened; or None. Refusal: query_too_slow."""
-        return await self._run(self._fetch_exact, sql, parameters)
+    async def exact(self, sql: str, parameters: Mapping[str, object], seconds: float | None = None) -> bytes | None:
+        """The JSON text in the first column of the first row, its numbers shortened; or None. Refusal: query_too_slow, after so
+        many seconds."""
+        return await self._run(self._fetch_exact, sql, parameters, seconds or self._seconds)
 
-    async def _run(self, fetch: Callable[..., T], sql: str, parameters: Mapping[str, object]) -> T:
+    def paused(self) -> AbstractAsyncContextManager[None]:
+        """Queries under way end, and none begins."""
+        return self._turns.paused(self._seconds)
+
+    async def _run(self, fetch: Callable[..., T], sql: str, parameters: Mapping[str, object], seconds: float) -> T:
+        tenant = parameters.get("tenant")
         try:
-            async with asyncio.timeout(self._seconds):
-                connection = await self._free.get()
+            async with asyncio.timeout(seconds):
+                connection = await self._turns.take(tenant)
         except TimeoutError as error:
             raise Refusal("query_too_slow") from error
         query = asyncio.ensure_future(connection.run(fetch, sql, parameters))
-        deadline = asyncio.get_running_loop().call_later(self._seconds, connection.interrupt_query)
+        deadline = asyncio.get_running_loop().call_later(seconds, connection.interrupt_query)
 
         def release(finished: asyncio.Future[Any]) -> None:
             deadline.cancel()
-            self._free.put_nowait(connection)
+            self._turns.give(tenant, connection)
             if not finished.cancelled():
                 finished.exception()  # its caller may be gone
 
@@ -1576,7 +1665,8 @@ class Readers:
                 raise Refusal("query_too_slow") from error
             raise
         except asyncio.CancelledError:
-            connection.interrupt_query()  # nobody wants the answer any more
+            if not query.done():  # or the connection is another's by now
+                connection.interrupt_query()  # nobody wants the answer any more
             raise
 
     @staticmethod
@@ -2532,7 +2622,11 @@ class TelemetryReads:
         series are complete in it, and `next` is where the stretch after it starts.
         """
         order, most = ("desc", "max") if wanted.descending else ("asc", "min")
-        within = "ts > (select ts from cut)" if wanted.descending else "ts < (select ts from cut)"
+        within = (  # a bound on each side, so that the key serves it
+            "ts > coalesce((select ts from cut), :start - 1) and ts < :stop"
+            if wanted.descending
+            else "ts >= :start and ts < coalesce((select ts from cut), :stop)"
+        )
         return await self._json(
             f"""with {WANTED_SQL},
             cut as (select {most}(ts) ts from (
@@ -2541,8 +2635,7 @@ class TelemetryReads:
             select json_object('device', :device, 'series', (
                 select json_group_array(json_object('metric', metric, 'points', json((
                     select json_group_array(json_array({time_sql("ts")}, {exact_sql("value")})) from (
-                        select ts, value from telemetry where series_id = wanted.id and ts >= :start and ts < :stop
-                        and ((select ts from cut) is null or {within}) order by ts {order})))))
+                        select ts, value from telemetry where series_id = wanted.id and {within} order by ts {order})))))
                 from wanted), 'next', (select {time_sql("ts + 1" if wanted.descending else "ts")} from cut))
             from device_row""",
             tenant, device, wanted, limit=limit,
@@ -2653,7 +2746,8 @@ class TelemetryReads:
         self, sql: str, tenant: int, device: str, metric: str, wanted: TelemetryRange, **more: object
     ) -> tuple[bytes, int | None] | None:
         one = attrs.evolve(wanted, metrics=(metric,))
-        text = await self._readers.exact(sql, self._parameters(tenant, device, one, limit=self._limits.csv_rows, metric=metric, **more))
+        parameters = self._parameters(tenant, device, one, limit=self._limits.csv_rows, metric=metric, **more)
+        text = await self._readers.exact(sql, parameters, self._limits.export_seconds)
         if text is None:
             return None
         rows, _, following = text[1:-1].rpartition(b",")
@@ -3275,16 +3369,18 @@ class Reads(Queries):
 class Store:
     """The open database: `writer` for everything that changes, `read` for everything that is asked."""
 
-    def __init__(self, writer: Writer, read: Reads, lock: LockFile) -> None:
+    def __init__(self, path: Path, writer: Writer, read: Reads, readers: Readers, lock: LockFile) -> None:
         self.writer = writer
         self.read = read
+        self._log = path.with_name(f"{path.name}-wal")
+        self._readers = readers
         self._lock = lock
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, name: Path, limits: Limits) -> AsyncIterator[Store]:
-        """Open the database, made or migrated if need be, and close the sessions that a crash left open. StoreError when it
-        cannot be used, or another server has it."""
+    async def open(cls, name: Path, limits: Limits, query_seconds: float = 2.0) -> AsyncIterator[Store]:
+        """Open the database, made or migrated if need be, and close the sessions that a crash left open; a query may take so many
+        seconds. StoreError when it cannot be used, or another server has it."""
         path = resolved(name)
         is_new(path)  # somebody else's file gets no lock beside it
         async with AsyncExitStack() as stack:
@@ -3309,14 +3405,24 @@ class Store:
                            select id from series union all select id from removed_series union all select max(series_id) from telemetry)"""
                 ).fetchone()
             )
-            readers = []
+            connections = []
             for _ in range(limits.readers + 1):
-                readers.append(await Connection.open(functools.partial(connect, path, query_only=True)))
-                stack.push_async_callback(readers[-1].close)
+                connections.append(await Connection.open(functools.partial(connect, path, query_only=True)))
+                stack.push_async_callback(connections[-1].close)
+            keys, readers = Readers(connections[:1], limits.storage_seconds), Readers(connections[1:], query_seconds)
             writer = Writer(connection, limits, next_series)
             writer.awaited.add(awaited)
             stack.push_async_callback(writer.close)
-            yield cls(writer, Reads(Readers(readers[1:], limits), Readers(readers[:1], limits), limits), lock)
+            yield cls(path, writer, Reads(readers, keys, limits), readers, lock)
+
+    async def keep_log_short(self, most: int) -> bool:
+        """Start the write-ahead log over if it is longer than `most` bytes; whether it was. Whoever looks up a token does not wait:
+        that is short."""
+        if not self._log.exists() or self._log.stat().st_size <= most:
+            return False
+        async with self._readers.paused():
+            await self.writer.alone(start_log_over)
+        return True
 
     async def renew_salt(self) -> None:
         """So that a copy that is made of the running database is soon known to be one of an earlier time."""
@@ -3950,6 +4056,23 @@ class ConfigClock:
                     late = []
             except (Refusal, sqlite3.Error) as error:  # they stay late, and the next try may do better
                 log.warning("cannot mark configurations whose verdict did not come: %s", error)
+
+
+class LogKeeper:
+    """Keeps the write-ahead log short."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._store = store
+        self._most = limits.log_bytes
+        self._seconds = limits.log_look_seconds
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._seconds)
+            try:
+                await self._store.keep_log_short(self._most)
+            except (OSError, sqlite3.Error) as error:  # the next look may do better
+                log.warning("cannot start the write-ahead log over: %s", error)
 
 
 class SaltClock:
@@ -5115,7 +5238,7 @@ async def stream_csv(call: Call, wanted: TelemetryRange, every: int | None, aggr
         header = ("time", "metric", *(("value",) if every is None else aggregates))
         await response.write((BYTE_ORDER_MARK if call.query.spreadsheet else b"") + ",".join(header).encode() + b"\n")
         async for lines in csv_pieces(call, wanted, metrics, every, aggregates):
-            async with asyncio.timeout(call.platform.limits.query_seconds):
+            async with asyncio.timeout(call.platform.limits.stall_seconds):
                 await response.write(lines)
     return response
 
@@ -5332,7 +5455,7 @@ async def follow_events(call: Call) -> web.StreamResponse:
                 told = orjson.dumps({"id": newest, "kind": "reset", "asked": asked}).decode()
                 await response.write(event_lines(newest, "reset", told))
             async for lines in feed_pieces(platform, tenant, feed, last):
-                async with asyncio.timeout(platform.limits.query_seconds):
+                async with asyncio.timeout(platform.limits.stall_seconds):
                     await response.write(lines)
         return response
 
@@ -5449,7 +5572,7 @@ async def stream_audit(call: Call, wanted: AuditFilter) -> web.StreamResponse:
     async with streaming(call, "application/x-ndjson") as response:
         while last is not None:
             lines, last = await accounts.audit_lines(call.principal.tenant_id, wanted, limits.audit_rows, last)
-            async with asyncio.timeout(limits.query_seconds):
+            async with asyncio.timeout(limits.stall_seconds):
                 await response.write(lines.encode())
     return response
 
@@ -5733,7 +5856,7 @@ BACKLOG: Final = 512  # connections that wait to be accepted, when a fleet comes
 
 async def run_platform(app: web.Application, settings: Settings, limits: Limits) -> AsyncIterator[None]:
     """Open the store, then what stands on it; close them the other way round."""
-    async with Store.open(Path(settings.db), limits) as store:
+    async with Store.open(Path(settings.db), limits, settings.query_seconds) as store:
         registry = Registry(limits)
         cleaner = Cleaner(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
@@ -5744,6 +5867,7 @@ async def run_platform(app: web.Application, settings: Settings, limits: Limits)
         supervisor.start("config clock", ConfigClock(store.writer, limits).run())
         supervisor.start("cleaner", cleaner.run())
         supervisor.start("news", news.run())
+        supervisor.start("log keeper", LogKeeper(store, limits).run())
         supervisor.start("salt clock", SaltClock(store, limits).run())
         try:
             yield

@@ -109,12 +109,83 @@ def abandon(plant: Plant, path: str) -> None:
 
 
 async def test_a_question_whose_client_has_gone_ends(tmp_path: Path) -> None:
-    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), points_most=10**9, points_together=10**9, readers=1)) as plant:
+    limits = attrs.evolve(iiot.Limits(), points_most=10**9, points_together=10**9, readers=1)
+    async with plants.plant(tmp_path, limits, query_seconds=600.0) as plant:
         device = await plant.device("press-1")
         await device.store({"ts": iiot.EARLIEST, "values": {"level": 1}}, {"ts": iiot.now_ms(), "values": {"level": 2}})
         abandon(plant, "/iiot/press-1/telemetry?every=1ms&limit=1000000000")  # for longer than a test may take
         async with asyncio.timeout(PATIENCE):
             assert len(await plant.points("press-1", "level")) == 2, "its reader is free again"
+
+
+async def test_slow_questions_of_one_tenant_leave_a_reader_to_another(tmp_path: Path) -> None:
+    limits = attrs.evolve(iiot.Limits(), points_most=10**9, points_together=10**9)
+    async with plants.plant(tmp_path, limits, query_seconds=600.0) as plant:
+        platform = plants.admin_token(plant.database, "platform")
+        other = (await plant.ask("POST", "/tenants", {"name": "other"}, token=platform))[1]["token"]
+        device = await plant.device("press-1")
+        await device.store({"ts": iiot.EARLIEST, "values": {"level": 1}}, {"ts": iiot.now_ms(), "values": {"level": 2}})
+        slow = [
+            asyncio.create_task(plant.ask("GET", "/iiot/press-1/telemetry?every=1ms&limit=1000000000")) for _ in range(2 * limits.readers)
+        ]
+        await plant.ask("GET", "/whoami")
+        for _ in range(5):
+            assert (await plant.ask("GET", "/iiot", token=other))[0] == 200
+        assert not any(question.done() for question in slow)
+        for question in slow:
+            question.cancel()
+
+
+async def test_readers_take_turns_between_tenants() -> None:
+    turns = iiot.Turns(["x", "y", "z"])  # type: ignore[list-item]
+    held = [await turns.take("a") for _ in range(2)]
+    order: list[str] = []
+
+    async def ask(tenant: str) -> None:
+        reader = await turns.take(tenant)
+        order.append(tenant)
+        await asyncio.sleep(0)
+        turns.give(tenant, reader)
+
+    waiting = [asyncio.create_task(ask(tenant)) for tenant in ("a", "a", "a", "a", "b", "b", "c")]
+    await asyncio.sleep(0)
+    assert order == ["b"], "a has all but one already, and b is the first that may"
+    gone = asyncio.create_task(ask("d"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    for reader in held:
+        turns.give("a", reader)
+    await asyncio.gather(*waiting)
+    assert sorted(order) == ["a", "a", "a", "a", "b", "b", "c"]
+    assert order.index("c") < 4, "who asks once does not wait for all of who asks often"
+    async with turns.paused(5.0):
+        late = asyncio.create_task(ask("a"))
+        await asyncio.sleep(0)
+        assert len(order) == 7
+    await late
+    assert len(order) == 8
+
+
+async def test_the_log_stays_short_under_readers_that_always_overlap(tmp_path: Path) -> None:
+    limits = attrs.evolve(iiot.Limits(), log_bytes=1024 * 1024, log_look_seconds=0.05, checkpoint_pages=50)
+    async with plants.plant(tmp_path, limits) as plant:
+        device = await plant.device("press-1")
+        ended, longest, log = asyncio.Event(), 0, Path(f"{plant.database}-wal")
+
+        async def keep_asking() -> None:
+            while not ended.is_set():
+                assert (await plant.ask("GET", "/iiot/press-1/telemetry?every=10s&limit=10000"))[0] == 200
+
+        asking = [asyncio.create_task(keep_asking()) for _ in range(6)]
+        for start in range(0, 200_000, 1_000):
+            await device.store(*({"ts": iiot.EARLIEST + 1_000 * (start + n), "values": {"level": n}} for n in range(1_000)))
+            longest = max(longest, log.stat().st_size)
+        ended.set()
+        await asyncio.gather(*asking)
+        async with asyncio.timeout(PATIENCE):
+            while log.stat().st_size > limits.log_bytes:
+                await asyncio.sleep(0.01)
+        assert longest < 30 * limits.log_bytes
 
 
 async def test_a_push_whose_client_has_gone_is_made(plant: Plant) -> None:
