@@ -2387,8 +2387,8 @@ def write_configs_sent(connection: sqlite3.Connection, sent: list[tuple[int, int
     rows = bind(sent)
     connection.execute(
         """update config set sent_at = new.value ->> 2,
-               status_at = iif(status in ('pending', 'timed_out', 'in_progress'), new.value ->> 2, status_at),
-               status = iif(status in ('pending', 'timed_out', 'in_progress'), 'sent', status)
+               status_at = case when status in ('pending', 'in_progress') then new.value ->> 2 else status_at end,
+               status = case when status in ('pending', 'in_progress') then 'sent' else status end
            from json_each(?) new where device_id = new.value ->> 0 and version = new.value ->> 1""",
         rows,
     )
@@ -3050,23 +3050,24 @@ class Awaited:
 
     def __init__(self) -> None:
         self._due: dict[tuple[int, int], float] = {}
-        self._order: list[tuple[float, tuple[int, int]]] = []  # a heap; entries that `_due` contradicts do not count
+        self._order: list[tuple[float, tuple[int, int]]] = []  # the same as a heap
 
     def add(self, sent: Iterable[tuple[int, int, int]]) -> None:
-        """Each as device, version and milliseconds from now on."""
+        """Each as device, version and milliseconds from now on. One that is sent again has the time that it had: the device may have
+        come back because it cannot live with it."""
         now = time.monotonic()
         for device_id, version, timeout in sent:
-            due = self._due[device_id, version] = now + timeout / 1000
-            heapq.heappush(self._order, (due, (device_id, version)))
+            key, due = (device_id, version), now + timeout / 1000
+            if self._due.setdefault(key, due) is due:
+                heapq.heappush(self._order, (due, key))
 
     def take_late(self) -> list[tuple[int, int]]:
         """Those that are late by now, as device and version; each once."""
         now, late = time.monotonic(), []
         while self._order and self._order[0][0] <= now:
-            due, key = heapq.heappop(self._order)
-            if self._due.get(key) == due:
-                del self._due[key]
-                late.append(key)
+            _, key = heapq.heappop(self._order)
+            del self._due[key]
+            late.append(key)
         return late
 
 
