@@ -206,6 +206,11 @@ class Limits:
     fights: int = 20
     conflict_seconds: float = 1.0
     conflict_retry_seconds: int = 60
+    # Sessions that a device may open at once, and one a second after that: each is two entries of its timeline.
+    sessions: int = 300
+    # Refused actions of one token that are entered in the audit each, in a minute. Those beyond are counted, and entered together.
+    refusals: int = 60
+    refusals_seconds: float = 60.0
     # A device in good health sends no bad frame at all.
     bad_frames_per_minute: int = 100
     # Fields at fault that one answer names: a frame may have thousands.
@@ -349,6 +354,7 @@ FAULTS: Final = fault_table(
     ("too_many_devices",     403, 4429, "The tenant has as many devices as it may."),
     ("too_many_feeds",       429, 4429, "The tenant has as many live feeds open as it may."),
     ("too_many_series",      422, 4400, "The device has as many metrics as it may."),
+    ("too_many_sessions",    429, 4429, "The device opens sessions too often. Wait, then try again."),
     ("too_slow",             408, 1013, "The peer did not read what was sent to it."),
     ("unauthorized",         401, 4401, "A valid token is needed."),
     ("unknown_type",         400, 4400, "There is no frame of this type."),
@@ -3539,6 +3545,44 @@ class Guesses:
         return Refusal("too_many_attempts", retry_after=math.ceil(wait)) if wait else Refusal("unauthorized")
 
 
+class RefusedActions:
+    """Refused actions for the audit, which nobody can delete from: a token's first ones in a minute are entered each, those beyond
+    are counted, and entered together."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._store = store
+        self._seconds = limits.refusals_seconds
+        self._allowance = Buckets(limits.refusals, limits.refusals_seconds, limits.notices)
+        self._counts: dict[tuple[Actor, str, str], int] = {}
+
+    async def enter(self, actor: Actor, action: str, affected: Iterable[Affected], refusal: Refusal) -> None:
+        """What was refused, not what failed; where nothing can be stored the log has it."""
+        code = refusal.fault.code
+        if refusal.fault.status >= 500:
+            return
+        if self._allowance.add(f"{actor.tenant_id} {actor.token_id}"):
+            key = actor, action, code
+            self._counts[key] = self._counts.get(key, 0) + 1
+        else:
+            await self._write(actor, action, code, affected)
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._seconds)
+            await self.enter_counts()
+
+    async def enter_counts(self) -> None:
+        counts, self._counts = self._counts, {}
+        for (actor, action, code), count in counts.items():
+            await self._write(actor, action, code, [Affected(None, None, {"count": count})])
+
+    async def _write(self, actor: Actor, action: str, code: str, affected: Iterable[Affected]) -> None:
+        try:
+            await self._store.writer.change(lambda connection: add_entries(connection, actor, action, code, affected))
+        except Refusal as failure:
+            log.error("cannot enter in the audit (%s): %r was refused %s: %s", failure, actor.name, action, code)
+
+
 class Secretive(Protocol):
     """What the database knows of a token or key."""
 
@@ -3556,6 +3600,7 @@ class Identity:
         self._store = store
         self._devices_most = devices_most
         self._guesses = Guesses(limits)
+        self.refused = RefusedActions(store, limits)
         self._used_seconds = limits.seen_seconds
 
     async def operator(self, text: str, address: str) -> Principal:
@@ -3596,19 +3641,9 @@ class Identity:
                 accounted(actor, "device.provision", register, lambda known: [Affected(device, device, {"again": True} if known else None)])
             )
         except Refusal as refusal:
-            await self.account_refusal(actor, "device.provision", [Affected(device, device)], refusal)
+            await self.refused.enter(actor, "device.provision", [Affected(device, device)], refusal)
             raise
         return Credentials(device, token_text("dev", known, frame.secret or "") if known else token.text)
-
-    async def account_refusal(self, actor: Actor, action: str, affected: Iterable[Affected], refusal: Refusal) -> None:
-        """Enter in the audit what was refused, not what failed; where nothing can be stored the log has it."""
-        code = refusal.fault.code
-        if refusal.fault.status >= 500:
-            return
-        try:
-            await self._store.writer.change(lambda connection: add_entries(connection, actor, action, code, affected))
-        except Refusal as failure:
-            log.error("cannot enter in the audit (%s): %r was refused %s: %s", failure, actor.name, action, code)
 
     async def _known(self, kind: str, text: str, address: str, look_up: Callable[[str], Awaitable[Known | None]]) -> Known:
         shown = take_apart(kind, text)
@@ -3841,6 +3876,7 @@ class Registry:
         self.closing = asyncio.Event()
         self._fought_seconds = limits.fought_seconds
         self._conflict_retry_seconds = limits.conflict_retry_seconds
+        self._openings = Buckets(limits.sessions, float(limits.sessions), limits.notices)
         self._fights = Buckets(limits.fights, 3_600.0, limits.notices, strict=True)
         self._notices = Buckets(1, limits.notice_seconds, limits.notices)
         self._live: dict[int, Live] = {}
@@ -3916,8 +3952,10 @@ class Registry:
 
     def take_over(self, device_id: int, session: Live) -> None:
         """`session` speaks for the device from now on; the one before it is superseded. Refusal: too_many_connected;
-        session_conflict, when young sessions of the device were superseded again and again."""
+        session_conflict, when young sessions of the device were superseded again and again; too_many_sessions."""
         before = self._live.get(device_id)
+        if wait := self._openings.add(str(device_id)):
+            raise Refusal("too_many_sessions", retry_after=math.ceil(wait))
         if before is None and session.use.connections >= session.use.connections_most:
             raise Refusal("too_many_connected")
         if before is not None:
@@ -4598,7 +4636,7 @@ class Session:
         return self._intake
 
     async def _take_over(self, token: DeviceToken) -> None:
-        """Refusal: too_many_connected; session_conflict, and then a client without patience is kept for a moment."""
+        """Refusal: too_many_connected, session_conflict, too_many_sessions. A client without patience is kept for a moment."""
         registry = self._platform.registry
         try:
             registry.take_over(token.device_id, self)
@@ -4607,6 +4645,7 @@ class Session:
                 other = registry.address_of(token.device_id)
                 if self.notice("conflict", address=self.address, session_address=other):
                     log.warning("%s: clients at %s and %s use one token", token.device, self.address, other)
+            if refusal.retry_after is not None:
                 await asyncio.sleep(self._platform.limits.conflict_seconds)
             raise
 
@@ -5026,7 +5065,7 @@ class Call:
     async def refused(self, refusal: Refusal) -> None:
         """Enter in the audit that an action was refused."""
         if self.action and not self.accounted:
-            await self.platform.identity.account_refusal(self.principal.actor(self.address), self.action, [self.affected], refusal)
+            await self.platform.identity.refused.enter(self.principal.actor(self.address), self.action, [self.affected], refusal)
 
     def page(self) -> int:
         """Entries of a page. Refusal: bad_query."""
@@ -5869,11 +5908,13 @@ async def run_platform(app: web.Application, settings: Settings, limits: Limits)
         supervisor.start("cleaner", cleaner.run())
         supervisor.start("news", news.run())
         supervisor.start("log keeper", LogKeeper(store, limits).run())
+        supervisor.start("audit of refused actions", identity.refused.run())
         supervisor.start("salt clock", SaltClock(store, limits).run())
         try:
             yield
         finally:
             await supervisor.close()
+            await identity.refused.enter_counts()
 
 
 async def add_headers(_: web.Request, response: web.StreamResponse) -> None:

@@ -260,6 +260,44 @@ async def try_feed(plant: Plant) -> int:
         return response.status
 
 
+# ---- what cannot be deleted, or is written at every return
+
+
+async def test_refusals_beyond_the_first_are_counted_and_entered_together(tmp_path: Path) -> None:
+    limits = attrs.evolve(iiot.Limits(), refusals=5)
+    async with plants.plant(tmp_path, limits) as plant:
+        await plant.register("press-1")
+        made = (await plant.ask("POST", "/tokens", {"name": "loop", "role": "viewer"}))[1]
+        for _ in range(40):
+            assert (await plant.ask("DELETE", "/iiot/press-1", token=made["token"]))[0] == 403
+        for _ in range(3):
+            assert (await plant.ask("POST", "/iiot/press-1", {}, token=made["token"]))[0] == 403
+        items = (await plant.get("/audit?actor=loop&limit=1000"))["items"]
+        assert [item["outcome"] for item in items] == ["forbidden"] * 5
+        assert (await plant.ask("PUT", "/iiot/press-2"))[0] == 201, "another token has its own allowance"
+    entries = plants.rows(plant.database, "select action, outcome, detail from audit where name = 'loop' order by id")
+    assert [(action, outcome, detail) for action, outcome, detail in entries[5:]] == [
+        ("device.remove", "forbidden", '{"count":35}'), ("config.push", "forbidden", '{"count":3}'),
+    ]  # fmt: skip
+
+
+async def test_a_device_that_says_hello_in_a_loop_fills_no_timeline(tmp_path: Path) -> None:
+    limits = attrs.evolve(iiot.Limits(), sessions=10, conflict_seconds=0.0)
+    async with plants.plant(tmp_path, limits) as plant:
+        token, refused = await plant.register("press-1"), []
+        for _ in range(40):
+            device = await plant.connect()
+            await device.send("hello", token=token)
+            frame = await device.receive()
+            if frame["type"] == "error":
+                refused.append(frame)
+                assert (await device.closed()).code == 4429
+            await device.close()
+        assert len(refused) >= 25
+        assert {frame["code"] for frame in refused} == {"too_many_sessions"}
+        assert all(1 <= frame["retry_after"] <= 10 for frame in refused)
+
+
 # ---- nothing before the welcome
 
 
