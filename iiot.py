@@ -1275,7 +1275,32 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         start      integer not null,
         stop       integer not null
     ) strict;
-    drop index config_awaited;
+    create table document (
+        id    integer primary key autoincrement,
+        text  text not null
+    ) strict;
+    create table new_config (
+        device_id    integer not null references device on delete cascade,
+        version      integer not null,
+        document_id  integer not null references document,
+        at           integer not null,
+        author       text not null,
+        timeout      integer not null,
+        status       text not null check (status in ('pending', 'sent', 'in_progress', 'applied', 'rejected', 'timed_out', 'superseded')),
+        status_at    integer not null,
+        sent_at      integer,
+        message      text,
+        errors       text,
+        primary key (device_id, version)
+    ) strict, without rowid;
+    insert into document (id, text) select row_number() over (order by device_id, version), document from config;
+    insert into new_config
+        select device_id, version, row_number() over (order by device_id, version), at, author, timeout, status, status_at, sent_at,
+               message, errors
+        from config;
+    drop table config;
+    alter table new_config rename to config;
+    create index config_by_document on config (document_id);
     create index config_awaited on config (device_id, version) where status in ('sent', 'in_progress');
     update presence set software_version = substr(software_version, 1, 128), agent = substr(agent, 1, 128);
     create table salt (
@@ -2291,7 +2316,7 @@ def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, 
         "select json_group_object(metric, cast(id as text)) from series where device_id = ?", (device_id,)
     ).fetchone()
     owed = connection.execute(
-        """select config.version, document from config join presence using (device_id)
+        """select config.version, text from config join presence using (device_id) join document on document.id = document_id
            where device_id = ? and config.version = config_version and status not in ('applied', 'rejected')""",
         (device_id,),
     ).fetchone()
@@ -2457,16 +2482,22 @@ class Pushed:
 
 @attrs.frozen
 class NewConfig:
-    """A configuration to be pushed: its JSON text, whose token pushed it, and the milliseconds until `timed_out`."""
+    """A configuration to be pushed: its JSON text, whose token pushed it, and the milliseconds until `timed_out`; with
+    `document_id` the text is in the database already."""
 
     document: str
     author: str
     timeout: int
+    document_id: int | None = None
 
 
 def push_config(connection: sqlite3.Connection, devices: list[int], new: NewConfig) -> list[Pushed]:
     """A new version of the wanted configuration for every device; what it supersedes, and is not final, says so."""
-    now, ids = now_ms(), bind(devices)
+    if not devices:
+        return []
+    now, ids, document_id = now_ms(), bind(devices), new.document_id
+    if document_id is None:
+        (document_id,) = connection.execute("insert into document (text) values (?) returning id", (new.document,)).fetchone()
     connection.execute(
         """update config set status = 'superseded', status_at = ?2 from json_each(?1) wanted, presence
            where presence.device_id = wanted.value and config.device_id = presence.device_id and version = config_version
@@ -2475,10 +2506,10 @@ def push_config(connection: sqlite3.Connection, devices: list[int], new: NewConf
     )
     connection.execute("update presence set config_version = config_version + 1 where device_id in (select value from json_each(?))", ids)
     connection.execute(
-        """insert into config (device_id, version, document, at, author, timeout, status, status_at)
+        """insert into config (device_id, version, document_id, at, author, timeout, status, status_at)
            select device_id, config_version, ?2, ?3, ?4, ?5, 'pending', ?3
            from presence where device_id in (select value from json_each(?1))""",
-        (*ids, new.document, now, new.author, new.timeout),
+        (*ids, document_id, now, new.author, new.timeout),
     )
     connection.execute(
         """insert into event (tenant_id, device_id, at, kind, detail)
@@ -2521,10 +2552,13 @@ def roll_back(
     """Push the document of an earlier version; it, too. Refusal: not_found, unknown_version, and what `require` says to the
     version that is wanted so far."""
     device_id, _ = device_row(connection, tenant_id, device)
-    row = connection.execute("select document from config where device_id = ? and version = ?", (device_id, version)).fetchone()
+    row = connection.execute(
+        "select text, document_id from config join document on document.id = document_id where device_id = ? and version = ?",
+        (device_id, version),
+    ).fetchone()
     if row is None:
         raise Refusal("unknown_version", FieldError("version", f"{version} was never pushed to {device}"))
-    return push_to_one(connection, tenant_id, device, attrs.evolve(new, document=row[0]), require), row[0]
+    return push_to_one(connection, tenant_id, device, attrs.evolve(new, document=row[0], document_id=row[1]), require), row[0]
 
 
 def time_out_configs(connection: sqlite3.Connection, late: list[tuple[int, int]]) -> int:
@@ -2560,7 +2594,7 @@ STATE_JSON: Final = f"""json_object('device', device.name, 'version', state.vers
     'session', state.session, 'reported', json(document))"""
 CONFIG_JSON: Final = f"""json_object('version', config.version, 'status', status, 'status_at', {time_sql("status_at")},
     'at', {time_sql("config.at")}, 'by', author, 'sent_at', {time_sql("sent_at")}, 'timeout', timeout / 1000.0,
-    'message', message, 'errors', json(errors), 'document', json(document))"""
+    'message', message, 'errors', json(errors), 'document', json((select text from document where document.id = document_id)))"""
 
 
 class NewsReads:
@@ -2857,11 +2891,19 @@ def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], l
     for those whose events are still in the live feed."""
     ids = bind(devices)
     of_them = "device_id in (select value from json_each(?))"
-    for table in ("state", "config"):
-        key = "device_id, version"
-        sql = f"delete from {table} where ({key}) in (select {key} from {table} where {of_them} limit ?)"
-        if connection.execute(sql, (*ids, limits.removed_documents)).rowcount:
-            return
+    some = "(device_id, version) in (select device_id, version from {} where device_id in (select value from json_each(?)) limit ?)"
+    if connection.execute(f"delete from state where {some.format('state')}", (*ids, limits.removed_documents)).rowcount:
+        return
+    deleted = connection.execute(
+        f"delete from config where {some.format('config')} returning document_id", (*ids, limits.removed_documents)
+    ).fetchall()
+    if deleted:
+        connection.execute(
+            """delete from document where id in (select value from json_each(?))
+               and not exists (select 1 from config where document_id = document.id)""",
+            bind([document_id for (document_id,) in deleted]),
+        )
+        return
     connection.execute(f"insert into removed_series select id from series where {of_them}", ids)
     connection.execute(f"delete from series where {of_them}", ids)
     times = {"ids": ids[0], "most": limits.removed_rows, **removal_times(limits)}

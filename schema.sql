@@ -145,11 +145,17 @@ create table state (
     primary key (device_id, version)
 ) strict, without rowid;
 
+-- The text of a configuration: one row for a push, however many devices it goes to, and for all its roll-backs.
+create table document (
+    id    integer primary key autoincrement,
+    text  text not null                           -- JSON, its keys in order
+) strict;
+
 -- What a device is wanted to be: every configuration that was pushed to it, and what came of it.
 create table config (
     device_id  integer not null references device on delete cascade,
     version    integer not null,                  -- 1, 2, 3 …; the highest is the one that is wanted
-    document   text not null,
+    document_id integer not null references document,
     at         integer not null,                  -- when it was pushed
     author     text not null,                     -- the name of the token that pushed it
     timeout    integer not null,                  -- milliseconds from sending to `timed_out`
@@ -160,6 +166,7 @@ create table config (
     errors     text,                              -- of the device's last verdict, JSON: [{path, code, message}]
     primary key (device_id, version)
 ) strict, without rowid;
+create index config_by_document on config (document_id);
 -- For a start, after which the verdicts that are awaited have their whole time again.
 create index config_awaited on config (device_id, version) where status in ('sent', 'in_progress');
 
