@@ -181,6 +181,10 @@ class Limits:
     # Documents of state and configuration: read by people, and kept whole for every change.
     document_bytes: int = 64 * 1024
     document_depth: int = 10
+    # Every so many versions of a state the whole document is kept; between them what changed. A document of state costs more than
+    # its bytes while it is stored, and counts as so many times as much.
+    state_versions: int = 50
+    state_weight: int = 16
     # A device's metric names are held in memory for the length of its session.
     series_per_device: int = 2_000
     # Frames of one session that wait for their commit: then its socket is not read until they are on disk.
@@ -1055,10 +1059,46 @@ def same(one: object, other: object) -> bool:
     return canonical(one) == canonical(other)
 
 
+def place_of(path: str, name: str) -> str:
+    """A pointer to a member of what `path` points to (RFC 6901)."""
+    return f"{path}/{name.replace('~', '~0').replace('/', '~1')}"
+
+
+def merge_into(target: dict[str, Any], patch: Mapping[str, Any], path: str = "") -> Iterator[dict[str, Any]]:
+    """Apply a merge patch to `target` itself; what it changes, as `changes_between` tells it."""
+    for name in sorted(patch):
+        value, place = patch[name], place_of(path, name)
+        if value is None:
+            if name in target:
+                yield {"path": place, "from": target.pop(name)}
+        elif name not in target:
+            target[name] = merge_patch(None, value)
+            yield {"path": place, "to": target[name]}
+        elif isinstance(value, dict) and isinstance(target[name], dict):
+            yield from merge_into(target[name], value, place)
+        elif not same(target[name], after := merge_patch(None, value)):
+            yield {"path": place, "from": target[name], "to": after}
+            target[name] = after
+
+
+def apply_changes(document: dict[str, Any], changes: Iterable[Mapping[str, Any]], *, back: bool = False) -> None:
+    """Make a document what it was after changes that `changes_between` tells, or before them."""
+    side = "from" if back else "to"
+    for change in changes:
+        *parents, name = [step.replace("~1", "/").replace("~0", "~") for step in change["path"].split("/")[1:]]
+        place: Any = document
+        for parent in parents:
+            place = place[parent]
+        if side in change:
+            place[name] = change[side]
+        else:
+            place.pop(name, None)
+
+
 def changes_between(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[dict[str, Any]]:
     """What differs between two documents: {path (RFC 6901), from?, to?}; an array is one value."""
     for name in sorted({*old, *new}):
-        place = f"{path}/{name.replace('~', '~0').replace('/', '~1')}"
+        place = place_of(path, name)
         before, after = old.get(name), new.get(name)
         if name in old and name in new and isinstance(before, dict) and isinstance(after, dict):
             yield from changes_between(before, after, place)
@@ -1710,6 +1750,9 @@ class Readers:
         return None if row is None else shortened(row[0])
 
 
+PAGE_CHARACTERS: Final = 4 * 1024 * 1024  # of a list: an answer is in memory several times over
+
+
 class Queries:
     """Queries that answer as JSON text, made by SQLite and sent as it is."""
 
@@ -1721,11 +1764,18 @@ class Queries:
         return None if row is None else row[0]
 
     async def _list(self, page_sql: str, limit: int, **parameters: object) -> str:
-        """A page of `page_sql`, which yields (position, item) in order; `next` is the position to go on after."""
+        """A page of `page_sql`, which yields (position, item) in order; `next` is the position to go on after. A page has fewer
+        entries than asked for where they are long, and at least one."""
         text = await self._json(
-            f"""with page as materialized ({page_sql} limit :limit + 1)
-                select json_object('items', (select json_group_array(json(item)) from (select item from page limit :limit)),
-                    'next', iif((select count(*) from page) > :limit, (select position from page limit 1 offset :limit - 1), null))""",
+            f"""with page as materialized ({page_sql} limit :limit + 1),
+                counted as (select position, item, row_number() over () number, sum(length(item)) over (
+                    rows between unbounded preceding and current row) size from page),
+                shown as materialized (select position, item, number from counted
+                    where number <= :limit and (size <= {PAGE_CHARACTERS} or number = 1)),
+                last as (select coalesce(max(number), 0) number from shown)
+                select json_object('items', (select json_group_array(json(item)) from (select item from shown order by number)),
+                    'next', case when (select count(*) from page) > (select number from last)
+                            then (select position from shown where number = (select number from last)) end)""",
             limit=limit, **parameters,
         )  # fmt: skip
         return str(text)
@@ -2375,36 +2425,86 @@ def insert_states(connection: sqlite3.Connection, rows: tuple[str], characters: 
     )
 
 
+@attrs.define
+class Reported:
+    """What a device reports of itself, as a batch of reports changes it."""
+
+    version: int
+    document: dict[str, Any]
+
+    def take(self, report: StateReport, limits: Limits) -> list[dict[str, Any]]:
+        """Apply a report; what it changes. Refusal: document_too_large; then nothing is changed.
+
+        A patch costs as its own size, not as the document's; and nesting does not grow by what is nested no deeper itself.
+        """
+        old = self.document
+        if report.mode == "merge":
+            changes = list(merge_into(old, report.document))
+        else:
+            self.document = dict(report.document)
+            changes = list(changes_between(old, self.document))
+        if changes and len(orjson.dumps(self.document)) > limits.document_bytes:
+            if self.document is old:
+                apply_changes(old, changes, back=True)
+            self.document = old
+            raise Refusal("document_too_large")
+        return changes
+
+
+def reported_by(connection: sqlite3.Connection, devices: Iterable[int]) -> dict[int, Reported]:
+    """What devices reported last; those are left out that have not."""
+    (text,) = connection.execute(
+        """select json_group_array(json_array(device_id, version, json(document)))
+           from (select distinct value id from json_each(?)) reporting join state on device_id = reporting.id
+           where version = (select max(version) from state last where last.device_id = reporting.id)""",
+        bind(list(devices)),
+    ).fetchone()
+    return {device_id: Reported(version, document) for device_id, version, document in orjson.loads(text)}
+
+
+def shorten_states(connection: sqlite3.Connection, versions: list[tuple[int, int]]) -> None:
+    """Of versions, as device and number, that are not the newest any more, what they changed says enough."""
+    connection.execute(
+        "update state set document = '' where (device_id, version) in (select value ->> 0, value ->> 1 from json_each(?))", bind(versions)
+    )
+
+
 def write_states(
     connection: sqlite3.Connection, reports: list[tuple[int, StateReport]], events: list[Happened], limits: Limits
 ) -> list[tuple[Committed, str, int]]:
-    """What devices report, in order of arrival: a version for every actual change; which reports are refused, as (owner, code, seq)."""
+    """What devices report, in order of arrival: a version for every actual change; which reports are refused, as (owner, code, seq).
+
+    The newest version has the whole document, and so has one now and then; the others have what changed.
+    """
     if not reports:
         return []
-    (text,) = connection.execute(
-        """select json_group_object(device_id, json_array(version, json(document)))
-           from (select distinct value id from json_each(?)) reporting join state on device_id = reporting.id
-           where version = (select max(version) from state last where last.device_id = reporting.id)""",
-        bind([report.device_id for _, report in reports]),
-    ).fetchone()
-    known: dict[str, tuple[int, dict[str, Any]]] = orjson.loads(text)
-    rows: list[tuple[object, ...]] = []
+    known = reported_by(connection, (report.device_id for _, report in reports))
+    before = {device_id: reported.version for device_id, reported in known.items()}
+    rows: dict[tuple[int, int], list[object]] = {}
     refused: list[tuple[Committed, str, int]] = []
     for arrival, report in reports:
-        version, old = known.get(str(report.device_id), (0, {}))
-        new = merge_patch(old, report.document) if report.mode == "merge" else dict(report.document)
-        document = canonical(new)
-        if document == canonical(old) and version:
+        reported = known.setdefault(report.device_id, Reported(0, {}))
+        try:
+            changes = reported.take(report, limits)
+        except Refusal as refusal:
+            refused.append((report.owner, refusal.fault.code, report.seq))
             continue
-        if len(document) > limits.document_bytes or depth_of(new, limits.document_depth) > limits.document_depth:
-            refused.append((report.owner, "document_too_large", report.seq))
+        if not changes and reported.version:
             continue
-        known[str(report.device_id)] = version + 1, new
-        changes = orjson.dumps(list(changes_between(old, new))).decode()
-        events.append(Happened(arrival, report.device_id, report.at, "state", {"version": version + 1}))
-        rows.append((report.device_id, version + 1, report.at, report.session, document.decode(), changes, new.get("software_version")))
+        reported.version += 1
+        events.append(Happened(arrival, report.device_id, report.at, "state", {"version": reported.version}))
+        whole = canonical(reported.document).decode() if reported.version % limits.state_versions == 1 else ""
+        told = orjson.dumps(changes).decode()
+        key = report.device_id, reported.version
+        rows[key] = [*key, report.at, report.session, whole, told, reported.document.get("software_version")]
+    for device_id, reported in known.items():
+        if row := rows.get((device_id, reported.version)):
+            row[4] = canonical(reported.document).decode()
     if rows:
-        insert_states(connection, bind(rows), limits.shown_characters)
+        insert_states(connection, bind(list(rows.values())), limits.shown_characters)
+        changed = {device_id for device_id, _ in rows}
+        often = limits.state_versions
+        shorten_states(connection, [(device, last) for device, last in before.items() if device in changed and last % often != 1])
     return refused
 
 
@@ -2590,8 +2690,15 @@ DEVICE_ROWS: Final = """device join presence on presence.device_id = device.id
 # An event of the live feed; a device that was removed still has its name there.
 EVENT_JSON: Final = f"""json_patch(json_object('id', event.id, 'device', coalesce(name, old_name), 'kind', kind,
     'at', {time_sql("at")}), detail)"""
-STATE_JSON: Final = f"""json_object('device', device.name, 'version', state.version, 'at', {time_sql("state.at")},
-    'session', state.session, 'reported', json(document))"""
+# A version of what a device reports; the last whole document up to it; and the changes since that.
+STATE_JSON: Final = f"""json_array(
+    json_object('device', device.name, 'version', state.version, 'at', {time_sql("state.at")}, 'session', state.session),
+    json((select document from state whole where whole.device_id = state.device_id and whole.version <= state.version
+          and document <> '' order by version desc limit 1)),
+    json((select json_group_array(json(changes)) from (
+        select changes from state later where later.device_id = state.device_id and later.version <= state.version
+        and later.version > (select max(version) from state whole where whole.device_id = state.device_id
+                             and whole.version <= state.version and document <> '') order by version))))"""
 CONFIG_JSON: Final = f"""json_object('version', config.version, 'status', status, 'status_at', {time_sql("status_at")},
     'at', {time_sql("config.at")}, 'by', author, 'sent_at', {time_sql("sent_at")}, 'timeout', timeout / 1000.0,
     'message', message, 'errors', json(errors), 'document', json((select text from document where document.id = document_id)))"""
@@ -3364,14 +3471,20 @@ class Reads(Queries):
         row = await self._readers.row("select coalesce(max(id), 0) from event where tenant_id = :tenant", {"tenant": tenant})
         return int(row[0]) if row else 0
 
-    async def state(self, tenant: int, device: str, at: int | None, version: int | None) -> str | None:
+    async def state(self, tenant: int, device: str, at: int | None, version: int | None) -> bytes | None:
         """The document that a device reported: the last, that of a version, or the one that was in force at a time."""
-        return await self._json(
+        text = await self._json(
             f"""select {STATE_JSON} from state join device on device.id = device_id
                 where tenant_id = :tenant and name = :device and (:version is null or version = :version)
                 and (:at is null or at <= :at) order by version desc limit 1""",
             tenant=tenant, device=device, at=at, version=version,
         )  # fmt: skip
+        if text is None:
+            return None
+        shown, document, changes = orjson.loads(text)
+        for change in changes:
+            apply_changes(document, change)
+        return orjson.dumps({**shown, "reported": orjson.Fragment(canonical(document))})
 
     async def state_history(self, tenant: int, device: str, limit: int, after: int) -> str | None:
         """Every change of what a device reports, newest first."""
@@ -4560,7 +4673,7 @@ class Intake:
         now = now_ms()
         report = StateReport(self._owner, self._device_id, self._session, frame.seq, now, frame.mode, frame.reported)
         self._writer.state_reported(report)
-        self._frame_taken(frame.seq, now, 0, size)
+        self._frame_taken(frame.seq, now, 0, size * self._limits.state_weight)
 
     def _take_verdict(self, frame: ConfigStatus, size: int) -> None:
         now = now_ms()

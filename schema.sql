@@ -134,13 +134,14 @@ create table removed_range (
     stop       integer not null
 ) strict;
 
--- What a device reports of itself, one whole document for every actual change, each with what changed.
+-- What a device reports of itself: a version for every actual change, with what changed. The newest has the whole document, and so
+-- has one in fifty.
 create table state (
     device_id  integer not null references device on delete cascade,
     version    integer not null,                  -- 1, 2, 3 …
     at         integer not null,                  -- when the report came
     session    integer not null,                  -- in which of the device's sessions
-    document   text not null,                     -- JSON, its keys in order, so that equal documents are equal texts
+    document   text not null,                     -- JSON, its keys in order, so that equal documents are equal texts; or empty
     changes    text not null,                     -- JSON: [{path (RFC 6901), from?, to?}]
     primary key (device_id, version)
 ) strict, without rowid;
