@@ -181,8 +181,8 @@ class Limits:
     # Documents of state and configuration: read by people, and kept whole for every change.
     document_bytes: int = 64 * 1024
     document_depth: int = 10
-    # Every so many versions of a state the whole document is kept; between them what changed. A document of state costs more than
-    # its bytes while it is stored, and counts as so many times as much.
+    # Every so many versions of a state the whole document is kept; between them what changed. A report of state costs more than
+    # its bytes while it is stored, for it is merged into the document: it counts as so many times as much, and as a document at least.
     state_versions: int = 50
     state_weight: int = 16
     # A device's metric names are held in memory for the length of its session.
@@ -4673,7 +4673,7 @@ class Intake:
         now = now_ms()
         report = StateReport(self._owner, self._device_id, self._session, frame.seq, now, frame.mode, frame.reported)
         self._writer.state_reported(report)
-        self._frame_taken(frame.seq, now, 0, size * self._limits.state_weight)
+        self._frame_taken(frame.seq, now, 0, max(size * self._limits.state_weight, self._limits.document_bytes))
 
     def _take_verdict(self, frame: ConfigStatus, size: int) -> None:
         now = now_ms()
