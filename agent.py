@@ -10,12 +10,13 @@ One file that needs aiohttp alone, so that a device needs none of the server's p
 contract in README.md and by nothing else. The file reads bottom-up: a section uses only sections above it.
 
     Limits and options   what the agent can be told, and the bounds that it keeps
-    Rules                pure functions: values, times, differences of documents
-    Recordings           a recorded file, row by row
+    Rules                pure functions: values, times, documents, what a refusal means
+    Recordings           a recorded file, row by row, and what of it is lost
     Machine              this machine's own readings, and what it is
     Files                what the agent keeps on the disk
     Configuration        the command that applies a configuration
-    Spool                frames until the server has them on disk
+    Spool                frames until the server has them on disk, and how many of them are under way
+    Link                 one connection: whether it lives, and how it ended
     Agent                the session with the server, and coming back to it
     Command line         python agent.py …
 """
@@ -32,6 +33,7 @@ import os
 import platform as host
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -39,21 +41,22 @@ import struct
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import Field, dataclass, field, fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
-from typing import Any, Final, NoReturn, cast
+from typing import IO, Any, Final, NoReturn, cast
+from zoneinfo import ZoneInfo
 
-from aiohttp import ClientError, ClientSession, ClientTimeout, ClientWebSocketResponse, WSMsgType
+from aiohttp import ClientError, ClientSession, ClientTimeout, ClientWebSocketResponse, ClientWSTimeout, WSMsgType
 
 if sys.platform != "win32":
     import fcntl
 
 VERSION: Final = "0.1.0"
-Value = float | int | str
+Value = bool | float | int | str
 
 log = logging.getLogger("iiot")
 
@@ -62,16 +65,51 @@ log = logging.getLogger("iiot")
 # Owns: what the agent can be told (Options: one field per flag and IIOT_* variable) and the bounds that it keeps.
 # Must not know: anything else.
 
+# What the server takes (README.md, wire contract). The agent looks first, so that one bad value does not cost a whole frame.
+FRAME_BYTES: Final = 1024 * 1024
+METRIC_CHARACTERS: Final = 128
+TEXT_CHARACTERS: Final = 1024
+METRICS: Final = 2_000
+INTEGERS: Final = 2**63
+EARLIEST: Final = 946_684_800_000  # 2000-01-01
+DAY: Final = 86_400_000
+
+# A recorded file.
+REPLAY_ROWS: Final = 50  # in one frame
+REPLAY_BYTES: Final = 256 * 1024  # likewise
+LINE_CHARACTERS: Final = 4 * 1024 * 1024  # a longer line is lost, and is never in memory as a whole
+RECORD_LINES: Final = 100  # a quoted cell that goes on for longer was never closed
+LOSSES_SHOWN: Final = 20
+MOMENTS: Final = 50_000  # values that are compared with later ones of the same millisecond; about 15 MB
+SECONDS_BELOW: Final = 1e11  # a smaller number is seconds since 1970 (until the year 5138), a larger one milliseconds (from 1973)
+MILLISECONDS_BELOW: Final = 1e14
+
+# Bytes under way: see Window.
+WINDOW_FIRST: Final = 16 * 1024
+WINDOW_LEAST: Final = 2 * 1024
+WINDOW_MOST: Final = FRAME_BYTES
+FRAME_LEAST: Final = 1024  # a frame is cut no further where somebody on the way does not take it
+QUICK_SECONDS: Final = 1.0
+SLOW_SECONDS: Final = 4.0
+
+# How long something is waited for.
+STEP_SECONDS: Final = 30.0  # a step of the handshake: on the server's side a session may first have to be stored
+CLOSE_SECONDS: Final = 3.0  # the server's answer to a close frame
+VERDICT_SECONDS: Final = 10.0  # the close that follows an error which names no frame
+LOOK_SECONDS: Final = 5.0  # between two looks at what moved on the link
+PING_SECONDS: Final = 15.0  # without anything that moves, until a ping
+LINK_SECONDS: Final = 45.0  # without anything that moves, until the link is given up: three pings
+LINK_BYTES: Final = 256  # sent and confirmed count as movement from here on; three pings are less, TLS included
+ANSWER_SECONDS: Final = 300.0  # for the acknowledgement of what was sent; on the slowest link it takes a minute or two
+HELD_SECONDS: Final = 60.0  # at most, after `throttled`: the quota may be raised, and until then the server just does not read
+RETRY_SECONDS: Final = 60.0  # at most, between two attempts of the agent's own choice
+ASKED_SECONDS: Final = 3_600.0  # at most, where the server names the time
 ON_CONFIG_SECONDS: Final = 50.0  # for the command: less than the server waits for the verdict
 MESSAGE_CHARACTERS: Final = 1000  # of what the command says, in the verdict
-REPLAY_ROWS: Final = 50  # of a recorded file in one frame
-REPLAY_BYTES: Final = 256 * 1024  # likewise, well within what a frame may have
-HELD_SECONDS: Final = 60.0  # at most, after `throttled`: the quota may be raised, and until then the server just does not read
-PERMANENT: Final = (4400, 4401, 4403)  # close codes after which trying again is of no use
+
 CLOSED: Final = frozenset((WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR))
-INTEGERS: Final = 2**63  # SQLite's integers, and every JSON parser's that matters
-FURTHEST: Final = 1e11  # seconds: the fifth millennium
 SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
+OFFSET: Final = re.compile(r"([+-])([0-9]{2}):?([0-9]{2})")
 
 
 class AgentError(Exception):
@@ -92,6 +130,34 @@ def positive(number: float) -> bool:
     return 0 < number < float("inf")
 
 
+def is_encoding(name: str) -> bool:
+    """Whether Python reads text of this encoding."""
+    try:
+        return "".encode(name) is not None
+    except (LookupError, ValueError):
+        return False
+
+
+def parse_zone(text: str) -> tzinfo:
+    """The time zone UTC, +01:00, or one of an IANA name. ValueError."""
+    if text.upper() in ("UTC", "Z"):
+        return UTC
+    if found := OFFSET.fullmatch(text):
+        offset = timedelta(hours=int(found[2]), minutes=int(found[3]))
+        return timezone(-offset if found[1] == "-" else offset)
+    try:
+        return ZoneInfo(text)
+    except (KeyError, OSError) as error:
+        raise ValueError(f"{text} is no time zone") from error
+
+
+def is_zone(text: str) -> bool:
+    try:
+        return not text or parse_zone(text) is not None
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class Options:
     """What `python agent.py` is told. One of `key` and `token` is needed until the token file is there."""
@@ -107,13 +173,24 @@ class Options:
     config_file: str = setting("", "where the applied configuration is kept (NAME.config.json in this folder)")
     interval: float = setting(5.0, "seconds between two readings", positive, "above 0")
     spool: int = setting(10_000, "frames kept while offline; then the oldest are dropped", positive, "at least 1")
-    replay: str = setting("", "send a recorded CSV instead: first column a time, the rest metrics; comma or semicolon")
+    replay: str = setting("", "send a recorded CSV instead: first column a time, the rest metrics; comma, semicolon or tab")
     speed: float = setting(
         0.0,
         "of --replay: 1 is the recording's own pace, 10 ten times it, 0 as fast as the server acknowledges",
         lambda speed: 0 <= speed < float("inf"),
         "0 or above",
     )
+    timezone: str = setting(
+        "",
+        "of --replay: time zone of times that name none: an IANA name, UTC or +01:00; without it they are refused",
+        is_zone,
+        "a time zone such as Europe/Berlin, UTC or +01:00",
+    )
+    time_format: str = setting("", "of --replay: form of the times, as strptime takes it, such as '%d.%m.%Y %H:%M' (ISO 8601, or a number)")
+    decimal: str = setting(
+        "", "of --replay: comma or point before decimals (as the file shows)", ("", "comma", "point").__contains__, "comma or point"
+    )
+    encoding: str = setting("utf-8", "of --replay: how the file's text is encoded", is_encoding, "an encoding such as utf-8 or cp1252")
     log_level: str = setting(
         "info",
         "debug, info, warning or error; logs go to standard error",
@@ -123,10 +200,16 @@ class Options:
 
 
 # ==== Rules ====
-# Owns: pure functions: values, times, differences of documents. Must not know: files, sockets.
+# Owns: pure functions: values, times, documents, what a refusal means. Must not know: files, sockets.
 
-INTEGER: Final = re.compile(r"[+-]?[0-9]{1,40}")
-REAL: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
+# Error codes after which trying again is of no use: at any time, and before the server's welcome.
+FINAL_CODES: Final = frozenset(("unauthorized", "device_disabled", "device_removed", "credentials_revoked", "tenant_removed"))
+FINAL_FIRST_CODES: Final = frozenset(("device_exists", "invalid", "bad_handshake"))
+CLOSE_UNAUTHORIZED: Final = 4401
+CLOSE_FORBIDDEN: Final = 4403
+CLOSE_BAD_HANDSHAKE: Final = 4400
+CLOSE_FRAME_TOO_BIG: Final = 1009
+SAMPLE_PATH: Final = re.compile(r"samples\[([0-9]{1,9})\](?:\.values\.(.+))?.*", re.DOTALL)
 
 
 def now_ms() -> int:
@@ -136,6 +219,11 @@ def now_ms() -> int:
 def same(one: object, other: object) -> bool:
     """Whether two JSON values are equal; unlike in Python, 1, 1.0 and true are not."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def encode(content: Mapping[str, Any]) -> bytes:
+    """The JSON text of a frame. What is no text (half of a surrogate pair, out of a file name) becomes a question mark."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def merge_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,80 +245,400 @@ def backoff(attempt: int, most: float, jitter: float) -> float:
     return min(most, 0.5 * 2.0 ** min(attempt, 16)) * jitter
 
 
-def parse_cell(text: str) -> Value | None:
-    """A value of a recorded file: integer, real or text; None for an empty cell, or a number that has no value."""
-    text = text.strip()
-    if INTEGER.fullmatch(text):
-        whole = int(text)
-        return whole if -INTEGERS <= whole < INTEGERS else None
-    if REAL.fullmatch(text):
-        real = float(text)
-        return real if abs(real) < float("inf") else None
-    return text or None
+def is_final(code: str, close: int | None, *, welcomed: bool) -> bool:
+    """Whether a refusal is for good. The code of the error frame decides; where there was none, the close code."""
+    if code:
+        return code in FINAL_CODES or (not welcomed and code in FINAL_FIRST_CODES)
+    return close in (CLOSE_UNAUTHORIZED, CLOSE_FORBIDDEN) or (not welcomed and close == CLOSE_BAD_HANDSHAKE)
 
 
-def parse_recorded_time(text: str) -> int:
-    """Milliseconds of a recorded time: ISO 8601 (UTC where it names no zone) or seconds since 1970. ValueError."""
+@dataclass(frozen=True)
+class Numbers:
+    """How numbers are written: the mark before decimals, the one between groups of three digits or none, and the pattern."""
+
+    decimal: str
+    group: str
+    pattern: re.Pattern[str]
+
+
+def numbers_with(decimal: str, group: str) -> Numbers:
+    mark, groups = re.escape(decimal), rf"|[1-9][0-9]{{0,2}}(?:{re.escape(group)}[0-9]{{3}})+" if group else ""
+    pattern = rf"[+-]?(?=[0-9]|{mark}[0-9])(?:[0-9]+{groups})?(?:{mark}[0-9]*)?(?:[eE][+-]?[0-9]+)?"
+    return Numbers(decimal, group, re.compile(pattern))
+
+
+PLAIN: Final = numbers_with(".", "")
+POINT: Final = numbers_with(".", ",")
+COMMA: Final = numbers_with(",", ".")
+
+
+def decimal_mark(text: str) -> str:
+    """What a cell says about its file: "comma" (21,5), "point" (21.5), "either" (1.013), or nothing."""
     text = text.strip()
-    if REAL.fullmatch(text):
-        seconds = float(text)
-        if not abs(seconds) < FURTHEST:
-            raise ValueError(f"{text} is no time")
-        return round(seconds * 1000)
-    moment = datetime.fromisoformat(text)
-    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+    if "," not in text and "." not in text:
+        return ""
+    comma, point = COMMA.pattern.fullmatch(text), POINT.pattern.fullmatch(text)
+    return "either" if comma and point else "comma" if comma else "point" if point else ""
+
+
+def shown(text: str) -> str:
+    """A cell in a message."""
+    text = redacted(text.strip())
+    return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
+def check_text(text: str) -> str:
+    if len(text) > TEXT_CHARACTERS:
+        raise ValueError(f"a text of {len(text)} characters; the server takes {TEXT_CHARACTERS}")
+    if "\0" in text:
+        raise ValueError("a text with a zero character")
+    return text
+
+
+def parse_cell(text: str, style: Numbers = PLAIN) -> Value | None:
+    """A value of a recorded file: integer, real, boolean or text; None for an empty cell and for nan, which say that there is
+    no value. A number that begins with a zero is a name (00123), and stays text. ValueError for what the server cannot keep."""
+    text = text.strip()
+    word = text.lower().lstrip("+-")
+    if style.pattern.fullmatch(text):
+        plain = (text.replace(style.group, "") if style.group else text).replace(style.decimal, ".")
+        digits = plain.lstrip("+-")
+        if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
+            return check_text(text)
+        if digits.isdigit():
+            if len(digits) > 19 or not -INTEGERS <= int(plain) < INTEGERS:
+                raise ValueError(f"{shown(text)} is an integer of over 63 bits")
+            return int(plain)
+        real = float(plain)
+        if abs(real) == float("inf"):
+            raise ValueError(f"{shown(text)} is larger than a number can be")
+        return real
+    if word in ("inf", "infinity"):
+        raise ValueError(f"{shown(text)} is no finite number")
+    if text.lower() in ("true", "false"):
+        return word == "true"
+    return None if not text or word == "nan" else check_text(text)
+
+
+def place_in_zone(moment: datetime, zone: tzinfo, before: int | None) -> tuple[int, bool]:
+    """Milliseconds of a local time, and whether the clock showed it twice. Then it is the earlier one, unless that lies before
+    the row above. ValueError for a time that the clock left out."""
+    first, second = (round(moment.replace(tzinfo=zone, fold=fold).timestamp() * 1000) for fold in (0, 1))
+    if first > second:
+        raise ValueError(f"{moment} does not exist in {zone}: the clock was set forward")
+    return (second if before is not None and first < before else first), first != second
+
+
+@dataclass(frozen=True)
+class Times:
+    """How a recording writes its times: the zone of those that name none, and the form for strptime, if it is not ISO 8601."""
+
+    zone: tzinfo | None = None
+    form: str = ""
+
+
+def parse_moment(text: str, times: Times) -> int | datetime:
+    """Milliseconds, or a date and time. ValueError, whose text says what to add."""
+    text = text.strip()
+    if times.form:
+        try:
+            return datetime.strptime(text, times.form)
+        except ValueError:
+            raise ValueError(f"{shown(text)} is not of the form --time-format {times.form!r}") from None
+    number = text.replace(",", ".", 1)
+    if PLAIN.pattern.fullmatch(number):
+        since = float(number)
+        if abs(since) >= MILLISECONDS_BELOW:
+            raise ValueError(f"{shown(text)} is no time: neither seconds nor milliseconds since 1970")
+        return round(since * 1000 if abs(since) < SECONDS_BELOW else since)
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        hint = "name its form, for example --time-format '%d.%m.%Y %H:%M'"
+        raise ValueError(f"{shown(text)} is no time of ISO 8601 and no number; {hint}") from None
+
+
+def parse_time(text: str, times: Times, before: int | None = None) -> tuple[int, bool]:
+    """Milliseconds of a recorded time, and whether the clock showed it twice; `before` is the time of the row above. ValueError."""
+    moment = parse_moment(text, times)
+    if isinstance(moment, int):
+        return moment, False
+    if moment.tzinfo is not None:
+        return round(moment.timestamp() * 1000), False
+    if times.zone is None:
+        hint = "add --timezone, for example --timezone UTC or --timezone Europe/Berlin"
+        raise ValueError(f"{shown(text)} names no time zone; {hint}")
+    return place_in_zone(moment, times.zone, before)
+
+
+def is_metric(name: str) -> bool:
+    return 0 < len(name) <= METRIC_CHARACTERS and name.isprintable()
 
 
 # ==== Recordings ====
-# Owns: a recorded file, row by row. Must not know: sockets.
+# Owns: a recorded file, row by row, and what of it is lost. Must not know: sockets.
+
+EXPORT: Final = ("time", "metric", "value")  # the server's own CSV of readings
+BUCKETS: Final = ("avg", "min", "max", "sum", "count", "last")
+SEPARATORS: Final = ((",", "comma"), (";", "semicolon"), ("\t", "tab"))
+
+
+class Losses:
+    """What of a recording did not reach the server, by line."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._shown: list[tuple[int, str]] = []
+        self._lines = bytearray()  # 1 for a line of which something is lost: a byte a line is little, whatever the file
+        self.count = 0
+        self.rows = 0
+
+    def add(self, line: int, text: str) -> None:
+        self.count += 1
+        if len(self._shown) < LOSSES_SHOWN:
+            self._shown.append((line, text))
+        if line >= len(self._lines):
+            self._lines.extend(bytes(line + 1 - len(self._lines)))
+        if not self._lines[line]:
+            self._lines[line] = 1
+            self.rows += 1
+
+    def report(self) -> str:
+        """A line for every loss, the first twenty of them."""
+        lines = [f"{self._path}: line {line}: {text}\n" for line, text in sorted(self._shown)]
+        more = self.count - len(lines)
+        return redacted("".join(lines) + (f"{self._path}: and {more} more\n" if more else ""))
+
+
+class Lines:
+    """The lines of a file, numbered. A record whose quotes do not end within RECORD_LINES lines can be left and read again
+    from its second line on, so that one stray quote does not take the rest of the file."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self._again: deque[str] = deque()
+        self._record: list[str] = []
+        self.number = 0  # of the line that was given last
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if len(self._record) >= RECORD_LINES:
+            raise StopIteration
+        line = self._again.popleft() if self._again else self._read()
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self._record.append(line)
+        return line
+
+    def begin(self) -> int:
+        """A new record; the number of its first line."""
+        self._record.clear()
+        return self.number + 1
+
+    def leave(self) -> None:
+        """Give the lines of this record once more, without the first."""
+        self._again.extendleft(reversed(self._record[1:]))
+        self.number -= max(0, len(self._record) - 1)
+
+    def _read(self) -> str:
+        line = self._file.readline(LINE_CHARACTERS)
+        if len(line) == LINE_CHARACTERS and line[-1] not in "\r\n":
+            while (rest := self._file.readline(LINE_CHARACTERS)) and rest[-1] not in "\r\n":
+                pass
+            self._record.append("")
+            self.number += 1
+            raise csv.Error(f"is longer than {LINE_CHARACTERS} characters")
+        return line
+
+
+class Overwriting:
+    """Which values share a metric and a millisecond: the server keeps the last of them. The newest MOMENTS values are known."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[tuple[int, str], tuple[int, Value]] = OrderedDict()
+
+    def add(self, line: int, moment: int, metric: str, value: Value) -> int:
+        """The line whose value is overwritten by this one with another; 0 if none is."""
+        before, known = self._values.pop((moment, metric), (0, value))
+        self._values[moment, metric] = line, value
+        if len(self._values) > MOMENTS:
+            self._values.popitem(last=False)
+        return before if type(known) is not type(value) or known != value else 0
 
 
 class Recording:
-    """A recorded CSV file, row by row."""
+    """A recorded CSV file, row by row. It is read twice: first for the way in which it is written, then for its rows."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, options: Options) -> None:
+        self.path = Path(options.replay)
+        self._encoding = "utf-8-sig" if re.fullmatch(r"utf[-_]?8", options.encoding.lower()) else options.encoding
+        self._times = Times(parse_zone(options.timezone) if options.timezone else None, options.time_format)
+        self._decimal = options.decimal
+        self._separator = ","
+        self._style = PLAIN
+        self._metrics: list[str] = []
+        self._export = False  # a metric and a value in each row, as the server writes them
+        self._texts: Counter[str] = Counter()
+        self._overwriting = Overwriting()
+        self._names: set[str] = set()  # of an export
+        self._before: int | None = None
+        self._twice = 0
+        self.losses = Losses(options.replay)
+        self.rows = 0
+        self.given_up = False
+
+    def survey(self) -> None:
+        """Look at the whole file: its header, the number of its rows, how it writes numbers. AgentError where it is of no use."""
+        marks: dict[str, tuple[int, str]] = {}
         try:
-            with path.open("rb") as file:
-                self.rows = max(0, sum(1 for line in file if line.strip()) - 1)
+            with self._open() as file:
+                first = file.readline(LINE_CHARACTERS)
+            self._separator = max(",;\t", key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+            for line, cells in self._records():
+                if line == 1:
+                    self._read_header(cells)
+                    continue
+                if self.given_up:
+                    return
+                self.rows += 1
+                if self._separator != "," and not self._decimal and isinstance(cells, list):
+                    for cell in cells[1:]:
+                        marks.setdefault(decimal_mark(cell), (line, cell))
+            if not self._metrics:
+                raise ValueError("line 1: is empty")
         except OSError as error:
-            raise AgentError(f"cannot read {path}: {error.strerror}") from error
-
-    def samples(self) -> Iterator[dict[str, Any]]:
-        """Samples in the file's order. AgentError at the line where the file breaks off or is not as its header says."""
-        line = 1
-        try:
-            with self._path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                first = file.readline()
-                delimiter = ";" if first.count(";") > first.count(",") else ","
-                header = self._header(next(csv.reader([first], delimiter=delimiter), []))
-                rows = csv.reader(file, delimiter=delimiter, strict=True)
-                while True:
-                    line = rows.line_num + 2
-                    row = next(rows, None)
-                    if row is None:
-                        return
-                    line = rows.line_num + 1
-                    if row:
-                        yield self._sample(header, row)
+            raise AgentError(f"cannot read {self.path}: {error.strerror}") from error
         except (ValueError, csv.Error) as error:
-            raise AgentError(f"{self._path}: line {line}: {error}") from error
+            raise AgentError(f"{self.path}: {error}") from error
+        self._style = self._choose_numbers(marks)
+        separator = dict(SEPARATORS)[self._separator]
+        decimal = "comma" if self._style.decimal == "," else "point"
+        log.info("%s: %d rows, columns separated by %s, decimal %s", self.path, self.rows, separator, decimal)
 
-    @staticmethod
-    def _header(names: list[str]) -> list[str]:
-        metrics = [name.strip() for name in names[1:]]
-        if not metrics or not all(metrics) or len(set(metrics)) < len(metrics):
-            raise ValueError("needs a time column and one or more metrics, each with a name of its own")
-        return metrics
+    def samples(self, latest: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Line and sample of every row in the file's order, none for a row without any value that can be sent; `latest` is the
+        last time that the server takes."""
+        for line, cells in self._records():
+            if line == 1:
+                continue
+            try:
+                if isinstance(cells, str):
+                    raise ValueError(cells)
+                sample = self._sample(line, cells, latest)
+            except ValueError as error:
+                self.losses.add(line, str(error))
+                yield line, None
+            else:
+                yield line, sample if sample["values"] else None
 
-    @staticmethod
-    def _sample(header: list[str], row: list[str]) -> dict[str, Any]:
-        if len(row) != len(header) + 1:
-            raise ValueError(f"{len(row)} columns where the header has {len(header) + 1}")
-        if any("\udc80" <= mark <= "\udcff" for cell in row for mark in cell):
-            raise ValueError("is not UTF-8")
-        values = {name: parse_cell(cell) for name, cell in zip(header, row[1:], strict=True)}
-        return {"ts": parse_recorded_time(row[0]), "values": {name: value for name, value in values.items() if value is not None}}
+    def remarks(self) -> str:
+        """What else is to be said at the end, on the same line."""
+        texts = [f"{count} of {shown(metric)}" for metric, count in self._texts.most_common(LOSSES_SHOWN)]
+        more = len(self._texts) - len(texts)
+        words = f"; values that are text: {', '.join(texts)}" if texts else ""
+        words += f" and of {more} more columns" if more else ""
+        return words + (f"; {self._twice} rows at a time that the clock showed twice, taken in the file's order" if self._twice else "")
+
+    def _open(self) -> IO[str]:
+        return self.path.open(newline="", encoding=self._encoding, errors="surrogateescape")
+
+    def _records(self) -> Iterator[tuple[int, list[str] | str]]:
+        """Every record that is not empty, with its line; in place of one that cannot be read, why."""
+        with self._open() as file:
+            lines = Lines(file)
+            reader = csv.reader(lines, delimiter=self._separator, strict=True)
+            while True:
+                number = lines.begin()
+                try:
+                    cells = next(reader, None)
+                except csv.Error as error:
+                    lines.leave()
+                    reader = csv.reader(lines, delimiter=self._separator, strict=True)
+                    yield number, str(error)
+                    continue
+                if cells is None:
+                    return
+                if cells:
+                    yield number, cells
+
+    def _check_encoding(self, cells: list[str]) -> None:
+        if any("\udc80" <= mark <= "\udcff" for cell in cells for mark in cell):
+            raise ValueError(f"is not {self._encoding.removesuffix('-sig').upper()}; name the encoding, for example --encoding cp1252")
+
+    def _read_header(self, cells: list[str] | str) -> None:
+        try:
+            if isinstance(cells, str):
+                raise ValueError(cells)
+            self._check_encoding(cells)
+            names = [name.strip() for name in cells]
+            words = tuple(name.lower() for name in names)
+            if words[:2] == EXPORT[:2] and len(words) > 2 and all(word in BUCKETS for word in words[2:]):
+                raise ValueError("is an export of buckets; export the readings themselves, without every=")
+            if "device" in words and words[-2:] == EXPORT[1:]:
+                raise ValueError("is an export of several devices; export one device")
+            self._export = words == EXPORT
+            self._metrics = names[1:]
+            if not self._metrics or len(set(self._metrics)) < len(self._metrics):
+                raise ValueError("needs a time column and one or more metrics, each with a name of its own")
+            if bad := [name for name in self._metrics if not is_metric(name)]:
+                raise ValueError(f"{shown(bad[0])} is no name of a metric: 1 to {METRIC_CHARACTERS} printable characters")
+            if len(self._metrics) > METRICS:
+                raise ValueError(f"{len(self._metrics)} metrics; a device may have {METRICS}")
+        except ValueError as error:
+            raise ValueError(f"line 1: {error}") from error
+
+    def _choose_numbers(self, marks: Mapping[str, tuple[int, str]]) -> Numbers:
+        """How the file writes its numbers. AgentError where it can be read in two ways."""
+        if self._decimal:
+            return COMMA if self._decimal == "comma" else POINT
+        if self._separator == ",":
+            return PLAIN
+        if "comma" in marks and "point" in marks:
+            told = " and ".join(f"{shown(cell)} in line {line}" for line, cell in sorted((marks["comma"], marks["point"])))
+            raise AgentError(f"{self.path}: decimals are written in two ways, {told}; add --decimal comma or --decimal point")
+        if "either" in marks and "comma" not in marks and "point" not in marks:
+            line, cell = marks["either"]
+            told = f"{shown(cell)} may be about one or about one thousand"
+            raise AgentError(f"{self.path}: line {line}: {told}; add --decimal comma or --decimal point")
+        return COMMA if "comma" in marks else POINT
+
+    def _sample(self, line: int, cells: list[str], latest: int) -> dict[str, Any]:
+        if len(cells) != len(self._metrics) + 1:
+            raise ValueError(f"{len(cells)} columns where the header has {len(self._metrics) + 1}")
+        self._check_encoding(cells)
+        moment, twice = parse_time(cells[0], self._times, self._before)
+        self._before = moment
+        self._twice += twice
+        if not EARLIEST <= moment <= latest:
+            raise ValueError(f"{shown(cells[0])} is not between 2000-01-01 and a day from now")
+        values: dict[str, Value] = {}
+        columns = ((self._export_metric(cells[1]), cells[2]),) if self._export else zip(self._metrics, cells[1:], strict=True)
+        for metric, cell in columns:
+            try:
+                value = parse_cell(cell, self._style)
+            except ValueError as error:
+                self.losses.add(line, f"{shown(metric)}: {error}")
+                continue
+            if value is not None:
+                values[metric] = value
+                if isinstance(value, str):
+                    self._texts[metric] += 1
+                if before := self._overwriting.add(line, moment, metric, value):
+                    self.losses.add(before, f"{shown(metric)}: line {line} has another value for the same millisecond, which is kept")
+        return {"ts": moment, "values": values}
+
+    def _export_metric(self, name: str) -> str:
+        name = name.strip()
+        if not is_metric(name):
+            raise ValueError(f"{shown(name)} is no name of a metric: 1 to {METRIC_CHARACTERS} printable characters")
+        if name not in self._names:
+            if len(self._names) >= METRICS:
+                raise ValueError(f"{shown(name)} is one metric more than the {METRICS} that a device may have")
+            self._names.add(name)
+        return name
 
 
 # ==== Machine ====
@@ -328,48 +736,76 @@ def describe_machine() -> dict[str, Any]:
 
 
 # ==== Files ====
-# Owns: what the agent keeps on the disk: its token and the applied configuration. Must not know: sockets.
+# Owns: what the agent keeps on the disk: its token, the secret it asks for one with, the applied configuration.
+# Must not know: sockets.
+
+PROPOSED: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
-def write_beside(path: Path, text: str, mode: int) -> Path:
-    """A file beside `path`, on the disk, to be moved into its place: so a crash leaves the whole file or none. OSError."""
-    beside = path.with_name(path.name + ".new")
-    beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+def write_whole(path: Path, text: str, mode: int) -> None:
+    """Write a file under another name, and move it into its place when it is on the disk: a crash leaves the old file or the
+    new one, never a part. OSError."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    return beside
+    new.replace(path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        with suppress(OSError):  # some file systems cannot; the file is in its place
+            os.fsync(folder)
+        os.close(folder)
 
 
 class TokenFile:
-    """Where the agent keeps its token, for its own eyes only."""
+    """Where the agent keeps its token, readable for its own user alone. Until it has one, another file holds the secret that it
+    asks for a token with. The secret is on the disk before it is sent: if the answer is lost, the agent sends the same secret
+    again and is given the same token."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
+        self._secret_path = path.with_name(path.name + ".secret")
 
     def read(self) -> str:
         """The token, empty without a file. AgentError when the file cannot be used."""
+        return self._read(self.path)
+
+    def is_empty(self) -> bool:
+        """Whether there is a file without a token in it."""
+        return self.path.is_file() and not self.read()
+
+    def secret(self) -> tuple[str, bool]:
+        """The secret to ask with, and whether it is new. AgentError when none could be kept."""
+        kept = self._read(self._secret_path)
+        if PROPOSED.fullmatch(kept):
+            return kept, False
+        made = secrets.token_urlsafe(32)
+        self._write(self._secret_path, made)
+        return made, True
+
+    def forget_secret(self) -> None:
+        self._secret_path.unlink(missing_ok=True)
+
+    def write(self, token: str) -> None:
+        """Keep the token; the secret has done its part."""
+        self._write(self.path, token)
+        self.forget_secret()
+
+    def _read(self, path: Path) -> str:
         try:
-            return self._path.read_text().strip()
+            return path.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return ""
         except (OSError, ValueError) as error:
-            raise AgentError(f"cannot read {self._path}: {error}") from error
+            raise AgentError(f"cannot read {path}: {error}") from error
 
-    def check(self) -> None:
-        """AgentError when no token could be kept: to be asked before one is minted, for it is shown but once."""
-        self._write("").unlink()
-
-    def write(self, token: str) -> None:
-        """Written beside and moved into place, so that a crash leaves the whole file or none."""
-        self._write(token).replace(self._path)
-
-    def _write(self, token: str) -> Path:
+    def _write(self, path: Path, text: str) -> None:
         try:
-            return write_beside(self._path, token + "\n", 0o600)
+            write_whole(path, text + "\n", 0o600)
         except OSError as error:
-            raise AgentError(f"cannot keep a token in {self._path}: {error.strerror}") from error
+            raise AgentError(f"cannot keep a token in {self.path}: {error.strerror}") from error
 
 
 class AppliedConfig:
@@ -379,18 +815,25 @@ class AppliedConfig:
         self._path = path
 
     def read(self) -> tuple[int, object]:
-        """Version and document, 0 and None when none was applied. AgentError when the file cannot be used."""
+        """Version and document, 0 and None when none was applied. A file without one is told by its name: the readings go on,
+        and the server sends the configuration that it wants. AgentError when there can be no such file."""
         try:
-            kept = json.loads(self._path.read_text())
+            text = self._path.read_text(encoding="utf-8")
+            if not text.strip():
+                raise ValueError("it is empty")
+            kept = json.loads(text)
             return int(kept["version"]), kept["document"]
         except FileNotFoundError:
             return 0, None
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        except OSError as error:
             raise AgentError(f"cannot use {self._path}: {error}") from error
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            log.warning("no applied configuration is known: cannot use %s: %s", self._path, error)
+            return 0, None
 
     def write(self, version: int, document: object) -> None:
-        """Written beside and moved into place, so that a crash leaves the whole file or none. OSError."""
-        write_beside(self._path, json.dumps({"version": version, "document": document}, indent=2) + "\n", 0o666).replace(self._path)
+        """OSError when it cannot be kept."""
+        write_whole(self._path, json.dumps({"version": version, "document": document}, indent=2) + "\n", 0o666)
 
 
 # ==== Configuration ====
@@ -426,79 +869,253 @@ async def run_on_config(command: str, document: object) -> tuple[str, str]:
 
 
 # ==== Spool ====
-# Owns: frames from their making until the server has them on disk, and their numbers. Must not know: sockets.
+# Owns: frames from their making until the server has them on disk, their numbers, and how much of them is under way.
+# Must not know: sockets.
+
+
+@dataclass(eq=False)
+class Outgoing:
+    """A frame on its way. `lines` are those of a recorded file, one for each sample; `rows` is how many of the file's rows are
+    done with when this frame is."""
+
+    content: dict[str, Any]
+    lines: tuple[int, ...] = ()
+    rows: int = 0
+    seq: int = 0
+    text: bytes = b""
+    sent: float = 0.0
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        return cast("list[dict[str, Any]]", self.content.get("samples", []))
+
+
+def part_of(frame: Outgoing, start: int, stop: int) -> Outgoing:
+    """A frame with some of the samples of another one."""
+    samples = frame.samples[start:stop]
+    rows = frame.rows if len(frame.samples) == 1 else min(len(samples), frame.rows)
+    return Outgoing({**frame.content, "samples": samples}, frame.lines[start:stop], rows)
+
+
+def metrics_of(frame: Outgoing) -> list[str]:
+    return list(dict.fromkeys(metric for sample in frame.samples for metric in sample["values"]))
+
+
+def with_metrics(frame: Outgoing, metrics: Collection[str], rows: int = 0) -> Outgoing:
+    """A frame with these metrics alone of another one."""
+    samples = [{**sample, "values": {m: v for m, v in sample["values"].items() if m in metrics}} for sample in frame.samples]
+    kept = [index for index, sample in enumerate(samples) if sample["values"]]
+    lines = tuple(frame.lines[index] for index in kept) if frame.lines else ()
+    return Outgoing({**frame.content, "samples": [samples[index] for index in kept]}, lines, rows)
+
+
+def parts_by_metric(frame: Outgoing) -> list[Outgoing]:
+    """Two frames with half of the metrics each; none for a frame with fewer than two metrics."""
+    metrics = metrics_of(frame)
+    half = len(metrics) // 2
+    return [with_metrics(frame, metrics[:half]), with_metrics(frame, metrics[half:], frame.rows)] if half else []
+
+
+def halves(frame: Outgoing) -> list[Outgoing]:
+    """Two frames with half of the samples each, or half of the values of the only one; none for what cannot be halved."""
+    count = len(frame.samples)
+    if count > 1:
+        return [part_of(frame, 0, count // 2), part_of(frame, count // 2, count)]
+    return parts_by_metric(frame)
+
+
+def parts_without(frame: Outgoing, path: str) -> tuple[list[Outgoing], Outgoing | None]:
+    """A refused frame, where the server names the value at fault: what is to be sent again, and what is lost. The server looks
+    no further than to the first fault, so what stands behind it may hold more. Nothing lost where the path names nothing."""
+    found = SAMPLE_PATH.fullmatch(path)
+    index = int(found[1]) if found else len(frame.samples)
+    if found is None or index >= len(frame.samples):
+        return halves(frame), None
+    lost = part_of(frame, index, index + 1)
+    rest = [part_of(frame, 0, index), part_of(frame, index + 1, len(frame.samples))]
+    metric = found[2]
+    values = lost.samples[0]["values"]
+    if metric in values and len(values) > 1:
+        others = {name: value for name, value in values.items() if name != metric}
+        rest.insert(1, Outgoing({**lost.content, "samples": [{**lost.samples[0], "values": others}]}, lost.lines, lost.rows))
+        lost = Outgoing({**lost.content, "samples": [{**lost.samples[0], "values": {metric: values[metric]}}]}, lost.lines)
+    return [part for part in rest if part.samples], lost
+
+
+class Window:
+    """How many bytes may be under way: sent, and not acknowledged. It grows by what is acknowledged within QUICK_SECONDS, and
+    is halved when an acknowledgement takes longer than SLOW_SECONDS. So frames on a slow link are small enough that they,
+    and the answers to pings between them, arrive within seconds."""
+
+    def __init__(self) -> None:
+        self.size = WINDOW_FIRST
+        self.frame_most = FRAME_BYTES  # what the server takes, as far as it is known
+        self.one_by_one = False  # the server refused a frame and did not say which
+        self._halved = 0.0
+
+    @property
+    def frame(self) -> int:
+        """How large a frame should be at most."""
+        return min(self.frame_most, self.size)
+
+    def acknowledged(self, size: int, sent: float, now: float, under_way: int) -> None:
+        """A frame of this size was acknowledged, when so many bytes were under way. One sent before the last halving says
+        nothing about the window as it is now; one sent while the window stood half empty says nothing about its size."""
+        if now - sent <= QUICK_SECONDS:
+            if under_way * 2 >= self.size:
+                self.size = min(WINDOW_MOST, self.size + size)
+        elif now - sent > SLOW_SECONDS and sent >= self._halved:
+            self.halve(now)
+
+    def halve(self, now: float) -> None:
+        self.size = max(WINDOW_LEAST, self.size // 2)
+        self._halved = now
 
 
 class Spool:
-    """Frames from their making until the server has them on disk; bounded. A frame is numbered when it is first sent."""
+    """Frames from their making until the server has them on disk; bounded.
+
+    A frame is numbered when it is sent. What is not stored when a session ends is numbered anew in the next one, above the
+    number that the server's welcome names: it may be lower than before, and the frames may be cut into smaller ones."""
 
     def __init__(self, most: int) -> None:
-        self._frames: deque[dict[str, Any]] = deque()
-        self._most = most
-        self._sent = 0
+        self.window = Window()
+        self._sent: deque[Outgoing] = deque()
+        self._waiting: deque[Outgoing] = deque()
+        self._under_way = 0  # bytes
+        self.most = most
         self._seq = 0
         self._changed = asyncio.Condition()
         self.dropped = 0
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return len(self._sent) + len(self._waiting)
 
-    async def put(self, frame: dict[str, Any]) -> None:
+    @property
+    def sent(self) -> int:
+        """How many frames are under way."""
+        return len(self._sent)
+
+    async def put(self, content: dict[str, Any], lines: tuple[int, ...] = ()) -> None:
         """Keep a frame; where there is no room, let go of the oldest."""
         async with self._changed:
-            if len(self._frames) >= self._most:
-                self._frames.popleft()
-                self._sent = max(0, self._sent - 1)
+            while len(self) >= self.most:
+                if self._sent:
+                    self._under_way -= len(self._sent.popleft().text)
+                else:
+                    self._waiting.popleft()
                 self.dropped += 1
-            self._frames.append(frame)
+            self._waiting.append(Outgoing(content, lines, len(lines)))
             self._changed.notify_all()
 
-    async def next(self) -> dict[str, Any]:
-        """The next frame to send, numbered."""
+    async def put_first(self, frames: list[Outgoing]) -> None:
+        """Parts of a frame that was refused: they are sent next."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._sent < len(self._frames))
-            frame = self._frames[self._sent]
-            self._sent += 1
-            if "seq" not in frame:
-                self._seq += 1
-                frame["seq"] = self._seq
-            return frame
+            self._waiting.extendleft(reversed(frames))
+            self._changed.notify_all()
+
+    async def next(self) -> Outgoing:
+        """The next frame to send, numbered, cut to the size that the link is good for."""
+        async with self._changed:
+            while True:
+                await self._changed.wait_for(lambda: self._waiting and not (self._sent and self.window.one_by_one))
+                frame = self._waiting[0]
+                if frame.seq != self._seq + 1:
+                    frame.seq = self._seq + 1
+                    frame.text = encode({**frame.content, "seq": frame.seq})
+                if len(frame.text) > self.window.frame and (parts := halves(frame)):
+                    self._waiting.popleft()
+                    self._waiting.extendleft(reversed(parts))
+                elif self._sent and self._under_way + len(frame.text) > self.window.size:
+                    await self._changed.wait()
+                else:
+                    self._waiting.popleft()
+                    self._sent.append(frame)
+                    self._seq = frame.seq
+                    self._under_way += len(frame.text)
+                    frame.sent = time.monotonic()
+                    return frame
 
     async def acknowledge(self, seq: int) -> int:
-        """Let go of every frame up to `seq`; how many samples were in them."""
-        samples = 0
+        """Let go of every frame up to `seq`; how many rows of a recording were done with them."""
+        rows, under_way, now = 0, self._under_way, time.monotonic()
         async with self._changed:
-            while self._frames and self._frames[0].get("seq", seq + 1) <= seq:
-                samples += len(self._frames.popleft().get("samples", ()))
-                self._sent = max(0, self._sent - 1)
+            while self._sent and self._sent[0].seq <= seq:
+                frame = self._sent.popleft()
+                rows += frame.rows
+                self._under_way -= len(frame.text)
+                self.window.acknowledged(len(frame.text), frame.sent, now, under_way)
             self._changed.notify_all()
-        return samples
+        return rows
 
-    async def refuse(self, seq: int) -> list[dict[str, Any]]:
-        """The server does not take this frame; the samples that are lost with it."""
-        async with self._changed:
-            frame = next((frame for frame in self._frames if frame.get("seq") == seq), {})
-            lost: list[dict[str, Any]] = frame.get("samples", [])
-            if lost:
-                frame["samples"] = []
-            return lost
+    def refuse(self, seq: int) -> Outgoing | None:
+        """Take out a frame that the server does not take; 0 is the oldest one. `put_first` has to follow with what is to be
+        sent in its place, if only with nothing: until then nobody who waits sees the change."""
+        frame = next((frame for frame in self._sent if frame.seq == seq or not seq), None)
+        if frame is not None:
+            self._sent.remove(frame)
+            self._under_way -= len(frame.text)
+        return frame
 
     async def resume(self, seq: int) -> int:
-        """A new session: what lies above the server's `seq` is sent again, and numbering goes on above it. How many samples
-        turn out to be stored."""
-        samples = await self.acknowledge(seq)
-        self._seq = max(self._seq, seq)
-        self._sent = 0
-        return samples
+        """A new session: what lies above the server's `seq` is sent again. How many rows turn out to be stored."""
+        if self._sent and seq < self._sent[0].seq:  # nothing that was under way arrived
+            self.window.halve(time.monotonic())
+        rows = 0
+        async with self._changed:
+            while self._sent and self._sent[0].seq <= seq:
+                rows += self._sent.popleft().rows
+            self._waiting.extendleft(reversed(self._sent))
+            self._sent.clear()
+            self._under_way = 0
+            self._seq = seq
+            self._changed.notify_all()
+        return rows
+
+    def waiting_since(self) -> float | None:
+        """When the oldest frame under way was sent, by the monotonic clock; none if none is."""
+        return self._sent[0].sent if self._sent else None
+
+    async def suspect(self) -> None:
+        """One of the frames under way was refused: all are sent again, whatever number the server is at, and one at a time."""
+        async with self._changed:
+            self.window.one_by_one = True
+            self._waiting.extendleft(reversed(self._sent))
+            self._sent.clear()
+            self._under_way = 0
+            self._changed.notify_all()
+
+    def largest(self) -> int:
+        """Bytes of the largest frame under way."""
+        return max((len(frame.text) for frame in self._sent), default=0)
 
     async def at_most(self, frames: int) -> None:
         """Wait until no more than so many frames are kept."""
         async with self._changed:
-            await self._changed.wait_for(lambda: len(self._frames) <= frames)
+            await self._changed.wait_for(lambda: len(self) <= frames)
 
 
-# ==== Agent ====
-# Owns: the session with the server, and coming back to it. Must not know: the server's insides; it speaks the wire contract alone.
+# ==== Link ====
+# Owns: one connection: whether it lives, and how it ended. Must not know: what the frames say.
+
+
+class SessionEnded(Exception):  # noqa: N818 - it is no error: the agent comes back
+    """The session is over, and the agent is to come back: after `wait` seconds at least, or at once."""
+
+    def __init__(self, text: str, wait: float = 0.0, *, at_once: bool = False) -> None:
+        super().__init__(text)
+        self.wait = wait
+        self.at_once = at_once
+
+
+@asynccontextmanager
+async def time_limit(seconds: float, text: str) -> AsyncIterator[None]:
+    """SessionEnded when something takes too long; the text says what."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise SessionEnded(f"{text} within {seconds:.0f} s") from error
 
 
 @asynccontextmanager
@@ -506,7 +1123,187 @@ async def closing_link(link: ClientWebSocketResponse) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await link.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await link.close()
+
+
+class Movement:
+    """Since when nothing has moved on a connection, in either direction.
+
+    A slow link is not a dead one: no ping is answered in the middle of a long frame. So what counts are bytes: those that
+    arrived, and those whose arrival the other side's system confirmed, as Linux tells them. Elsewhere, frames that arrive."""
+
+    def __init__(self, link: ClientWebSocketResponse) -> None:
+        self._socket = link.get_extra_info("socket")
+        self._received, self._confirmed = self._counts()
+        self._since = time.monotonic()
+
+    def note(self) -> None:
+        """A frame arrived."""
+        self._since = time.monotonic()
+
+    def quiet(self) -> float:
+        """For how many seconds nothing has moved, as far as one sees by looking now and then."""
+        received, confirmed = self._counts()
+        if received != self._received or confirmed - self._confirmed >= LINK_BYTES:
+            self._received, self._confirmed = received, confirmed
+            self.note()
+        return time.monotonic() - self._since
+
+    def _counts(self) -> tuple[int, int]:
+        """Bytes received, and bytes sent and confirmed: struct tcp_info of <linux/tcp.h>."""
+        if sys.platform == "linux" and self._socket is not None:
+            with suppress(OSError):
+                told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+                if len(told) == 136:
+                    confirmed, received = struct.unpack_from("QQ", told, 120)
+                    return received, confirmed
+        return 0, 0
+
+
+async def watch_link(link: ClientWebSocketResponse, movement: Movement) -> None:
+    """Ping a quiet link. SessionEnded when it is dead."""
+    pinged = 0.0
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        quiet, now = movement.quiet(), time.monotonic()
+        if quiet > LINK_SECONDS:
+            raise SessionEnded(f"nothing has moved on the connection for {quiet:.0f} s")
+        if quiet > PING_SECONDS and now - pinged > PING_SECONDS:
+            pinged = now
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await link.ping()
+
+
+# ==== Agent ====
+# Owns: the session with the server, and coming back to it. Must not know: the server's insides; it speaks the wire contract alone.
+
+
+class Replay:
+    """Sends a recording. `latest` comes with the first welcome: the last time that the server takes, by its own clock."""
+
+    def __init__(self, options: Options, spool: Spool) -> None:
+        self.recording = Recording(options)
+        self.delivered = 0  # rows
+        self.latest: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._speed = options.speed
+        self._spool = spool
+
+    async def run(self) -> None:
+        """Send the recording, and return when the server has all of it. AgentError when some of it could not be sent."""
+        recording = self.recording
+        try:
+            await asyncio.to_thread(recording.survey)
+        finally:
+            recording.given_up = True  # a thread cannot be cancelled
+        progress = asyncio.create_task(self._show_progress(recording.rows), name="progress")
+        replayed, losses = 0, recording.losses
+        try:
+            latest = await self.latest
+            await self._send_samples(latest)
+            await self._spool.at_most(0)
+            replayed = recording.rows - losses.rows
+        finally:
+            progress.cancel()
+            replayed = replayed or min(self.delivered, recording.rows - losses.rows)
+            print(f"\r{' ' * 40}\r{losses.report()}replayed {replayed} of {recording.rows} rows{recording.remarks()}", file=sys.stderr)
+        if losses.count:
+            raise AgentError(f"something is lost in {losses.rows} rows of {recording.path}")
+
+    async def _send_samples(self, latest: int) -> None:
+        waiting: list[tuple[int, dict[str, Any]]] = []
+        size, before = 0, cast("int | None", None)
+        for count, (line, sample) in enumerate(self.recording.samples(latest)):
+            if count % 500 == 0:
+                await asyncio.sleep(0)  # of many rows that cannot be sent, none waits for anything
+            if sample is None:
+                continue
+            if self._speed > 0 and before is not None:
+                await asyncio.sleep(max(0, sample["ts"] - before) / 1000 / self._speed)
+            before = sample["ts"]
+            waiting.append((line, sample))
+            size += len(json.dumps(sample))
+            if len(waiting) >= REPLAY_ROWS or size > REPLAY_BYTES or self._speed > 0:
+                await self._send_rows(waiting)
+                waiting, size = [], 0
+        await self._send_rows(waiting)
+
+    async def _send_rows(self, rows: list[tuple[int, dict[str, Any]]]) -> None:
+        """Unlike readings, rows wait for room."""
+        if rows:
+            await self._spool.at_most(min(100, self._spool.most - 1))
+            lines, samples = zip(*rows, strict=True)
+            await self._spool.put({"type": "telemetry", "samples": list(samples)}, lines)
+
+    async def _show_progress(self, rows: int) -> None:
+        while True:
+            print(f"\r{self.delivered} of {rows} rows acknowledged", end="", file=sys.stderr, flush=True)
+            await asyncio.sleep(0.5)
+
+
+class Refusals:
+    """What becomes of frames that the server does not take."""
+
+    def __init__(self, spool: Spool, losses: Losses | None) -> None:
+        self._spool = spool
+        self._losses = losses
+        self._unwelcome: set[str] = set()  # metrics that the server does not take because there are too many
+
+    async def find(self, error: dict[str, Any]) -> None:
+        """An error named no frame, and the session went on. With one frame under way it is that one. Otherwise it may be any of
+        them: all are sent again, which changes nothing where they were stored, and from then on one at a time."""
+        if self._spool.sent > 1:
+            await self._spool.suspect()
+            raise SessionEnded(f"the server refused a frame and did not say which: {error.get('message')}")
+        await self.take(self._spool.refuse(0), error)
+
+    async def take(self, frame: Outgoing | None, error: dict[str, Any]) -> None:
+        """A frame was refused: what may be good in it is sent again, next. What is refused alone is lost."""
+        if frame is None:
+            log.warning("the server refused frame %s after it had acknowledged it: %s", error.get("seq"), error.get("message"))
+            return
+        lost: Outgoing | None
+        errors = [fault for fault in error.get("errors") or [] if isinstance(fault, dict)]
+        path = str(errors[0].get("path", "")) if errors else ""
+        if error.get("code") == "too_many_series":
+            parts, lost = self._without_unwelcome(frame)
+        else:
+            parts, lost = parts_without(frame, path)
+        if lost is None and not parts:
+            lost = frame
+        if lost is not None:
+            told = f"{path} {errors[0].get('message', '')}".strip() if errors else str(error.get("message"))
+            self._lose(lost, f"the server refuses it: {told}")
+        await self._spool.put_first(parts)
+
+    def _without_unwelcome(self, frame: Outgoing) -> tuple[list[Outgoing], Outgoing | None]:
+        """The device has as many metrics as it may, and some of these are new. Which, is found once for each."""
+        metrics = metrics_of(frame)
+        if len(metrics) == 1:
+            self._unwelcome.update(metrics)
+        known = [metric for metric in metrics if metric not in self._unwelcome]
+        if len(known) == len(metrics):
+            return parts_by_metric(frame), None
+        return ([with_metrics(frame, known, frame.rows)] if known else []), with_metrics(frame, self._unwelcome)
+
+    def _lose(self, frame: Outgoing, why: str) -> None:
+        if self._losses is not None and frame.lines:
+            metrics = metrics_of(frame)
+            for line in frame.lines:
+                self._losses.add(line, f"{shown(metrics[0])}: {why}" if len(metrics) == 1 else why)
+        else:
+            log.warning("lost a frame of %s: %s", frame.content.get("type"), why)
+
+    async def send_smaller(self) -> None:
+        """The server, or a proxy before it, does not take frames of this size."""
+        window = self._spool.window
+        if window.frame_most > FRAME_LEAST:
+            window.frame_most = max(FRAME_LEAST, min(window.frame_most, self._spool.largest()) // 2)
+        elif frame := self._spool.refuse(0):
+            self._lose(frame, "a frame of this size is not taken")
+            await self._spool.put_first([])
 
 
 class Agent:
@@ -517,23 +1314,31 @@ class Agent:
         self._name = options.name or re.sub(r"[^A-Za-z0-9._:-]", "-", socket.gethostname())[:64] or "device"
         self._token_file = TokenFile(Path(options.token_file or f"{self._name}.token"))
         self._token = options.token or self._token_file.read()
-        self._spool = Spool(options.spool)
         self._applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
+        self._spool = Spool(options.spool)
+        self._replay = Replay(options, self._spool) if options.replay else None
+        self._refusals = Refusals(self._spool, self._replay.recording.losses if self._replay else None)
         self._config_version, self._config_document = self._applied.read()
         self._reported: dict[str, Any] | None = None
         self._held_until = 0.0  # until then the server takes nothing
+        self._answered = 0.0  # when the server last acknowledged something, or until when it said that it will not
         self._wanted: dict[str, Any] | None = None  # the newest configuration that was not looked at yet
         self._wanted_changed = asyncio.Event()
         self._report = asyncio.Event()
-        self._delivered = 0
-        self._refused = 0
         self._dropped = 0
-        if not self._token and not options.key:
-            raise AgentError("needs --key (a provisioning key) or --token for the first start")
+        self._token_is_kept = bool(self._token) and not options.token
+        if self._token_is_kept:
+            self._token_file.forget_secret()  # left by a crash
+        if not self._token:
+            empty = f"{self._token_file.path} is empty" if self._token_file.is_empty() else ""
+            if not options.key:
+                raise AgentError(f"{empty + ': ' if empty else ''}needs --key (a provisioning key) or --token for the first start")
+            if empty:
+                log.warning("%s; the provisioning key is used", empty)
 
     async def run(self) -> None:
         """Until the recording is delivered, or for ever. AgentError when the server refuses the device."""
-        source = asyncio.create_task(self._replay() if self._options.replay else self._observe(), name="source")
+        source = asyncio.create_task(self._replay.run() if self._replay else self._observe(), name="source")
         link = asyncio.create_task(self._stay_connected(), name="link")
         configure = asyncio.create_task(self._apply_configs(), name="configure")
         try:
@@ -598,147 +1403,172 @@ class Agent:
             self._wanted = config
             self._wanted_changed.set()
 
-    async def _replay(self) -> None:
-        """Send the recording, and return when the server has all of it. AgentError when some of it could not be sent."""
-        recording = Recording(Path(self._options.replay))
-        progress = asyncio.create_task(self._show_progress(recording.rows), name="progress")
-        broken: AgentError | None = None
-        try:
-            await self._send_samples(recording)
-        except AgentError as error:
-            broken = error  # what came before it is good
-        await self._spool.at_most(0)
-        progress.cancel()
-        await asyncio.gather(progress, return_exceptions=True)
-        print(f"\rreplayed {self._delivered} of {recording.rows} rows", file=sys.stderr)
-        if broken:
-            raise broken
-        if self._refused:
-            raise AgentError(f"the server refused {self._refused} rows")
-
-    async def _send_samples(self, recording: Recording) -> None:
-        waiting: list[dict[str, Any]] = []
-        size, before = 0, cast("int | None", None)
-        try:
-            for sample in recording.samples():
-                if self._options.speed > 0 and before is not None:
-                    await asyncio.sleep(max(0, sample["ts"] - before) / 1000 / self._options.speed)
-                before = sample["ts"]
-                waiting.append(sample)
-                size += len(json.dumps(sample))
-                if len(waiting) >= REPLAY_ROWS or size > REPLAY_BYTES or self._options.speed > 0:
-                    await self._send_rows(waiting)
-                    waiting, size = [], 0
-        finally:
-            await self._send_rows(waiting)
-
-    async def _send_rows(self, samples: list[dict[str, Any]]) -> None:
-        """Unlike readings, rows wait for room."""
-        if samples:
-            await self._spool.at_most(min(100, self._options.spool - 1))
-            await self._spool.put({"type": "telemetry", "samples": samples})
-
-    async def _send_apart(self, samples: list[dict[str, Any]]) -> None:
-        """Of samples that were refused together, each is sent again alone; what is refused alone is lost."""
-        if len(samples) < 2:
-            self._refused += len(samples)
-            return
-        for sample in samples:
-            await self._spool.put({"type": "telemetry", "samples": [sample]})
-
-    async def _show_progress(self, rows: int) -> None:
-        while True:
-            print(f"\r{self._delivered} of {rows} rows acknowledged", end="", file=sys.stderr, flush=True)
-            await asyncio.sleep(0.5)
-
     async def _stay_connected(self) -> None:
         attempt = 0
         async with ClientSession(timeout=ClientTimeout(total=None, sock_connect=10)) as client:
             while True:
-                started = time.monotonic()
+                started, least, at_once = time.monotonic(), 0.0, False
                 try:
                     await self._hold_session(client)
+                except SessionEnded as ended:
+                    reason, least, at_once = str(ended), min(ended.wait, ASKED_SECONDS), ended.at_once
                 except (ClientError, OSError, TimeoutError) as error:
-                    log.warning("no session: %s", error or type(error).__name__)
+                    reason = str(error) or type(error).__name__
                 attempt = 0 if time.monotonic() - started > 30 else attempt + 1
-                await asyncio.sleep(backoff(attempt, 60.0, random.random()))  # noqa: S311 - no secret
+                pause = max(least, backoff(attempt, RETRY_SECONDS, random.random()))  # noqa: S311 - no secret
+                if at_once and attempt < 2:  # the second time within seconds it waits as ever
+                    pause = 0.0
+                log.warning("no session: %s; the next attempt comes in %.1f s", reason, pause)
+                await asyncio.sleep(pause)
 
     async def _hold_session(self, client: ClientSession) -> None:
-        """One session from hello to close."""
+        """One session from hello to close. It ends with an exception that says why."""
         url = re.sub("^http", "ws", self._options.url.rstrip("/")) + "/device"
-        async with asyncio.timeout(30):
-            link = await client.ws_connect(url, protocols=("iiot.v1",), heartbeat=30, max_msg_size=4 * 1024 * 1024)
+        async with time_limit(STEP_SECONDS, "no connection"):
+            link = await client.ws_connect(
+                url, protocols=("iiot.v1",), autoping=False, max_msg_size=4 * FRAME_BYTES, timeout=ClientWSTimeout(ws_close=CLOSE_SECONDS)
+            )
         async with closing_link(link):
             if not self._token:
-                self._token_file.check()
-                await link.send_json({"type": "provision", "key": self._options.key, "device": self._name})
-                self._token = (await self._expect(link, "credentials"))["token"]
-                self._token_file.write(self._token)
-                log.info("provisioned as %s", self._name)
+                await self._provision(link)
             await link.send_json({"type": "hello", "token": self._token, "agent": f"iiot-agent/{VERSION}", "time": now_ms()})
             welcome = await self._expect(link, "welcome")
             log.info("connected as %s, session %s", welcome["device"], welcome["session"])
-            self._held_until = 0.0
-            self._delivered += await self._spool.resume(welcome["seq"])
+            self._held_until = self._answered = 0.0
+            self._done(await self._spool.resume(welcome["seq"]))
+            if self._replay is not None and not self._replay.latest.done():
+                self._replay.latest.set_result(round(datetime.fromisoformat(welcome["time"]).timestamp() * 1000) + DAY)
             self._want(welcome.get("config"))
             if self._spool.dropped != self._dropped:  # a report may have been among it
                 self._dropped, self._reported = self._spool.dropped, None
-            sender = asyncio.create_task(self._send(link), name="sender")
-            try:
-                await self._receive(link)
-            finally:
-                sender.cancel()
-                await asyncio.gather(sender, return_exceptions=True)
+            await self._converse(link)
+
+    async def _converse(self, link: ClientWebSocketResponse) -> None:
+        """Send and receive until the session ends. What the server said last weighs more than that a send failed."""
+        movement = Movement(link)
+        receiver = asyncio.create_task(self._receive(link, movement), name="receiver")
+        steps = self._send(link), watch_link(link, movement), self._watch_answers()
+        others = [asyncio.create_task(step) for step in steps]
+        try:
+            await asyncio.wait((receiver, *others), return_when=asyncio.FIRST_COMPLETED)
+            if others[0].done():
+                await asyncio.wait((receiver,), timeout=CLOSE_SECONDS)
+        finally:
+            for task in (receiver, *others):
+                task.cancel()
+            outcomes = await asyncio.gather(receiver, *others, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    def _done(self, rows: int) -> None:
+        if self._replay is not None:
+            self._replay.delivered += rows
+
+    async def _provision(self, link: ClientWebSocketResponse) -> None:
+        """Ask for a token by the key and by a secret of our own, which the token ends with."""
+        secret, new = self._token_file.secret()
+        await link.send_json({"type": "provision", "key": self._options.key, "device": self._name, "secret": secret})
+        try:
+            self._token = (await self._expect(link, "credentials"))["token"]
+        except AgentError:
+            if new:  # the server refused, and was never asked with this secret before: no device was made with it
+                self._token_file.forget_secret()
+            raise
+        self._token_file.write(self._token)
+        self._token_is_kept = True
+        log.info("provisioned as %s", self._name)
 
     async def _expect(self, link: ClientWebSocketResponse, kind: str) -> dict[str, Any]:
         """The server's answer to a step of the handshake."""
-        async with asyncio.timeout(30):
-            message = await link.receive()
-        if message.type == WSMsgType.TEXT:
-            frame = cast("dict[str, Any]", json.loads(message.data))
-            if frame.get("type") == kind:
-                return frame
-            if frame.get("type") == "error":
-                await self._closed(link, frame.get("message", ""))
-        await self._closed(link, str(message.extra or ""))
-        raise ClientError("the server did not answer the handshake")
+        error: dict[str, Any] = {}
+        async with time_limit(STEP_SECONDS, f"no answer of the server ({kind})"):
+            while (message := await link.receive()).type not in CLOSED:
+                if message.type == WSMsgType.PING:
+                    await link.pong(message.data)
+                elif message.type == WSMsgType.TEXT:
+                    frame = cast("dict[str, Any]", json.loads(message.data))
+                    if frame.get("type") == kind:
+                        return frame
+                    if frame.get("type") == "error":
+                        error = frame
+        raise await self._ending(link, error, str(message.extra or ""), welcomed=False)
 
-    async def _closed(self, link: ClientWebSocketResponse, reason: str) -> None:
-        """The server is closing: AgentError if for good."""
-        if not link.closed:
-            async with asyncio.timeout(10):
-                while (message := await link.receive()).type not in CLOSED:
-                    pass
-                reason = reason or str(message.extra or "")
-        if link.close_code in PERMANENT:
-            raise AgentError(f"the server refuses this device ({link.close_code}): {reason}")
-        raise ClientError(f"closed by the server ({link.close_code}): {reason}")
+    async def _ending(self, link: ClientWebSocketResponse, error: dict[str, Any], reason: str, *, welcomed: bool) -> Exception:
+        """What it means that the server closed the connection."""
+        code, text = str(error.get("code", "")), error.get("message") or reason
+        if is_final(code, link.close_code, welcomed=welcomed):
+            return AgentError(f"the server refuses this device ({link.close_code}): {text}{self._way_out(code, link.close_code)}")
+        if link.close_code == CLOSE_FRAME_TOO_BIG:
+            await self._refusals.send_smaller()
+        wait = error.get("retry_after")
+        if code in ("session_conflict", "superseded"):
+            text = f"another client uses the same token as this device ({text})"
+        if link.close_code is None or link.close_code == 1006:
+            return ClientError(f"the connection broke {text}".rstrip())
+        seconds = float(wait) if isinstance(wait, (int, float)) else 0.0
+        return SessionEnded(f"closed by the server ({link.close_code}): {text}", seconds, at_once=code == "seq_reset")
+
+    def _way_out(self, code: str, close: int | None) -> str:
+        """What to do about a token of an earlier device."""
+        gone = code in ("unauthorized", "device_removed") or close == CLOSE_UNAUTHORIZED
+        if not gone or not self._token_is_kept:
+            return ""
+        return f" Its token is in {self._token_file.path}; to make a new device of this machine, remove this file and start with --key."
 
     async def _send(self, link: ClientWebSocketResponse) -> None:
         while True:
             frame = await self._spool.next()
             await asyncio.sleep(max(0.0, self._held_until - time.monotonic()))
-            await link.send_str(json.dumps(frame, separators=(",", ":")))
+            frame.sent = time.monotonic()
+            await link.send_frame(frame.text, WSMsgType.TEXT)
 
-    async def _receive(self, link: ClientWebSocketResponse) -> None:
-        while (message := await link.receive()).type not in CLOSED:
-            if message.type != WSMsgType.TEXT:
+    async def _watch_answers(self) -> None:
+        """SessionEnded when the server acknowledges nothing for too long: a new session tells what it has."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            since = self._spool.waiting_since()
+            if since is not None and time.monotonic() - max(since, self._answered) > ANSWER_SECONDS:
+                raise SessionEnded(f"the server has acknowledged nothing for {ANSWER_SECONDS:.0f} s")
+
+    async def _receive(self, link: ClientWebSocketResponse, movement: Movement) -> None:
+        unnamed: dict[str, Any] = {}  # an error that names no frame: the reason of the close that follows it
+        while True:
+            try:
+                async with asyncio.timeout(VERDICT_SECONDS if unnamed else None):
+                    message = await link.receive()
+            except TimeoutError:
+                await self._refusals.find(unnamed)
+                unnamed = {}
                 continue
-            frame = json.loads(message.data)
-            if frame["type"] == "ack":
-                self._delivered += await self._spool.acknowledge(frame["seq"])
-            elif frame["type"] == "error":
-                log.warning("the server refused a frame: %s %s", frame.get("message"), frame.get("errors", ""))
-                await self._send_apart(await self._spool.refuse(frame.get("seq", 0)))
-            elif frame["type"] == "config":
-                self._want(frame)
-            elif frame["type"] == "throttled":
-                log.warning("the server takes no more for %.0f s: %s is used up", frame["retry_after"], frame["limit"])
-                self._held_until = time.monotonic() + min(frame["retry_after"], HELD_SECONDS)
-            elif frame["type"] == "report":
-                self._reported = None  # state is sent whole
-                self._report.set()
-        await self._closed(link, str(message.extra or ""))
+            movement.note()
+            if message.type in CLOSED:
+                raise await self._ending(link, unnamed, str(message.extra or ""), welcomed=True)
+            if message.type == WSMsgType.PING:
+                await link.pong(message.data)
+            elif message.type == WSMsgType.TEXT and not unnamed:  # an acknowledgement may cover the frame in question
+                frame = json.loads(message.data)
+                if frame["type"] == "error" and not frame.get("seq"):
+                    unnamed = frame
+                else:
+                    await self._take(frame)
+
+    async def _take(self, frame: dict[str, Any]) -> None:
+        """A frame of the server, within the session."""
+        if frame["type"] == "ack":
+            self._answered = max(self._answered, time.monotonic())
+            self._done(await self._spool.acknowledge(frame["seq"]))
+        elif frame["type"] == "error":
+            await self._refusals.take(self._spool.refuse(frame["seq"]), frame)
+        elif frame["type"] == "config":
+            self._want(frame)
+        elif frame["type"] == "throttled":
+            log.warning("the server takes no more for %.0f s: %s is used up", frame["retry_after"], frame["limit"])
+            self._held_until = time.monotonic() + min(frame["retry_after"], HELD_SECONDS)
+            self._answered = time.monotonic() + frame["retry_after"]
+        elif frame["type"] == "report":
+            self._reported = None  # state is sent whole
+            self._report.set()
 
 
 # ==== Command line ====
@@ -774,8 +1604,8 @@ def make_parser() -> argparse.ArgumentParser:
             except argparse.ArgumentTypeError as error:
                 parser.error(f"{variable}: {error}")
         shown = f" ({option.default})" if option.default not in ("", 0.0) else ""
-        flag = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(flag, type=functools.partial(parse_option, option), default=default, help=option.metadata["help"] + shown)
+        flag, text = f"--{option.name.replace('_', '-')}", (option.metadata["help"] + shown).replace("%", "%%")
+        parser.add_argument(flag, type=functools.partial(parse_option, option), default=default, help=text)
     return parser
 
 
@@ -786,8 +1616,26 @@ class RedactingFormatter(logging.Formatter):
         return redacted(super().format(record))
 
 
-async def run_agent(options: Options) -> None:
-    await Agent(options).run()
+async def run_agent(options: Options) -> int:
+    """Until the agent ends, or a signal ends it; the exit code. What it started ends with it."""
+    agent = asyncio.create_task(Agent(options).run(), name="agent")
+    numbers: list[int] = []
+
+    def stop(number: int) -> None:
+        numbers.append(number)
+        agent.cancel()
+
+    for name in ("SIGTERM", "SIGHUP"):
+        with suppress(NotImplementedError, AttributeError):  # Windows
+            asyncio.get_running_loop().add_signal_handler(getattr(signal, name), stop, getattr(signal, name))
+    try:
+        await agent
+    except asyncio.CancelledError:
+        if not numbers:
+            raise
+        log.info("ended by %s", signal.Signals(numbers[0]).name)
+        return 128 + numbers[0] if options.replay else 0  # a recording was to be sent whole, readings are never all sent
+    return 0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -797,7 +1645,7 @@ def main(argv: list[str] | None = None) -> None:
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
     try:
-        asyncio.run(run_agent(options))
+        sys.exit(asyncio.run(run_agent(options)))
     except KeyboardInterrupt:
         sys.exit(130)
     except (AgentError, OSError) as error:

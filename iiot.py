@@ -16,7 +16,13 @@ schema.sql the whole database.
     Errors                every way to say no
     Frames                what crosses the wire, checked
     Rules                 pure functions: time, durations, cursors
-    Store                 every line of SQL, the writer, the readers
+    Database              the file, connections, migrations, transactions, the readers
+    Accounts              SQL about tenants, tokens, keys and the audit
+    Devices               SQL about devices, their sessions, states and configurations
+    Readings              SQL about telemetry
+    Removal               what is left of removed things, deleted little by little
+    Writer                what waits to be stored, and the one task that stores it
+    Store                 the open database
     Identity              tokens, roles, principals
     Registry              the live sessions, their heartbeat
     Sessions              one device's WebSocket from hello to close
@@ -52,8 +58,8 @@ import sys
 import sysconfig
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -63,7 +69,7 @@ from typing import Any, Final, NewType, NoReturn, Protocol, TypeVar, cast
 import aiosqlite
 import attrs
 import orjson
-from aiohttp import WebSocketError, WSMsgType, hdrs, web
+from aiohttp import WebSocketError, WSMessage, WSMsgType, hdrs, web
 from cattrs import Converter, IterableValidationError
 from cattrs.errors import (
     AttributeValidationNote,
@@ -140,6 +146,7 @@ class Settings:
         are_networks,
         "a list of networks such as 10.0.0.0/8,::1",
     )
+    query_seconds: float = setting(2.0, "seconds that a query may take; then it is refused, for others wait", positive, "above 0")
     quota_devices: int = quota(15_000, "devices")
     quota_connections: int = quota(15_000, "connected devices")
     quota_points: int = quota(5_000_000_000, "points stored in a day (UTC)")
@@ -174,6 +181,10 @@ class Limits:
     # Documents of state and configuration: read by people, and kept whole for every change.
     document_bytes: int = 64 * 1024
     document_depth: int = 10
+    # Every so many versions of a state the whole document is kept; between them what changed. A report of state costs more than
+    # its bytes while it is stored, for it is merged into the document: it counts as so many times as much, and as a document at least.
+    state_versions: int = 50
+    state_weight: int = 16
     # A device's metric names are held in memory for the length of its session.
     series_per_device: int = 2_000
     # Frames of one session that wait for their commit: then its socket is not read until they are on disk.
@@ -199,6 +210,11 @@ class Limits:
     fights: int = 20
     conflict_seconds: float = 1.0
     conflict_retry_seconds: int = 60
+    # Sessions that a device may open at once, and one a second after that: each is two entries of its timeline.
+    sessions: int = 300
+    # Refused actions of one token that are entered in the audit each, in a minute. Those beyond are counted, and entered together.
+    refusals: int = 60
+    refusals_seconds: float = 60.0
     # A device in good health sends no bad frame at all.
     bad_frames_per_minute: int = 100
     # Fields at fault that one answer names: a frame may have thousands.
@@ -214,8 +230,9 @@ class Limits:
     label_characters: int = 128
     # File descriptors are finite (README: raise `ulimit -n` with the fleet).
     connections: int = 15_000
-    # How long a peer is given to answer a close frame: a stop waits for it.
-    close_seconds: float = 1.0
+    # How long a peer is given to answer a close frame; when the server stops, so that nobody waits for a peer that is deaf.
+    close_seconds: float = 5.0
+    stop_close_seconds: float = 1.0
     # How long a start waits for the server before it on the same database: a stop takes less.
     lock_seconds: float = 4.0
     # Between two changes of the salt by which a write-ahead log is known to belong to its database.
@@ -225,9 +242,16 @@ class Limits:
     frame_bytes_per_turn: int = 4 * 1024
     # Between two records of `seen_at` for devices that are connected and send nothing.
     seen_seconds: float = 30.0
-    # A query beyond this is interrupted: it holds one of the few readers.
-    query_seconds: float = 30.0
-    readers: int = 3
+    # Connections that read. A tenant has all but one of them at most.
+    readers: int = 4
+    # A piece of an export may take longer than a query that somebody looks at: it is as many rows as `csv_rows`.
+    export_seconds: float = 30.0
+    # For so long a client may not read the stream that it asked for.
+    stall_seconds: float = 30.0
+    # The write-ahead log is started over when it is longer than this: readers that always overlap keep SQLite from doing so. And
+    # between two looks at its length.
+    log_bytes: int = 64 * 1024 * 1024
+    log_look_seconds: float = 0.5
     # Lists: entries a page. Telemetry: points a series, and points of all series together.
     page: int = 100
     page_most: int = 1_000
@@ -245,6 +269,8 @@ class Limits:
     # A live feed sends a comment after so long without an event, so that both ends notice a broken connection.
     feed_seconds: float = 15.0
     feed_events: int = 500
+    # Live feeds that a tenant may have open: each has a socket, and what it has not read yet.
+    feeds: int = 200
     # For so long after its removal a device's events stay in the live feed, so that a client that was away misses nothing.
     resume_seconds: float = 86_400.0
     # What one transaction deletes of removed devices and tenants, between those of devices that are there: devices that it
@@ -330,7 +356,9 @@ FAULTS: Final = fault_table(
     ("too_many_connected",   403, 4429, "The tenant has as many connected devices as it may."),
     ("too_many_connections", 503, 4429, "The server holds as many connections as it can."),
     ("too_many_devices",     403, 4429, "The tenant has as many devices as it may."),
+    ("too_many_feeds",       429, 4429, "The tenant has as many live feeds open as it may."),
     ("too_many_series",      422, 4400, "The device has as many metrics as it may."),
+    ("too_many_sessions",    429, 4429, "The device opens sessions too often. Wait, then try again."),
     ("too_slow",             408, 1013, "The peer did not read what was sent to it."),
     ("unauthorized",         401, 4401, "A valid token is needed."),
     ("unknown_type",         400, 4400, "There is no frame of this type."),
@@ -1031,10 +1059,46 @@ def same(one: object, other: object) -> bool:
     return canonical(one) == canonical(other)
 
 
+def place_of(path: str, name: str) -> str:
+    """A pointer to a member of what `path` points to (RFC 6901)."""
+    return f"{path}/{name.replace('~', '~0').replace('/', '~1')}"
+
+
+def merge_into(target: dict[str, Any], patch: Mapping[str, Any], path: str = "") -> Iterator[dict[str, Any]]:
+    """Apply a merge patch to `target` itself; what it changes, as `changes_between` tells it."""
+    for name in sorted(patch):
+        value, place = patch[name], place_of(path, name)
+        if value is None:
+            if name in target:
+                yield {"path": place, "from": target.pop(name)}
+        elif name not in target:
+            target[name] = merge_patch(None, value)
+            yield {"path": place, "to": target[name]}
+        elif isinstance(value, dict) and isinstance(target[name], dict):
+            yield from merge_into(target[name], value, place)
+        elif not same(target[name], after := merge_patch(None, value)):
+            yield {"path": place, "from": target[name], "to": after}
+            target[name] = after
+
+
+def apply_changes(document: dict[str, Any], changes: Iterable[Mapping[str, Any]], *, back: bool = False) -> None:
+    """Make a document what it was after changes that `changes_between` tells, or before them."""
+    side = "from" if back else "to"
+    for change in changes:
+        *parents, name = [step.replace("~1", "/").replace("~0", "~") for step in change["path"].split("/")[1:]]
+        place: Any = document
+        for parent in parents:
+            place = place[parent]
+        if side in change:
+            place[name] = change[side]
+        else:
+            place.pop(name, None)
+
+
 def changes_between(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[dict[str, Any]]:
     """What differs between two documents: {path (RFC 6901), from?, to?}; an array is one value."""
     for name in sorted({*old, *new}):
-        place = f"{path}/{name.replace('~', '~0').replace('/', '~1')}"
+        place = place_of(path, name)
         before, after = old.get(name), new.get(name)
         if name in old and name in new and isinstance(before, dict) and isinstance(after, dict):
             yield from changes_between(before, after, place)
@@ -1127,9 +1191,10 @@ def network_of(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-# ==== Store ====
-# Owns: every line of SQL, the one writer, the readers, migrations. Rows go in as one JSON text a statement and answers come
-# out as one, because sqlite3 takes the interpreter lock at every row. Must not know: HTTP, sockets, the shape of frames.
+# ==== Database ====
+# Owns: the database file and who may open it, connections, migrations, transactions, the readers, and how SQL is spelled. Must not
+# know: what the rows mean. Rows go in as one JSON text a statement and answers come out as one, because sqlite3 takes the
+# interpreter lock at every row.
 
 SCHEMA_VERSION: Final = 4
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
@@ -1242,7 +1307,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     alter table device add column emptied integer not null default 0 check (emptied in (0, 1));
     drop index device_removed;
     create index device_removed on device (emptied, removed_at) where name is null;
-    create index device_by_folded_name on device (tenant_id, lower(name));
+    create index device_by_folded_name on device (tenant_id, lower(name), name);
     alter table device_token add column key_id text;
     create table removed_range (
         id         integer primary key autoincrement,
@@ -1250,7 +1315,32 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         start      integer not null,
         stop       integer not null
     ) strict;
-    drop index config_awaited;
+    create table document (
+        id    integer primary key autoincrement,
+        text  text not null
+    ) strict;
+    create table new_config (
+        device_id    integer not null references device on delete cascade,
+        version      integer not null,
+        document_id  integer not null references document,
+        at           integer not null,
+        author       text not null,
+        timeout      integer not null,
+        status       text not null check (status in ('pending', 'sent', 'in_progress', 'applied', 'rejected', 'timed_out', 'superseded')),
+        status_at    integer not null,
+        sent_at      integer,
+        message      text,
+        errors       text,
+        primary key (device_id, version)
+    ) strict, without rowid;
+    insert into document (id, text) select row_number() over (order by device_id, version), document from config;
+    insert into new_config
+        select device_id, version, row_number() over (order by device_id, version), at, author, timeout, status, status_at, sent_at,
+               message, errors
+        from config;
+    drop table config;
+    alter table new_config rename to config;
+    create index config_by_document on config (document_id);
     create index config_awaited on config (device_id, version) where status in ('sent', 'in_progress');
     update presence set software_version = substr(software_version, 1, 128), agent = substr(agent, 1, 128);
     create table salt (
@@ -1469,6 +1559,11 @@ class LockFile:
             )
 
 
+def start_log_over(connection: sqlite3.Connection) -> None:
+    """Copy the write-ahead log into the database file, and cut it. Where somebody still reads from it, a later try may do it."""
+    connection.execute("pragma wal_checkpoint(truncate)").fetchone()
+
+
 def renew_salt(connection: sqlite3.Connection, lock: LockFile) -> None:
     """Give the database another salt. Until that has reached the database file itself, both are right."""
     row, new = connection.execute("select value from salt").fetchone(), secrets.token_hex(16)
@@ -1502,6 +1597,11 @@ def shortened(text: str) -> bytes:
     return orjson.dumps(orjson.loads(text))
 
 
+def bind(rows: object) -> tuple[str]:
+    """Rows as the one JSON text that a statement binds."""
+    return (orjson.dumps(rows).decode(),)
+
+
 class Connection(aiosqlite.Connection):
     """An aiosqlite connection that also runs a whole function on its thread: one hop for a transaction or a query."""
 
@@ -1520,332 +1620,165 @@ class Connection(aiosqlite.Connection):
         self._conn.interrupt()
 
 
-class Committed(Protocol):
-    """Who hands rows to the writer and wants to hear of their fate."""
+class Turns:
+    """Who reads next. A tenant never has all readers, so that another one's short question finds one free; and tenants that wait
+    take turns, whatever each of them asks. While paused, nobody begins to read."""
 
-    def committed(self, mark: tuple[int, int]) -> None:
-        """Every frame up to `mark`, as it was given to `frame_taken`, is on disk."""
+    def __init__(self, readers: Iterable[Connection]) -> None:
+        self._free = list(readers)
+        self._most = max(1, len(self._free) - 1)  # for one tenant
+        self._held: dict[object, int] = {}
+        self._waiting: dict[object, deque[asyncio.Future[Connection]]] = {}  # who has waited longest for a turn stands first
+        self._paused = False
+        self._all = len(self._free)
+        self._returned = asyncio.Event()
 
-    def not_stored(self) -> None:
-        """The storage failed: nothing more will be acknowledged."""
-
-    def refused(self, code: str, seq: int) -> None:
-        """The frame `seq` was consumed, but could not be taken."""
-
-
-@attrs.frozen
-class Happened:
-    """An entry of a device's timeline; `arrival` counts what came before it in the same batch."""
-
-    arrival: int
-    device_id: int
-    at: int
-    kind: str
-    detail: Mapping[str, object]
-
-
-@attrs.frozen
-class StateReport:
-    """A state frame on its way to the disk."""
-
-    owner: Committed
-    device_id: int
-    session: int
-    seq: int
-    at: int
-    mode: str
-    document: Mapping[str, Any]
-
-
-@attrs.frozen
-class VerdictReport:
-    """A config_status frame on its way to the disk; `errors` as JSON text."""
-
-    owner: Committed
-    device_id: int
-    seq: int
-    at: int
-    version: int
-    status: str
-    message: str | None
-    errors: str | None
-
-
-@attrs.frozen
-class Parting:
-    """A session that ended."""
-
-    device_id: int
-    session: int
-    at: int
-    reason: str
-    address: str
-
-    def event(self, arrival: int) -> Happened:
-        detail = {"session": self.session, "reason": self.reason, "address": self.address}
-        return Happened(arrival, self.device_id, self.at, "disconnected", detail)
-
-
-class Change:
-    """A control operation that waits in the batch, and the future that its caller awaits."""
-
-    __slots__ = ("function", "future")
-
-    def __init__(self, function: Callable[[sqlite3.Connection], Any], future: asyncio.Future[Any]) -> None:
-        self.function = function
-        self.future = future
-
-    def settle(self, outcome: object) -> None:
-        if self.future.done():  # its caller was cancelled
-            return
-        if isinstance(outcome, BaseException):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
-
-
-def bind(rows: object) -> tuple[str]:
-    """Rows as the one JSON text that a statement binds."""
-    return (orjson.dumps(rows).decode(),)
-
-
-# A configuration whose verdict is awaited: its device, its version, and for how many milliseconds.
-AWAITED_SQL: Final = """select json_group_array(json_array(config.device_id, config.version, timeout)) from config
-    where status in ('sent', 'in_progress')"""
-
-
-def write_configs_sent(connection: sqlite3.Connection, sent: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Configurations that went out on a socket. Answers those of them whose verdict is awaited from now on, as `Awaited` takes them."""
-    rows = bind(sent)
-    connection.execute(
-        """update config set sent_at = new.value ->> 2,
-               status_at = iif(status in ('pending', 'timed_out', 'in_progress'), new.value ->> 2, status_at),
-               status = iif(status in ('pending', 'timed_out', 'in_progress'), 'sent', status)
-           from json_each(?) new where device_id = new.value ->> 0 and version = new.value ->> 1""",
-        rows,
-    )
-    (awaited,) = connection.execute(
-        f"{AWAITED_SQL} and (device_id, version) in (select value ->> 0, value ->> 1 from json_each(?))", rows
-    ).fetchone()
-    return [(device_id, version, timeout) for device_id, version, timeout in orjson.loads(awaited)]
-
-
-def write_verdicts(
-    connection: sqlite3.Connection, verdicts: list[tuple[int, VerdictReport]], events: list[Happened]
-) -> list[tuple[Committed, str, int]]:
-    """What devices say of their configurations, in order of arrival; which of it is refused, as (owner, code, seq).
-
-    The last verdict on a version is the one it has. A version that was superseded, or timed out, is changed by a final verdict
-    alone: that the device is still at work on it says nothing new.
-    """
-    if not verdicts:
-        return []
-    rows = bind([[v.device_id, v.version, v.status, v.message, v.errors, v.at] for _, v in verdicts])
-    (unknown,) = connection.execute(
-        """select json_group_array(said.key) from json_each(?) said
-           left join config on device_id = said.value ->> 0 and version = said.value ->> 1 where sent_at is null""",
-        rows,
-    ).fetchone()
-    connection.execute(
-        """update config set status = new.status, status_at = new.at, message = new.message, errors = new.errors
-           from (select value ->> 0 device_id, value ->> 1 version, value ->> 2 status, value ->> 3 message, value ->> 4 errors,
-                        value ->> 5 at, max(key) from json_each(?) group by 1, 2) new
-           where config.device_id = new.device_id and config.version = new.version and sent_at is not null
-           and (new.status <> 'in_progress' or config.status in ('sent', 'in_progress'))""",
-        rows,
-    )
-    connection.execute(
-        """update presence set config_applied = new.version
-           from (select value ->> 0 device_id, value ->> 1 version, max(said.key) from json_each(?) said
-                 join config on device_id = value ->> 0 and version = value ->> 1
-                 where sent_at is not null and value ->> 2 = 'applied' group by 1) new
-           where presence.device_id = new.device_id""",
-        rows,
-    )
-    refused = set(orjson.loads(unknown))
-    for index, (arrival, said) in enumerate(verdicts):
-        if index not in refused:
-            detail = {"version": said.version, "status": said.status}
-            more = {"message": said.message, "errors": said.errors and orjson.Fragment(said.errors)}
-            shown = detail | {name: value for name, value in more.items() if value is not None}
-            events.append(Happened(arrival, said.device_id, said.at, "config", shown))
-    return [(said.owner, "unknown_version", said.seq) for index, (_, said) in enumerate(verdicts) if index in refused]
-
-
-def insert_states(connection: sqlite3.Connection, rows: tuple[str], characters: int) -> None:
-    """Rows of (device, version, at, session, document, changes, software version), in order; so many characters of the last are shown."""
-    connection.execute(
-        """insert into state (device_id, version, at, session, document, changes)
-           select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 from json_each(?)""",
-        rows,
-    )
-    connection.execute(
-        """update presence set software_version = new.software
-           from (select value ->> 0 device_id, iif(json_type(value, '$[6]') = 'text', substr(value ->> 6, 1, ?2), null) software, max(key)
-                 from json_each(?1) group by 1) new
-           where presence.device_id = new.device_id""",
-        (*rows, characters),
-    )
-
-
-def write_states(
-    connection: sqlite3.Connection, reports: list[tuple[int, StateReport]], events: list[Happened], limits: Limits
-) -> list[tuple[Committed, str, int]]:
-    """What devices report, in order of arrival: a version for every actual change; which reports are refused, as (owner, code, seq)."""
-    if not reports:
-        return []
-    (text,) = connection.execute(
-        """select json_group_object(device_id, json_array(version, json(document)))
-           from (select distinct value id from json_each(?)) reporting join state on device_id = reporting.id
-           where version = (select max(version) from state last where last.device_id = reporting.id)""",
-        bind([report.device_id for _, report in reports]),
-    ).fetchone()
-    known: dict[str, tuple[int, dict[str, Any]]] = orjson.loads(text)
-    rows: list[tuple[object, ...]] = []
-    refused: list[tuple[Committed, str, int]] = []
-    for arrival, report in reports:
-        version, old = known.get(str(report.device_id), (0, {}))
-        new = merge_patch(old, report.document) if report.mode == "merge" else dict(report.document)
-        document = canonical(new)
-        if document == canonical(old) and version:
-            continue
-        if len(document) > limits.document_bytes or depth_of(new, limits.document_depth) > limits.document_depth:
-            refused.append((report.owner, "document_too_large", report.seq))
-            continue
-        known[str(report.device_id)] = version + 1, new
-        changes = orjson.dumps(list(changes_between(old, new))).decode()
-        events.append(Happened(arrival, report.device_id, report.at, "state", {"version": version + 1}))
-        rows.append((report.device_id, version + 1, report.at, report.session, document.decode(), changes, new.get("software_version")))
-    if rows:
-        insert_states(connection, bind(rows), limits.shown_characters)
-    return refused
-
-
-@attrs.frozen
-class Outcome:
-    """What became of a batch: the results of its changes, the frames that were refused, as (owner, code, seq), and the
-    configurations that were sent, as `Awaited` takes them."""
-
-    changes: list[object]
-    refused: list[tuple[Committed, str, int]]
-    awaited: list[tuple[int, int, int]]
-
-
-def insert_events(connection: sqlite3.Connection, events: list[Happened]) -> None:
-    """Entries of timelines, in the order in which things came."""
-    if events:
-        rows = [(event.device_id, event.at, event.kind, event.detail) for event in sorted(events, key=lambda event: event.arrival)]
-        connection.execute(
-            """insert into event (tenant_id, device_id, at, kind, detail)
-               select tenant_id, device.id, new.value ->> 1, new.value ->> 2, json(new.value ->> 3)
-               from json_each(?) new join device on device.id = new.value ->> 0 order by new.key""",
-            bind(rows),
-        )
-
-
-class Batch:
-    """What the next transaction stores. Points lie by series and time, so the last write wins before SQL sees it."""
-
-    def __init__(self) -> None:
-        self.points: dict[str, dict[str, Value]] = {}
-        self.points_taken = 0
-        self.bytes_taken = 0
-        self.series: list[tuple[int, int, str]] = []
-        self.progress: dict[str, tuple[int, int, int | None]] = {}  # by device: seq, seen_at, stamp
-        self.usage: dict[int, int] = {}  # by tenant: points
-        self.tokens_used: dict[str, int] = {}  # operators': when
-        self.partings: list[tuple[int, Parting]] = []
-        self.configs_sent: list[tuple[int, int, int]] = []  # device, version, when
-        self.states: list[tuple[int, StateReport]] = []
-        self.verdicts: list[tuple[int, VerdictReport]] = []
-        self.events: list[Happened] = []
-        self.waiting: dict[Committed, tuple[int, int]] = {}
-        self.changes: list[Change] = []
-
-    def __bool__(self) -> bool:
-        return bool(self.progress or self.configs_sent or self.eventful or self.series or self.points or self.tokens_used)
-
-    def arrival(self) -> int:
-        """The number of the next of what makes an event."""
-        return len(self.partings) + len(self.states) + len(self.verdicts) + len(self.events)
-
-    @property
-    def eventful(self) -> bool:
-        """Whether it may add to somebody's timeline."""
-        return bool(self.changes or self.partings or self.states or self.verdicts or self.events)
-
-    def write(self, connection: sqlite3.Connection, limits: Limits) -> Outcome:
-        """The whole batch in one transaction. Rows first: a change may remove what they name."""
-        with transaction(connection):
-            awaited = write_configs_sent(connection, self.configs_sent) if self.configs_sent else []
-            self._write_rows(connection)
-            events = self.events + [parting.event(arrival) for arrival, parting in self.partings]
-            refused = write_states(connection, self.states, events, limits) + write_verdicts(connection, self.verdicts, events)
-            insert_events(connection, events)
-            return Outcome([self._attempt(connection, change) for change in self.changes], refused, awaited)
-
-    def _write_rows(self, connection: sqlite3.Connection) -> None:
-        if self.series:
-            rows = bind(self.series)
-            connection.execute(
-                """insert into series (id, device_id, metric) select value ->> 0, value ->> 1, value ->> 2
-                   from json_each(?) where value ->> 1 in (select id from device)""",
-                rows,
-            )
-            connection.execute(  # of devices that were removed meanwhile: points may be on their way
-                """insert into removed_series select value ->> 0 from json_each(?)
-                   where value ->> 1 not in (select id from device)""",
-                rows,
-            )
-        if self.points:
-            connection.execute(
-                """insert into telemetry (series_id, ts, value)
-                   select cast(series.key as integer), cast(point.key as integer), point.value
-                   from json_each(?) series, json_each(series.value) point
-                   where true on conflict do update set value = excluded.value""",
-                bind(self.points),
-            )
-        if self.progress:
-            connection.execute(
-                """update presence set seq = max(seq, new.value ->> 0), seen_at = new.value ->> 1, stamp = coalesce(new.value ->> 2, stamp)
-                   from json_each(?) new where device_id = cast(new.key as integer)""",
-                bind(self.progress),
-            )
-        if self.usage:
-            connection.execute(
-                """insert into usage (tenant_id, day, points)
-                   select value ->> 0, ?2, value ->> 1 from json_each(?1) where value ->> 0 in (select id from tenant)
-                   on conflict do update set points = points + excluded.points""",
-                (*bind(list(self.usage.items())), now_ms() // DAY),
-            )
-        if self.tokens_used:
-            connection.execute(
-                "update operator_token set used_at = value from json_each(?) where operator_token.id = key", bind(self.tokens_used)
-            )
-        if self.partings:
-            self._write_partings(connection, bind([attrs.asdict(parting) for _, parting in self.partings]))
-
-    @staticmethod
-    def _write_partings(connection: sqlite3.Connection, rows: tuple[str]) -> None:
-        connection.execute(
-            """update presence set connected = 0, disconnected_at = value ->> 'at', seen_at = value ->> 'at'
-               from json_each(?) where device_id = value ->> 'device_id' and presence.session = value ->> 'session'""",
-            rows,
-        )
-
-    @staticmethod
-    def _attempt(connection: sqlite3.Connection, change: Change) -> object:
-        """One change in its own savepoint: its failure undoes it alone."""
-        connection.execute("savepoint change")
+    async def take(self, tenant: object) -> Connection:
+        turn: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        self._grant()
         try:
-            outcome: object = change.function(connection)
-        except Exception as error:  # whatever it was, it is its caller's alone
-            if not connection.in_transaction:  # the disk is full, say: SQLite has undone the whole batch
-                raise
-            connection.execute("rollback to change")
-            outcome = error
-        connection.execute("release change")
-        return outcome
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give(tenant, turn.result())
+            raise
+
+    def give(self, tenant: object, reader: Connection) -> None:
+        self._held[tenant] -= 1
+        if not self._held[tenant]:
+            del self._held[tenant]
+        self._free.append(reader)
+        self._returned.set()
+        self._grant()
+
+    @asynccontextmanager
+    async def paused(self, seconds: float) -> AsyncIterator[None]:
+        """Until all have been given back, or so many seconds are over; nobody takes one meanwhile."""
+        self._paused = True
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    while len(self._free) < self._all:
+                        self._returned.clear()
+                        await self._returned.wait()
+            yield
+        finally:
+            self._paused = False
+            self._grant()
+
+    def _grant(self) -> None:
+        while self._free and not self._paused:
+            turn = self._next()
+            if turn is None:
+                return
+            turn.set_result(self._free.pop())
+
+    def _next(self) -> asyncio.Future[Connection] | None:
+        """The first that waits of the first tenant that may have one more reader; the tenant stands last from then on."""
+        for tenant in list(self._waiting):
+            turns = self._waiting[tenant]
+            while turns and turns[0].done():  # cancelled
+                turns.popleft()
+            if not turns:
+                del self._waiting[tenant]
+            elif self._held.get(tenant, 0) < self._most:
+                del self._waiting[tenant]
+                turn = turns.popleft()
+                if turns:
+                    self._waiting[tenant] = turns
+                self._held[tenant] = self._held.get(tenant, 0) + 1
+                return turn
+        return None
+
+
+class Readers:
+    """A few connections that can only read, each query with a deadline."""
+
+    def __init__(self, connections: Iterable[Connection], seconds: float) -> None:
+        self._turns = Turns(connections)
+        self._seconds = seconds
+
+    async def row(self, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
+        """The first row of a query, or None. Refusal: query_too_slow."""
+        return await self._run(self._fetch, sql, parameters, self._seconds)
+
+    async def exact(self, sql: str, parameters: Mapping[str, object], seconds: float | None = None) -> bytes | None:
+        """The JSON text in the first column of the first row, its numbers shortened; or None. Refusal: query_too_slow, after so
+        many seconds."""
+        return await self._run(self._fetch_exact, sql, parameters, seconds or self._seconds)
+
+    def paused(self) -> AbstractAsyncContextManager[None]:
+        """Queries under way end, and none begins."""
+        return self._turns.paused(self._seconds)
+
+    async def _run(self, fetch: Callable[..., T], sql: str, parameters: Mapping[str, object], seconds: float) -> T:
+        tenant = parameters.get("tenant")
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await self._turns.take(tenant)
+        except TimeoutError as error:
+            raise Refusal("query_too_slow") from error
+        query = asyncio.ensure_future(connection.run(fetch, sql, parameters))
+        deadline = asyncio.get_running_loop().call_later(seconds, connection.interrupt_query)
+
+        def release(finished: asyncio.Future[Any]) -> None:
+            deadline.cancel()
+            self._turns.give(tenant, connection)
+            if not finished.cancelled():
+                finished.exception()  # its caller may be gone
+
+        query.add_done_callback(release)
+        try:
+            return await asyncio.shield(query)
+        except sqlite3.OperationalError as error:
+            if "interrupted" in str(error):
+                raise Refusal("query_too_slow") from error
+            raise
+        except asyncio.CancelledError:
+            if not query.done():  # or the connection is another's by now
+                connection.interrupt_query()  # nobody wants the answer any more
+            raise
+
+    @staticmethod
+    def _fetch(connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
+        return cast("tuple[Any, ...] | None", connection.execute(sql, parameters).fetchone())
+
+    @classmethod
+    def _fetch_exact(cls, connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> bytes | None:
+        row = cls._fetch(connection, sql, parameters)
+        return None if row is None else shortened(row[0])
+
+
+PAGE_CHARACTERS: Final = 4 * 1024 * 1024  # of a list: an answer is in memory several times over
+
+
+class Queries:
+    """Queries that answer as JSON text, made by SQLite and sent as it is."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def _json(self, sql: str, **parameters: object) -> str | None:
+        row = await self._readers.row(sql, parameters)
+        return None if row is None else row[0]
+
+    async def _list(self, page_sql: str, limit: int, **parameters: object) -> str:
+        """A page of `page_sql`, which yields (position, item) in order; `next` is the position to go on after. A page has fewer
+        entries than asked for where they are long, and at least one."""
+        text = await self._json(
+            f"""with page as materialized ({page_sql} limit :limit + 1),
+                counted as (select position, item, row_number() over () number, sum(length(item)) over (
+                    rows between unbounded preceding and current row) size from page),
+                shown as materialized (select position, item, number from counted
+                    where number <= :limit and (size <= {PAGE_CHARACTERS} or number = 1)),
+                last as (select coalesce(max(number), 0) number from shown)
+                select json_object('items', (select json_group_array(json(item)) from (select item from shown order by number)),
+                    'next', case when (select count(*) from page) > (select number from last)
+                            then (select position from shown where number = (select number from last)) end)""",
+            limit=limit, **parameters,
+        )  # fmt: skip
+        return str(text)
 
 
 class Bell:
@@ -1864,260 +1797,13 @@ class Bell:
         await asyncio.wait((ring,), timeout=seconds)
 
 
-class Awaited:
-    """Configurations that were sent and whose verdict is awaited, with the time at which each is late. It goes by the clock
-    of the process: the wall clock may be set meanwhile. So a start gives each its whole time again."""
-
-    def __init__(self) -> None:
-        self._due: dict[tuple[int, int], float] = {}
-        self._order: list[tuple[float, tuple[int, int]]] = []  # a heap; entries that `_due` contradicts do not count
-
-    def add(self, sent: Iterable[tuple[int, int, int]]) -> None:
-        """Each as device, version and milliseconds from now on."""
-        now = time.monotonic()
-        for device_id, version, timeout in sent:
-            due = self._due[device_id, version] = now + timeout / 1000
-            heapq.heappush(self._order, (due, (device_id, version)))
-
-    def take_late(self) -> list[tuple[int, int]]:
-        """Those that are late by now, as device and version; each once."""
-        now, late = time.monotonic(), []
-        while self._order and self._order[0][0] <= now:
-            due, key = heapq.heappop(self._order)
-            if self._due.get(key) == due:
-                del self._due[key]
-                late.append(key)
-        return late
+def is_held_by_another(error: Exception) -> bool:
+    """Whether another program has the database for itself at the moment."""
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorname == "SQLITE_BUSY"
 
 
-class Writer:
-    """The only writer: takes all that is pending, commits it as one transaction, then tells those who wait.
-
-    Load makes batches larger, not the wait longer. It is stopped by `close`, after what is pending; it is never cancelled.
-    """
-
-    def __init__(self, connection: Connection, limits: Limits, next_series: int) -> None:
-        self._connection = connection
-        self._limits = limits
-        self._next_series = next_series
-        self._pending = Batch()
-        self._work = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
-        self._stopping = False
-        self.failing = False
-        self.news = Bell()
-        self.awaited = Awaited()
-        self.committed_at = time.monotonic()
-        self._task = asyncio.create_task(self._run(), name="writer")
-
-    def add_series(self, device_id: int, metric: str) -> str:
-        """A new series; its number as the text that `add_points` takes."""
-        number = self._next_series
-        self._next_series += 1
-        self._pending.series.append((number, device_id, metric))
-        return str(number)
-
-    def points(self) -> dict[str, dict[str, Value]]:
-        """Points of the next transaction, by series number and time in milliseconds, both as text: JSON's keys are."""
-        return self._pending.points
-
-    def points_taken(self, tenant_id: int, points: int) -> None:
-        """So many of those just added count for a tenant."""
-        usage = self._pending.usage
-        usage[tenant_id] = usage.get(tenant_id, 0) + points
-
-    def token_used(self, token_id: str, at: int) -> None:
-        self._pending.tokens_used[token_id] = at
-        self._work.set()
-
-    def frame_taken(
-        self, owner: Committed, device_id: str, mark: tuple[int, int], at: int, stamp: int, points: int, size: int
-    ) -> None:
-        """A frame, whose points were just added, belongs to the next transaction. `mark`: its number, and how many frames
-        its session has handed over so far; `at`: when it came; `stamp`: the newest time given to a sample without one."""
-        pending = self._pending
-        pending.progress[device_id] = (mark[0], at, stamp)
-        pending.waiting[owner] = mark
-        pending.points_taken += points
-        pending.bytes_taken += size
-        if pending.points_taken >= self._limits.pending_points or pending.bytes_taken >= self._limits.pending_bytes:
-            self._room.clear()
-        self._work.set()
-
-    def state_reported(self, report: StateReport) -> None:
-        self._pending.states.append((self._pending.arrival(), report))
-        self._work.set()
-
-    def verdict_reported(self, report: VerdictReport) -> None:
-        self._pending.verdicts.append((self._pending.arrival(), report))
-        self._work.set()
-
-    def config_sent(self, device_id: int, version: int) -> None:
-        """A configuration went out on the device's socket, just now."""
-        self._pending.configs_sent.append((device_id, version, now_ms()))
-        self._work.set()
-
-    def seen(self, devices: Mapping[int, int]) -> None:
-        """When devices that send nothing were last heard, by device."""
-        for device_id, at in devices.items():
-            self._pending.progress.setdefault(str(device_id), (0, at, None))
-        self._work.set()
-
-    def happened(self, device_id: int, kind: str, **detail: object) -> None:
-        """An entry of a device's timeline, of this moment."""
-        self._pending.events.append(Happened(self._pending.arrival(), device_id, now_ms(), kind, detail))
-        self._work.set()
-
-    def session_ended(self, parting: Parting) -> None:
-        self._pending.partings.append((self._pending.arrival(), parting))
-        self._work.set()
-
-    async def change(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a control operation in the next transaction; returns after the commit. Refusal: storage_unavailable, or its own."""
-        if self._stopping:
-            raise Refusal("storage_unavailable")
-        change = Change(function, asyncio.get_running_loop().create_future())
-        change.future.add_done_callback(lambda future: future.cancelled() or future.exception())  # its caller may be gone
-        self._pending.changes.append(change)
-        self._work.set()
-        await asyncio.wait((change.future,), timeout=self._limits.storage_seconds)
-        if not change.future.done() and change in self._pending.changes:
-            self._pending.changes.remove(change)
-            raise Refusal("storage_unavailable")
-        return cast(T, await change.future)  # under way: whether it is stored must be known
-
-    async def alone(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function on the connection, between two transactions; it makes its own."""
-        return await self._connection.run(function, *arguments)
-
-    @property
-    def full(self) -> bool:
-        return not self._room.is_set()
-
-    async def room(self) -> None:
-        """Wait until the writer takes more."""
-        await self._room.wait()
-
-    async def close(self) -> None:
-        """Store what is pending, then stop."""
-        self._stopping = True
-        self._work.set()
-        await self._task
-
-    async def _run(self) -> None:
-        while self._pending or not self._stopping:
-            await self._work.wait()
-            self._work.clear()
-            while self._pending:
-                batch, self._pending = self._pending, Batch()
-                self._room.set()
-                await self._store(batch)
-
-    async def _store(self, batch: Batch) -> None:
-        """Commit a batch, however often it takes."""
-        while batch:
-            try:
-                outcome = await self._connection.run(batch.write, self._limits)
-            except Exception as error:  # noqa: BLE001 - whatever failed, nothing was stored, and those who wait must hear it
-                self._not_stored(batch, error)
-                if self._stopping or not isinstance(error, sqlite3.OperationalError):
-                    log.critical("dropped a batch that cannot be stored: %d points, none of them acknowledged", batch.points_taken)
-                    partings = batch.partings + self._pending.partings
-                    self._pending = Batch()  # frames after those that are lost are not to be stored
-                    self._pending.partings = partings
-                    return
-                if batch:
-                    await asyncio.sleep(self._limits.retry_seconds)
-            else:
-                self.failing = False
-                self.committed_at = time.monotonic()
-                self._tell(batch, outcome)
-                return
-
-    def _tell(self, batch: Batch, outcome: Outcome) -> None:
-        """The batch is on disk: tell those who wait for it."""
-        self.awaited.add(outcome.awaited)
-        for owner, code, seq in outcome.refused:
-            owner.refused(code, seq)
-        for change, result in zip(batch.changes, outcome.changes, strict=True):
-            change.settle(result)
-        for owner, mark in batch.waiting.items():
-            owner.committed(mark)
-        if batch.eventful:
-            self.news.ring()
-
-    def _not_stored(self, batch: Batch, error: Exception) -> None:
-        """Nothing is acknowledged: sessions end with 1013, callers hear it, rows stay in the batch to be tried again."""
-        log.error("cannot store: %s", error)
-        self.failing = True
-        for change in batch.changes + self._pending.changes:
-            change.settle(Refusal("storage_unavailable"))
-        for owner in [*batch.waiting, *self._pending.waiting]:
-            owner.not_stored()
-        for failed in (batch, self._pending):
-            failed.changes, failed.waiting, failed.tokens_used = [], {}, {}
-
-
-class Readers:
-    """A few connections that can only read, each query with a deadline."""
-
-    def __init__(self, connections: Iterable[Connection], limits: Limits) -> None:
-        self._free: asyncio.Queue[Connection] = asyncio.Queue()
-        self._seconds = limits.query_seconds
-        for connection in connections:
-            self._free.put_nowait(connection)
-
-    async def row(self, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
-        """The first row of a query, or None. Refusal: query_too_slow."""
-        return await self._run(self._fetch, sql, parameters)
-
-    async def exact(self, sql: str, parameters: Mapping[str, object]) -> bytes | None:
-        """The JSON text in the first column of the first row, its numbers shortened; or None. Refusal: query_too_slow."""
-        return await self._run(self._fetch_exact, sql, parameters)
-
-    async def _run(self, fetch: Callable[..., T], sql: str, parameters: Mapping[str, object]) -> T:
-        try:
-            async with asyncio.timeout(self._seconds):
-                connection = await self._free.get()
-        except TimeoutError as error:
-            raise Refusal("query_too_slow") from error
-        query = asyncio.ensure_future(connection.run(fetch, sql, parameters))
-        deadline = asyncio.get_running_loop().call_later(self._seconds, connection.interrupt_query)
-
-        def release(finished: asyncio.Future[Any]) -> None:
-            deadline.cancel()
-            self._free.put_nowait(connection)
-            if not finished.cancelled():
-                finished.exception()  # its caller may be gone
-
-        query.add_done_callback(release)
-        try:
-            return await asyncio.shield(query)
-        except sqlite3.OperationalError as error:
-            if "interrupted" in str(error):
-                raise Refusal("query_too_slow") from error
-            raise
-        except asyncio.CancelledError:
-            connection.interrupt_query()  # nobody wants the answer any more
-            raise
-
-    @staticmethod
-    def _fetch(connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
-        return cast("tuple[Any, ...] | None", connection.execute(sql, parameters).fetchone())
-
-    @classmethod
-    def _fetch_exact(cls, connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> bytes | None:
-        row = cls._fetch(connection, sql, parameters)
-        return None if row is None else shortened(row[0])
-
-
-def add_event(connection: sqlite3.Connection, device_id: int, at: int, kind: str, detail: Mapping[str, object]) -> None:
-    """One entry of a device's timeline."""
-    connection.execute(
-        "insert into event (tenant_id, device_id, at, kind, detail) select tenant_id, id, ?, ?, ? from device where id = ?",
-        (at, kind, orjson.dumps(detail).decode(), device_id),
-    )
+# ==== Accounts ====
+# Owns: every line of SQL about tenants with their quotas, tokens, keys and the audit. Must not know: HTTP, sockets.
 
 
 @attrs.frozen
@@ -2238,6 +1924,18 @@ def insert_provisioning_key(
     )
 
 
+def use_provisioning_key(connection: sqlite3.Connection, key_id: str) -> int:
+    """Take one use of a key; its tenant. Refusal: unauthorized, when it is used up or gone by now."""
+    row = connection.execute(
+        """update provisioning_key set uses_left = uses_left - 1
+           where id = ? and (uses_left is null or uses_left > 0) and (expires_at is null or expires_at > ?) returning tenant_id""",
+        (key_id, now_ms()),
+    ).fetchone()
+    if row is None:
+        raise Refusal("unauthorized")
+    return int(row[0])
+
+
 def set_quotas(connection: sqlite3.Connection, name: str, quotas: Mapping[str, int | None]) -> tuple[int, int | None, int | None]:
     """Set those of a tenant's quotas that are named; its id, and its quotas of connections and points. Refusal: not_found."""
     row = connection.execute(
@@ -2276,6 +1974,267 @@ def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
     return int(row[0])
 
 
+DEVICES_SQL: Final = "(select count(*) from device where tenant_id = tenant.id and device.name is not null)"
+# One tenant; :today counts days since 1970-01-01, the others are the installation's defaults.
+QUOTAS_JSON: Final = f"""json_object(
+    'devices', json_object('used', {DEVICES_SQL}, 'limit', coalesce(devices_most, :devices)),
+    'connections', json_object('used', (
+        select count(*) from device join presence on device_id = device.id
+        where tenant_id = tenant.id and device.name is not null and connected),
+        'limit', coalesce(connections_most, :connections)),
+    'points_per_day', json_object('used', coalesce((select points from usage where tenant_id = tenant.id and day = :today), 0),
+        'limit', coalesce(points_most, :points_per_day)))"""
+TENANT_ROWS: Final = f"""select name position,
+    json_object('name', name, 'created_at', {time_sql("created_at")}, 'quotas', json({QUOTAS_JSON})) item
+    from tenant where name > :after order by name"""
+AUDIT_JSON: Final = f"""json_object('id', id, 'at', {time_sql("at")}, 'token', token, 'name', name, 'role', role, 'action', action,
+    'target', target, 'device', device, 'address', address, 'outcome', outcome, 'detail', json(detail))"""
+
+
+@attrs.frozen
+class DeviceToken:
+    """What a device token stands for; the quotas of its tenant are None where it has none of its own."""
+
+    token_id: str
+    secret_hash: bytes
+    device_id: int
+    device: str
+    tenant_id: int
+    tenant: str
+    connections_most: int | None
+    points_most: int | None
+    day: int
+    points_of_day: int
+
+
+@attrs.frozen
+class OperatorToken:
+    """What an operator token stands for; `tenant_id` None for the platform's own, `expires_at` None for never."""
+
+    token_id: str
+    secret_hash: bytes
+    name: str
+    role: str
+    expires_at: int | None
+    used_at: int | None
+    tenant_id: int | None
+    tenant: str | None
+
+
+@attrs.frozen
+class ProvisioningKey:
+    """What a provisioning key stands for; whether it may provision one more device."""
+
+    key_id: str
+    secret_hash: bytes
+    tenant_id: int
+    usable: bool
+
+
+class TokenReads:
+    """Look-ups by the id part of a token or key; whether its secret is right the caller must find out. They are short, and have
+    readers of their own: slow queries are kept from delaying them."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def device(self, token_id: str) -> DeviceToken | None:
+        row = await self._readers.row(
+            """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
+                      coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)
+               from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
+            {"id": token_id, "day": now_ms() // DAY},
+        )
+        return None if row is None else DeviceToken(*row)
+
+    async def operator(self, token_id: str) -> OperatorToken | None:
+        row = await self._readers.row(
+            """select operator_token.id, secret_hash, operator_token.name, role, expires_at, used_at, tenant_id, tenant.name
+               from operator_token left join tenant on tenant.id = tenant_id
+               where operator_token.id = :id and (expires_at is null or expires_at > :now)""",
+            {"id": token_id, "now": now_ms()},
+        )
+        return None if row is None else OperatorToken(*row)
+
+    async def provisioning_key(self, key_id: str) -> ProvisioningKey | None:
+        row = await self._readers.row(
+            """select id, secret_hash, tenant_id, (expires_at is null or expires_at > :now) and (uses_left is null or uses_left > 0)
+               from provisioning_key where id = :id""",
+            {"id": key_id, "now": now_ms()},
+        )
+        return None if row is None else ProvisioningKey(*row)
+
+
+@attrs.frozen
+class AuditFilter:
+    """Which entries of the audit: `actor` a token's name or id, `start` up to but without `stop` in milliseconds."""
+
+    actor: str | None
+    actions: tuple[str, ...] | None
+    device: str | None
+    start: int
+    stop: int
+
+    @property
+    def where(self) -> str:
+        """Only what is asked for, so that an index can serve it."""
+        conditions = ["tenant_id is :tenant and at >= :start and at < :stop"]
+        if self.actor is not None:
+            conditions.append("(token = :actor or name = :actor)")
+        if self.actions is not None:
+            conditions.append("action in (select value from json_each(:actions))")
+        if self.device is not None:
+            conditions.append("device = :device")
+        return " and ".join(conditions)
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        actions = None if self.actions is None else orjson.dumps(self.actions).decode()
+        return {"actor": self.actor, "actions": actions, "device": self.device, "start": self.start, "stop": self.stop}
+
+
+def tenant_lines(connection: sqlite3.Connection, defaults: Mapping[str, int]) -> list[str]:
+    """Every tenant as JSON, with what it uses and may use."""
+    rows = connection.execute(f"select item from ({TENANT_ROWS})", {"after": "", "today": now_ms() // DAY, **defaults})
+    return [row[0] for row in rows]
+
+
+class AccountReads(Queries):
+    """Queries over tokens, keys, tenants and the audit. A tenant of None is the platform, with what is its own."""
+
+    async def operator_tokens(self, tenant: int | None, limit: int, after: str) -> str:
+        return await self._list(
+            f"""select id position, json_object('id', id, 'name', name, 'role', role, 'created_at', {time_sql("created_at")},
+                       'expires_at', {time_sql("expires_at")}, 'used_at', {time_sql("used_at")}) item
+                from operator_token where tenant_id is :tenant and id > :after order by id""",
+            limit, tenant=tenant, after=after,
+        )  # fmt: skip
+
+    async def provisioning_keys(self, tenant: int, limit: int, after: str) -> str:
+        return await self._list(
+            f"""select id position, json_object('id', id, 'created_at', {time_sql("created_at")},
+                       'expires_at', {time_sql("expires_at")}, 'uses_left', uses_left) item
+                from provisioning_key where tenant_id = :tenant and id > :after order by id""",
+            limit, tenant=tenant, after=after,
+        )  # fmt: skip
+
+    async def quotas(self, tenant: int, defaults: Mapping[str, int]) -> str | None:
+        """What a tenant uses and may use."""
+        return await self._json(f"select {QUOTAS_JSON} from tenant where id = :tenant", tenant=tenant, today=now_ms() // DAY, **defaults)
+
+    async def tenants(self, limit: int, after: str, defaults: Mapping[str, int]) -> str:
+        """For the platform alone: every tenant, with what it uses and may use."""
+        return await self._list(TENANT_ROWS, limit, after=after, today=now_ms() // DAY, **defaults)
+
+    async def audit(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> str:
+        """A page of the audit, newest first; `after` is the id of the last entry seen."""
+        return await self._list(
+            f"select id position, {AUDIT_JSON} item from audit where {wanted.where} and id < :after order by id desc",
+            limit, tenant=tenant, after=after, **wanted.parameters,
+        )  # fmt: skip
+
+    async def audit_lines(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> tuple[str, int | None]:
+        """So many entries after one, oldest first, a line of JSON each; and the last one's id, None at the end."""
+        text = await self._json(
+            f"""select json_array(group_concat(item, char(10)), iif(count(*) = :limit, max(id), null)) from (
+                select id, {AUDIT_JSON} item from audit where {wanted.where} and id > :after order by id limit :limit)""",
+            tenant=tenant, limit=limit, after=after, **wanted.parameters,
+        )  # fmt: skip
+        lines, last = orjson.loads(text or "[null, null]")
+        return "" if lines is None else f"{lines}\n", last
+
+
+# ==== Devices ====
+# Owns: every line of SQL about devices: their names and tokens, sessions, timelines, states and configurations. Must not know:
+# HTTP, sockets, the shape of frames.
+
+
+class Committed(Protocol):
+    """Who hands rows to the writer and wants to hear of their fate."""
+
+    def committed(self, mark: tuple[int, int]) -> None:
+        """Every frame up to `mark`, as it was given to `frame_taken`, is on disk."""
+
+    def not_stored(self) -> None:
+        """The storage failed: nothing more will be acknowledged."""
+
+    def refused(self, code: str, seq: int) -> None:
+        """The frame `seq` was consumed, but could not be taken."""
+
+
+@attrs.frozen
+class Happened:
+    """An entry of a device's timeline; `arrival` counts what came before it in the same batch."""
+
+    arrival: int
+    device_id: int
+    at: int
+    kind: str
+    detail: Mapping[str, object]
+
+
+@attrs.frozen
+class StateReport:
+    """A state frame on its way to the disk."""
+
+    owner: Committed
+    device_id: int
+    session: int
+    seq: int
+    at: int
+    mode: str
+    document: Mapping[str, Any]
+
+
+@attrs.frozen
+class VerdictReport:
+    """A config_status frame on its way to the disk; `errors` as JSON text."""
+
+    owner: Committed
+    device_id: int
+    seq: int
+    at: int
+    version: int
+    status: str
+    message: str | None
+    errors: str | None
+
+
+@attrs.frozen
+class Parting:
+    """A session that ended."""
+
+    device_id: int
+    session: int
+    at: int
+    reason: str
+    address: str
+
+    def event(self, arrival: int) -> Happened:
+        detail = {"session": self.session, "reason": self.reason, "address": self.address}
+        return Happened(arrival, self.device_id, self.at, "disconnected", detail)
+
+
+def insert_events(connection: sqlite3.Connection, events: list[Happened]) -> None:
+    """Entries of timelines, in the order in which things came."""
+    if events:
+        rows = [(event.device_id, event.at, event.kind, event.detail) for event in sorted(events, key=lambda event: event.arrival)]
+        connection.execute(
+            """insert into event (tenant_id, device_id, at, kind, detail)
+               select tenant_id, device.id, new.value ->> 1, new.value ->> 2, json(new.value ->> 3)
+               from json_each(?) new join device on device.id = new.value ->> 0 order by new.key""",
+            bind(rows),
+        )
+
+
+def add_event(connection: sqlite3.Connection, device_id: int, at: int, kind: str, detail: Mapping[str, object]) -> None:
+    """One entry of a device's timeline."""
+    connection.execute(
+        "insert into event (tenant_id, device_id, at, kind, detail) select tenant_id, id, ?, ?, ? from device where id = ?",
+        (at, kind, orjson.dumps(detail).decode(), device_id),
+    )
+
+
 def insert_device_token(
     connection: sqlite3.Connection, device_id: int, new: NewSecret, *, pending: bool, key_id: str | None = None
 ) -> None:
@@ -2296,7 +2255,12 @@ def provisioned_token(connection: sqlite3.Connection, tenant_id: int, device: st
     return None if row is None else str(row[0])
 
 
-DEVICES_SQL: Final = "(select count(*) from device where tenant_id = tenant.id and device.name is not null)"
+def require_new_address(connection: sqlite3.Connection, tenant_id: int, name: str) -> None:
+    """Refusal: device_exists, when a device has the same hardware address in other letters."""
+    same_address = "select name from device where tenant_id = ? and lower(name) = lower(?) and name <> ?"
+    taken = connection.execute(same_address, (tenant_id, name, name)).fetchone()
+    if taken is not None:
+        raise Refusal("device_exists", FieldError("device", f"is the same hardware address as {taken[0]}"))
 
 
 def insert_device(
@@ -2306,16 +2270,13 @@ def insert_device(
     """A device with its first token, which it may ask for again if `key_id` is given; `most` devices for a tenant without a
     quota of its own. Refusal: device_exists, also for a hardware address in other letters; too_many_devices."""
     now = now_ms()
-    taken = connection.execute(
-        "select name from device where tenant_id = ? and lower(name) = lower(?) order by name <> ? limit 1", (tenant_id, name, name)
-    ).fetchone()
-    if taken is not None and taken[0] == name:
-        raise Refusal("device_exists")
-    if taken is not None and MAC_ADDRESS.fullmatch(name):
-        raise Refusal("device_exists", FieldError("device", f"is the same hardware address as {taken[0]}"))
+    if MAC_ADDRESS.fullmatch(name):
+        require_new_address(connection, tenant_id, name)
     row = connection.execute(
-        "insert into device (tenant_id, name, created_at) values (?, ?, ?) returning id", (tenant_id, name, now)
+        "insert into device (tenant_id, name, created_at) values (?, ?, ?) on conflict do nothing returning id", (tenant_id, name, now)
     ).fetchone()
+    if row is None:
+        raise Refusal("device_exists")
     (full,) = connection.execute(
         f"select {DEVICES_SQL} > coalesce(devices_most, ?) from tenant where id = ?", (most, tenant_id)
     ).fetchone()
@@ -2379,18 +2340,6 @@ def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: s
         add_event(connection, device_id, now_ms(), "credentials", {"token": token_id, "first_use": True, "address": address})
 
 
-def use_provisioning_key(connection: sqlite3.Connection, key_id: str) -> int:
-    """Take one use of a key; its tenant. Refusal: unauthorized, when it is used up or gone by now."""
-    row = connection.execute(
-        """update provisioning_key set uses_left = uses_left - 1
-           where id = ? and (uses_left is null or uses_left > 0) and (expires_at is null or expires_at > ?) returning tenant_id""",
-        (key_id, now_ms()),
-    ).fetchone()
-    if row is None:
-        raise Refusal("unauthorized")
-    return int(row[0])
-
-
 @attrs.frozen
 class Opened:
     """A session as the database has it: its number, the highest frame number on disk, the last time given to a sample
@@ -2417,12 +2366,209 @@ def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, 
         "select json_group_object(metric, cast(id as text)) from series where device_id = ?", (device_id,)
     ).fetchone()
     owed = connection.execute(
-        """select config.version, document from config join presence using (device_id)
+        """select config.version, text from config join presence using (device_id) join document on document.id = document_id
            where device_id = ? and config.version = config_version and status not in ('applied', 'rejected')""",
         (device_id,),
     ).fetchone()
     config = None if owed is None else Config(owed[0], orjson.loads(owed[1]))
     return Opened(session, seq, stamp, config, orjson.loads(series))
+
+
+def set_seq(connection: sqlite3.Connection, device_id: int, seq: int) -> None:
+    connection.execute("update presence set seq = ? where device_id = ?", (seq, device_id))
+
+
+def reset_seq(connection: sqlite3.Connection, tenant_id: int, name: str, seq: int, by: Mapping[str, object]) -> int:
+    """Say anew which frame of a device is the highest on disk; its id. Refusal: not_found."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    set_seq(connection, device_id, seq)
+    add_event(connection, device_id, now_ms(), "counter", {"seq": seq, **by})
+    return device_id
+
+
+def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str, by: Mapping[str, object] = MappingProxyType({})) -> int:
+    """Put a device out of reach with all that is known of it; its id. `delete_removed` deletes it. Refusal: not_found."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    now = now_ms()
+    add_event(connection, device_id, now, "removed", {**by})
+    connection.execute("delete from device_token where device_id = ?", (device_id,))
+    connection.execute("update device set old_name = name, name = null, removed_at = ? where id = ?", (now, device_id))
+    return device_id
+
+
+def close_crashed_sessions(connection: sqlite3.Connection) -> int:
+    """Close the sessions that a crash left open, at the last moment at which they are known to have lived."""
+    connection.execute(
+        """insert into event (tenant_id, device_id, at, kind, detail)
+           select tenant_id, device_id, coalesce(seen_at, connected_at), 'disconnected',
+                  json_object('session', session, 'reason', 'crashed', 'address', address)
+           from presence join device on device.id = device_id where connected"""
+    )
+    return connection.execute(
+        "update presence set connected = 0, disconnected_at = coalesce(seen_at, connected_at) where connected"
+    ).rowcount
+
+
+def insert_states(connection: sqlite3.Connection, rows: tuple[str], characters: int) -> None:
+    """Rows of (device, version, at, session, document, changes, software version), in order; so many characters of the last are shown."""
+    connection.execute(
+        """insert into state (device_id, version, at, session, document, changes)
+           select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 from json_each(?)""",
+        rows,
+    )
+    connection.execute(
+        """update presence set software_version = new.software
+           from (select value ->> 0 device_id, iif(json_type(value, '$[6]') = 'text', substr(value ->> 6, 1, ?2), null) software, max(key)
+                 from json_each(?1) group by 1) new
+           where presence.device_id = new.device_id""",
+        (*rows, characters),
+    )
+
+
+@attrs.define
+class Reported:
+    """What a device reports of itself, as a batch of reports changes it."""
+
+    version: int
+    document: dict[str, Any]
+
+    def take(self, report: StateReport, limits: Limits) -> list[dict[str, Any]]:
+        """Apply a report; what it changes. Refusal: document_too_large; then nothing is changed.
+
+        A patch costs as its own size, not as the document's; and nesting does not grow by what is nested no deeper itself.
+        """
+        old = self.document
+        if report.mode == "merge":
+            changes = list(merge_into(old, report.document))
+        else:
+            self.document = dict(report.document)
+            changes = list(changes_between(old, self.document))
+        if changes and len(orjson.dumps(self.document)) > limits.document_bytes:
+            if self.document is old:
+                apply_changes(old, changes, back=True)
+            self.document = old
+            raise Refusal("document_too_large")
+        return changes
+
+
+def reported_by(connection: sqlite3.Connection, devices: Iterable[int]) -> dict[int, Reported]:
+    """What devices reported last; those are left out that have not."""
+    (text,) = connection.execute(
+        """select json_group_array(json_array(device_id, version, json(document)))
+           from (select distinct value id from json_each(?)) reporting join state on device_id = reporting.id
+           where version = (select max(version) from state last where last.device_id = reporting.id)""",
+        bind(list(devices)),
+    ).fetchone()
+    return {device_id: Reported(version, document) for device_id, version, document in orjson.loads(text)}
+
+
+def shorten_states(connection: sqlite3.Connection, versions: list[tuple[int, int]]) -> None:
+    """Of versions, as device and number, that are not the newest any more, what they changed says enough."""
+    connection.execute(
+        "update state set document = '' where (device_id, version) in (select value ->> 0, value ->> 1 from json_each(?))", bind(versions)
+    )
+
+
+def write_states(
+    connection: sqlite3.Connection, reports: list[tuple[int, StateReport]], events: list[Happened], limits: Limits
+) -> list[tuple[Committed, str, int]]:
+    """What devices report, in order of arrival: a version for every actual change; which reports are refused, as (owner, code, seq).
+
+    The newest version has the whole document, and so has one now and then; the others have what changed.
+    """
+    if not reports:
+        return []
+    known = reported_by(connection, (report.device_id for _, report in reports))
+    before = {device_id: reported.version for device_id, reported in known.items()}
+    rows: dict[tuple[int, int], list[object]] = {}
+    refused: list[tuple[Committed, str, int]] = []
+    for arrival, report in reports:
+        reported = known.setdefault(report.device_id, Reported(0, {}))
+        try:
+            changes = reported.take(report, limits)
+        except Refusal as refusal:
+            refused.append((report.owner, refusal.fault.code, report.seq))
+            continue
+        if not changes and reported.version:
+            continue
+        reported.version += 1
+        events.append(Happened(arrival, report.device_id, report.at, "state", {"version": reported.version}))
+        whole = canonical(reported.document).decode() if reported.version % limits.state_versions == 1 else ""
+        told = orjson.dumps(changes).decode()
+        key = report.device_id, reported.version
+        rows[key] = [*key, report.at, report.session, whole, told, reported.document.get("software_version")]
+    for device_id, reported in known.items():
+        if row := rows.get((device_id, reported.version)):
+            row[4] = canonical(reported.document).decode()
+    if rows:
+        insert_states(connection, bind(list(rows.values())), limits.shown_characters)
+        changed = {device_id for device_id, _ in rows}
+        often = limits.state_versions
+        shorten_states(connection, [(device, last) for device, last in before.items() if device in changed and last % often != 1])
+    return refused
+
+
+# A configuration whose verdict is awaited: its device, its version, and for how many milliseconds.
+AWAITED_SQL: Final = """select json_group_array(json_array(config.device_id, config.version, timeout)) from config
+    where status in ('sent', 'in_progress')"""
+
+
+def write_configs_sent(connection: sqlite3.Connection, sent: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Configurations that went out on a socket. Answers those of them whose verdict is awaited from now on, as `Awaited` takes them."""
+    rows = bind(sent)
+    connection.execute(
+        """update config set sent_at = new.value ->> 2,
+               status_at = case when status in ('pending', 'in_progress') then new.value ->> 2 else status_at end,
+               status = case when status in ('pending', 'in_progress') then 'sent' else status end
+           from json_each(?) new where device_id = new.value ->> 0 and version = new.value ->> 1""",
+        rows,
+    )
+    (awaited,) = connection.execute(
+        f"{AWAITED_SQL} and (device_id, version) in (select value ->> 0, value ->> 1 from json_each(?))", rows
+    ).fetchone()
+    return [(device_id, version, timeout) for device_id, version, timeout in orjson.loads(awaited)]
+
+
+def write_verdicts(
+    connection: sqlite3.Connection, verdicts: list[tuple[int, VerdictReport]], events: list[Happened]
+) -> list[tuple[Committed, str, int]]:
+    """What devices say of their configurations, in order of arrival; which of it is refused, as (owner, code, seq).
+
+    The last verdict on a version is the one it has. A version that was superseded, or timed out, is changed by a final verdict
+    alone: that the device is still at work on it says nothing new.
+    """
+    if not verdicts:
+        return []
+    rows = bind([[v.device_id, v.version, v.status, v.message, v.errors, v.at] for _, v in verdicts])
+    (unknown,) = connection.execute(
+        """select json_group_array(said.key) from json_each(?) said
+           left join config on device_id = said.value ->> 0 and version = said.value ->> 1 where sent_at is null""",
+        rows,
+    ).fetchone()
+    connection.execute(
+        """update config set status = new.status, status_at = new.at, message = new.message, errors = new.errors
+           from (select value ->> 0 device_id, value ->> 1 version, value ->> 2 status, value ->> 3 message, value ->> 4 errors,
+                        value ->> 5 at, max(key) from json_each(?) group by 1, 2) new
+           where config.device_id = new.device_id and config.version = new.version and sent_at is not null
+           and (new.status <> 'in_progress' or config.status in ('sent', 'in_progress'))""",
+        rows,
+    )
+    connection.execute(
+        """update presence set config_applied = new.version
+           from (select value ->> 0 device_id, value ->> 1 version, max(said.key) from json_each(?) said
+                 join config on device_id = value ->> 0 and version = value ->> 1
+                 where sent_at is not null and value ->> 2 = 'applied' group by 1) new
+           where presence.device_id = new.device_id""",
+        rows,
+    )
+    refused = set(orjson.loads(unknown))
+    for index, (arrival, said) in enumerate(verdicts):
+        if index not in refused:
+            detail = {"version": said.version, "status": said.status}
+            more = {"message": said.message, "errors": said.errors and orjson.Fragment(said.errors)}
+            shown = detail | {name: value for name, value in more.items() if value is not None}
+            events.append(Happened(arrival, said.device_id, said.at, "config", shown))
+    return [(said.owner, "unknown_version", said.seq) for index, (_, said) in enumerate(verdicts) if index in refused]
 
 
 @attrs.frozen
@@ -2436,16 +2582,22 @@ class Pushed:
 
 @attrs.frozen
 class NewConfig:
-    """A configuration to be pushed: its JSON text, whose token pushed it, and the milliseconds until `timed_out`."""
+    """A configuration to be pushed: its JSON text, whose token pushed it, and the milliseconds until `timed_out`; with
+    `document_id` the text is in the database already."""
 
     document: str
     author: str
     timeout: int
+    document_id: int | None = None
 
 
 def push_config(connection: sqlite3.Connection, devices: list[int], new: NewConfig) -> list[Pushed]:
     """A new version of the wanted configuration for every device; what it supersedes, and is not final, says so."""
-    now, ids = now_ms(), bind(devices)
+    if not devices:
+        return []
+    now, ids, document_id = now_ms(), bind(devices), new.document_id
+    if document_id is None:
+        (document_id,) = connection.execute("insert into document (text) values (?) returning id", (new.document,)).fetchone()
     connection.execute(
         """update config set status = 'superseded', status_at = ?2 from json_each(?1) wanted, presence
            where presence.device_id = wanted.value and config.device_id = presence.device_id and version = config_version
@@ -2454,10 +2606,10 @@ def push_config(connection: sqlite3.Connection, devices: list[int], new: NewConf
     )
     connection.execute("update presence set config_version = config_version + 1 where device_id in (select value from json_each(?))", ids)
     connection.execute(
-        """insert into config (device_id, version, document, at, author, timeout, status, status_at)
+        """insert into config (device_id, version, document_id, at, author, timeout, status, status_at)
            select device_id, config_version, ?2, ?3, ?4, ?5, 'pending', ?3
            from presence where device_id in (select value from json_each(?1))""",
-        (*ids, new.document, now, new.author, new.timeout),
+        (*ids, document_id, now, new.author, new.timeout),
     )
     connection.execute(
         """insert into event (tenant_id, device_id, at, kind, detail)
@@ -2500,10 +2652,13 @@ def roll_back(
     """Push the document of an earlier version; it, too. Refusal: not_found, unknown_version, and what `require` says to the
     version that is wanted so far."""
     device_id, _ = device_row(connection, tenant_id, device)
-    row = connection.execute("select document from config where device_id = ? and version = ?", (device_id, version)).fetchone()
+    row = connection.execute(
+        "select text, document_id from config join document on document.id = document_id where device_id = ? and version = ?",
+        (device_id, version),
+    ).fetchone()
     if row is None:
         raise Refusal("unknown_version", FieldError("version", f"{version} was never pushed to {device}"))
-    return push_to_one(connection, tenant_id, device, attrs.evolve(new, document=row[0]), require), row[0]
+    return push_to_one(connection, tenant_id, device, attrs.evolve(new, document=row[0], document_id=row[1]), require), row[0]
 
 
 def time_out_configs(connection: sqlite3.Connection, late: list[tuple[int, int]]) -> int:
@@ -2520,162 +2675,6 @@ def time_out_configs(connection: sqlite3.Connection, late: list[tuple[int, int]]
     return connection.execute(f"update config set status = 'timed_out', status_at = ?2 where {no_verdict}", rows).rowcount
 
 
-def set_seq(connection: sqlite3.Connection, device_id: int, seq: int) -> None:
-    connection.execute("update presence set seq = ? where device_id = ?", (seq, device_id))
-
-
-def reset_seq(connection: sqlite3.Connection, tenant_id: int, name: str, seq: int, by: Mapping[str, object]) -> int:
-    """Say anew which frame of a device is the highest on disk; its id. Refusal: not_found."""
-    device_id, _ = device_row(connection, tenant_id, name)
-    set_seq(connection, device_id, seq)
-    add_event(connection, device_id, now_ms(), "counter", {"seq": seq, **by})
-    return device_id
-
-
-def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str, by: Mapping[str, object] = MappingProxyType({})) -> int:
-    """Put a device out of reach with all that is known of it; its id. `delete_removed` deletes it. Refusal: not_found."""
-    device_id, _ = device_row(connection, tenant_id, name)
-    now = now_ms()
-    add_event(connection, device_id, now, "removed", {**by})
-    connection.execute("delete from device_token where device_id = ?", (device_id,))
-    connection.execute("update device set old_name = name, name = null, removed_at = ? where id = ?", (now, device_id))
-    return device_id
-
-
-def remove_readings(
-    connection: sqlite3.Connection, tenant_id: int, name: str, metrics: tuple[str, ...] | None, start: int, stop: int
-) -> list[int]:
-    """Mark a device's readings of some metrics (None: all), from `start` up to but without `stop`, to be deleted by
-    `delete_removed`; the numbers of the marks. Refusal: not_found, also for a metric that the device does not have."""
-    device_id, _ = device_row(connection, tenant_id, name)
-    wanted = None if metrics is None else bind(metrics)[0]
-    unknown = connection.execute(
-        "select value from json_each(?) where value not in (select metric from series where device_id = ?)", (wanted or "[]", device_id)
-    ).fetchone()
-    if unknown is not None:
-        raise Refusal("not_found", FieldError("metric", f"the device has no metric {shown_name(unknown[0])}"))
-    rows = connection.execute(
-        """insert into removed_range (series_id, start, stop) select id, ?3, ?4 from series
-           where device_id = ?1 and (?2 is null or metric in (select value from json_each(?2))) returning id""",
-        (device_id, wanted, start, stop),
-    )
-    return [row[0] for row in rows.fetchall()]
-
-
-REMOVED_SQL: Final = """select
-    (select json_group_array(id) from (
-        select id from device where name is null and emptied = 0
-        union all select id from device where name is null and emptied = 1 and removed_at <= :expired
-        union all select id from device where name is null and emptied = 1 and removed_at > :now limit :most)),
-    (select json_group_array(id) from tenant where name is null), exists (select 1 from removed_series),
-    exists (select 1 from removed_range)"""
-
-
-@attrs.frozen
-class Removed:
-    """Numbers of removed devices and tenants of which something is to be deleted, a few at a time; whether there are series, and
-    ranges of readings, too."""
-
-    devices: list[int]
-    tenants: list[int]
-    series: bool
-    ranges: bool
-
-    @classmethod
-    def of(cls, row: tuple[Any, ...]) -> Removed:
-        return cls(orjson.loads(row[0]), orjson.loads(row[1]), bool(row[2]), bool(row[3]))
-
-    def __bool__(self) -> bool:
-        return bool(self.devices or self.tenants or self.series or self.ranges)
-
-
-def removal_times(limits: Limits) -> dict[str, int]:
-    """The time now, and up to which a removal is so long ago that its device's events are no longer kept. A removal later than
-    now was made while the clock was wrong."""
-    now = now_ms()
-    return {"now": now, "expired": now - round(limits.resume_seconds * 1000)}
-
-
-def delete_removed_readings(connection: sqlite3.Connection, limits: Limits) -> None:
-    """Of a few series, which may have millions, or none."""
-    some = "select id from removed_series order by id limit ?"
-    connection.execute(
-        f"delete from telemetry where (series_id, ts) in (select series_id, ts from ({some}) join telemetry on series_id = id limit ?)",
-        (limits.removed_series, limits.removed_rows),
-    )
-    connection.execute(
-        f"delete from removed_series where id in ({some}) and not exists (select 1 from telemetry where series_id = id)",
-        (limits.removed_series,),
-    )
-
-
-def delete_removed_ranges(connection: sqlite3.Connection, limits: Limits) -> None:
-    """A part of the first one."""
-    mark, *where = connection.execute("select id, series_id, start, stop from removed_range order by id limit 1").fetchone()
-    deleted = connection.execute(
-        """delete from telemetry where (series_id, ts) in (
-               select series_id, ts from telemetry where series_id = ? and ts >= ? and ts < ? limit ?)""",
-        (*where, limits.removed_rows),
-    ).rowcount
-    if deleted < limits.removed_rows:
-        connection.execute("delete from removed_range where id = ?", (mark,))
-
-
-def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], limits: Limits) -> None:
-    """Rows of which there may be many; their readings are left to `delete_removed_readings`. Then the events and the devices, but
-    for those whose events are still in the live feed."""
-    ids = bind(devices)
-    of_them = "device_id in (select value from json_each(?))"
-    for table in ("state", "config"):
-        key = "device_id, version"
-        sql = f"delete from {table} where ({key}) in (select {key} from {table} where {of_them} limit ?)"
-        if connection.execute(sql, (*ids, limits.removed_documents)).rowcount:
-            return
-    connection.execute(f"insert into removed_series select id from series where {of_them}", ids)
-    connection.execute(f"delete from series where {of_them}", ids)
-    times = {"ids": ids[0], "most": limits.removed_rows, **removal_times(limits)}
-    in_feed = "removed_at > :expired and removed_at <= :now"
-    connection.execute(f"update device set emptied = 1 where id in (select value from json_each(:ids)) and {in_feed}", times)
-    over = f"select id from device where id in (select value from json_each(:ids)) and ({in_feed}) is not true"
-    events = f"delete from event where id in (select id from event where device_id in ({over}) limit :most)"
-    if not connection.execute(events, times).rowcount:
-        connection.execute(f"delete from device where id in ({over})", times)
-
-
-def delete_removed_tenant(connection: sqlite3.Connection, tenant_id: int, limits: Limits) -> None:
-    """The audit, then the tenant; its devices have gone before."""
-    deleted = connection.execute(
-        "delete from audit where id in (select id from audit where tenant_id = ? limit ?)", (tenant_id, limits.removed_rows)
-    ).rowcount
-    if not deleted:
-        connection.execute("delete from tenant where id = ?", (tenant_id,))
-
-
-def delete_removed(connection: sqlite3.Connection, removed: Removed, limits: Limits) -> None:
-    """Delete a part of what is left of `removed`. Nothing may be under way any more from its devices."""
-    if removed.series:
-        delete_removed_readings(connection, limits)
-    elif removed.ranges:
-        delete_removed_ranges(connection, limits)
-    elif removed.devices:
-        delete_removed_devices(connection, removed.devices, limits)
-    else:
-        delete_removed_tenant(connection, removed.tenants[0], limits)
-
-
-def close_crashed_sessions(connection: sqlite3.Connection) -> int:
-    """Close the sessions that a crash left open, at the last moment at which they are known to have lived."""
-    connection.execute(
-        """insert into event (tenant_id, device_id, at, kind, detail)
-           select tenant_id, device_id, coalesce(seen_at, connected_at), 'disconnected',
-                  json_object('session', session, 'reason', 'crashed', 'address', address)
-           from presence join device on device.id = device_id where connected"""
-    )
-    return connection.execute(
-        "update presence set connected = 0, disconnected_at = coalesce(seen_at, connected_at) where connected"
-    ).rowcount
-
-
 DRIFT_SQL: Final = "json(iif(coalesce(config_applied, 0) <> config_version, 'true', 'false'))"
 DEVICE_JSON: Final = f"""json_object(
     'device', device.name, 'connected', json(iif(connected, 'true', 'false')),
@@ -2688,32 +2687,51 @@ DEVICE_JSON: Final = f"""json_object(
 # A row for every device of a tenant, with where it stands and the configuration that it is wanted to have.
 DEVICE_ROWS: Final = """device join presence on presence.device_id = device.id
     left join config on config.device_id = device.id and config.version = config_version"""
-STATE_JSON: Final = f"""json_object('device', device.name, 'version', state.version, 'at', {time_sql("state.at")},
-    'session', state.session, 'reported', json(document))"""
+# An event of the live feed; a device that was removed still has its name there.
+EVENT_JSON: Final = f"""json_patch(json_object('id', event.id, 'device', coalesce(name, old_name), 'kind', kind,
+    'at', {time_sql("at")}), detail)"""
+# A version of what a device reports; the last whole document up to it; and the changes since that.
+STATE_JSON: Final = f"""json_array(
+    json_object('device', device.name, 'version', state.version, 'at', {time_sql("state.at")}, 'session', state.session),
+    json((select document from state whole where whole.device_id = state.device_id and whole.version <= state.version
+          and document <> '' order by version desc limit 1)),
+    json((select json_group_array(json(changes)) from (
+        select changes from state later where later.device_id = state.device_id and later.version <= state.version
+        and later.version > (select max(version) from state whole where whole.device_id = state.device_id
+                             and whole.version <= state.version and document <> '') order by version))))"""
 CONFIG_JSON: Final = f"""json_object('version', config.version, 'status', status, 'status_at', {time_sql("status_at")},
     'at', {time_sql("config.at")}, 'by', author, 'sent_at', {time_sql("sent_at")}, 'timeout', timeout / 1000.0,
-    'message', message, 'errors', json(errors), 'document', json(document))"""
+    'message', message, 'errors', json(errors), 'document', json((select text from document where document.id = document_id)))"""
 
-# One tenant; :today counts days since 1970-01-01, the others are the installation's defaults.
-QUOTAS_JSON: Final = f"""json_object(
-    'devices', json_object('used', {DEVICES_SQL}, 'limit', coalesce(devices_most, :devices)),
-    'connections', json_object('used', (
-        select count(*) from device join presence on device_id = device.id
-        where tenant_id = tenant.id and device.name is not null and connected),
-        'limit', coalesce(connections_most, :connections)),
-    'points_per_day', json_object('used', coalesce((select points from usage where tenant_id = tenant.id and day = :today), 0),
-        'limit', coalesce(points_most, :points_per_day)))"""
-TENANT_ROWS: Final = f"""select name position,
-    json_object('name', name, 'created_at', {time_sql("created_at")}, 'quotas', json({QUOTAS_JSON})) item
-    from tenant where name > :after order by name"""
-AUDIT_JSON: Final = f"""json_object('id', id, 'at', {time_sql("at")}, 'token', token, 'name', name, 'role', role, 'action', action,
-    'target', target, 'device', device, 'address', address, 'outcome', outcome, 'detail', json(detail))"""
+
+class NewsReads:
+    """What happened, in all tenants, for the one task that tells it. These are short, and share the readers of the tokens."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def newest(self) -> int:
+        row = await self._readers.row("select coalesce(max(id), 0) from event", {})
+        return int(row[0]) if row else 0
+
+    async def after(self, last: int, limit: int) -> list[tuple[int, int, str, str]]:
+        """The events after one, oldest first: (tenant, id, kind, JSON)."""
+        row = await self._readers.row(
+            f"""select json_group_array(json_array(tenant_id, id, kind, item)) from (
+                select event.tenant_id tenant_id, event.id id, kind, {EVENT_JSON} item from event join device on device.id = device_id
+                where event.id > :last and coalesce(name, old_name) is not null order by event.id limit :limit)""",
+            {"last": last, "limit": limit},
+        )
+        return cast("list[tuple[int, int, str, str]]", orjson.loads(row[0]) if row else [])
+
+
+# ==== Readings ====
+# Owns: every line of SQL that asks for readings. Must not know: HTTP, the shape of frames.
 
 LATEST_JSON: Final = f"""(select json_group_object(metric, json(point)) from (
     select metric, (select json_object('time', {time_sql("ts")}, 'value', {exact_sql("value")})
                     from telemetry where series_id = series.id order by ts desc limit 1) point
     from series where device_id = device.id order by metric) where point is not null)"""
-
 # The series that a query is about, in the order asked: (id, metric), id null where the device has no such metric.
 WANTED_SQL: Final = """device_row as (
         select id from device where tenant_id = :tenant and name = :device and (:device_id is null or id = :device_id)),
@@ -2751,7 +2769,11 @@ class TelemetryReads:
         series are complete in it, and `next` is where the stretch after it starts.
         """
         order, most = ("desc", "max") if wanted.descending else ("asc", "min")
-        within = "ts > (select ts from cut)" if wanted.descending else "ts < (select ts from cut)"
+        within = (  # a bound on each side, so that the key serves it
+            "ts > coalesce((select ts from cut), :start - 1) and ts < :stop"
+            if wanted.descending
+            else "ts >= :start and ts < coalesce((select ts from cut), :stop)"
+        )
         return await self._json(
             f"""with {WANTED_SQL},
             cut as (select {most}(ts) ts from (
@@ -2760,8 +2782,7 @@ class TelemetryReads:
             select json_object('device', :device, 'series', (
                 select json_group_array(json_object('metric', metric, 'points', json((
                     select json_group_array(json_array({time_sql("ts")}, {exact_sql("value")})) from (
-                        select ts, value from telemetry where series_id = wanted.id and ts >= :start and ts < :stop
-                        and ((select ts from cut) is null or {within}) order by ts {order})))))
+                        select ts, value from telemetry where series_id = wanted.id and {within} order by ts {order})))))
                 from wanted), 'next', (select {time_sql("ts + 1" if wanted.descending else "ts")} from cut))
             from device_row""",
             tenant, device, wanted, limit=limit,
@@ -2872,7 +2893,8 @@ class TelemetryReads:
         self, sql: str, tenant: int, device: str, metric: str, wanted: TelemetryRange, **more: object
     ) -> tuple[bytes, int | None] | None:
         one = attrs.evolve(wanted, metrics=(metric,))
-        text = await self._readers.exact(sql, self._parameters(tenant, device, one, limit=self._limits.csv_rows, metric=metric, **more))
+        parameters = self._parameters(tenant, device, one, limit=self._limits.csv_rows, metric=metric, **more)
+        text = await self._readers.exact(sql, parameters, self._limits.export_seconds)
         if text is None:
             return None
         rows, _, following = text[1:-1].rpartition(b",")
@@ -2889,99 +2911,143 @@ class TelemetryReads:
         }  # fmt: skip
 
 
-class Queries:
-    """Queries that answer as JSON text, made by SQLite and sent as it is."""
+def remove_readings(
+    connection: sqlite3.Connection, tenant_id: int, name: str, metrics: tuple[str, ...] | None, start: int, stop: int
+) -> list[int]:
+    """Mark a device's readings of some metrics (None: all), from `start` up to but without `stop`, to be deleted by
+    `delete_removed`; the numbers of the marks. Refusal: not_found, also for a metric that the device does not have."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    wanted = None if metrics is None else bind(metrics)[0]
+    unknown = connection.execute(
+        "select value from json_each(?) where value not in (select metric from series where device_id = ?)", (wanted or "[]", device_id)
+    ).fetchone()
+    if unknown is not None:
+        raise Refusal("not_found", FieldError("metric", f"the device has no metric {shown_name(unknown[0])}"))
+    rows = connection.execute(
+        """insert into removed_range (series_id, start, stop) select id, ?3, ?4 from series
+           where device_id = ?1 and (?2 is null or metric in (select value from json_each(?2))) returning id""",
+        (device_id, wanted, start, stop),
+    )
+    return [row[0] for row in rows.fetchall()]
+
+
+# ==== Removal ====
+# Owns: what is left of removed devices, tenants and readings, and its deletion little by little. Must not know: HTTP, sockets.
+
+REMOVED_SQL: Final = """select
+    (select json_group_array(id) from (
+        select id from device where name is null and emptied = 0
+        union all select id from device where name is null and emptied = 1 and removed_at <= :expired
+        union all select id from device where name is null and emptied = 1 and removed_at > :now limit :most)),
+    (select json_group_array(id) from tenant where name is null), exists (select 1 from removed_series),
+    exists (select 1 from removed_range)"""
+
+
+@attrs.frozen
+class Removed:
+    """Numbers of removed devices and tenants of which something is to be deleted, a few at a time; whether there are series, and
+    ranges of readings, too."""
+
+    devices: list[int]
+    tenants: list[int]
+    series: bool
+    ranges: bool
+
+    @classmethod
+    def of(cls, row: tuple[Any, ...]) -> Removed:
+        return cls(orjson.loads(row[0]), orjson.loads(row[1]), bool(row[2]), bool(row[3]))
+
+    def __bool__(self) -> bool:
+        return bool(self.devices or self.tenants or self.series or self.ranges)
+
+
+def removal_times(limits: Limits) -> dict[str, int]:
+    """The time now, and up to which a removal is so long ago that its device's events are no longer kept. A removal later than
+    now was made while the clock was wrong."""
+    now = now_ms()
+    return {"now": now, "expired": now - round(limits.resume_seconds * 1000)}
+
+
+def delete_removed_readings(connection: sqlite3.Connection, limits: Limits) -> None:
+    """Of a few series, which may have millions, or none."""
+    some = "select id from removed_series order by id limit ?"
+    connection.execute(
+        f"delete from telemetry where (series_id, ts) in (select series_id, ts from ({some}) join telemetry on series_id = id limit ?)",
+        (limits.removed_series, limits.removed_rows),
+    )
+    connection.execute(
+        f"delete from removed_series where id in ({some}) and not exists (select 1 from telemetry where series_id = id)",
+        (limits.removed_series,),
+    )
+
+
+def delete_removed_ranges(connection: sqlite3.Connection, limits: Limits) -> None:
+    """A part of the first one."""
+    mark, *where = connection.execute("select id, series_id, start, stop from removed_range order by id limit 1").fetchone()
+    deleted = connection.execute(
+        """delete from telemetry where (series_id, ts) in (
+               select series_id, ts from telemetry where series_id = ? and ts >= ? and ts < ? limit ?)""",
+        (*where, limits.removed_rows),
+    ).rowcount
+    if deleted < limits.removed_rows:
+        connection.execute("delete from removed_range where id = ?", (mark,))
+
+
+def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], limits: Limits) -> None:
+    """Rows of which there may be many; their readings are left to `delete_removed_readings`. Then the events and the devices, but
+    for those whose events are still in the live feed."""
+    ids = bind(devices)
+    of_them = "device_id in (select value from json_each(?))"
+    some = "(device_id, version) in (select device_id, version from {} where device_id in (select value from json_each(?)) limit ?)"
+    if connection.execute(f"delete from state where {some.format('state')}", (*ids, limits.removed_documents)).rowcount:
+        return
+    deleted = connection.execute(
+        f"delete from config where {some.format('config')} returning document_id", (*ids, limits.removed_documents)
+    ).fetchall()
+    if deleted:
+        connection.execute(
+            """delete from document where id in (select value from json_each(?))
+               and not exists (select 1 from config where document_id = document.id)""",
+            bind([document_id for (document_id,) in deleted]),
+        )
+        return
+    connection.execute(f"insert into removed_series select id from series where {of_them}", ids)
+    connection.execute(f"delete from series where {of_them}", ids)
+    times = {"ids": ids[0], "most": limits.removed_rows, **removal_times(limits)}
+    in_feed = "removed_at > :expired and removed_at <= :now"
+    connection.execute(f"update device set emptied = 1 where id in (select value from json_each(:ids)) and {in_feed}", times)
+    over = f"select id from device where id in (select value from json_each(:ids)) and ({in_feed}) is not true"
+    events = f"delete from event where id in (select id from event where device_id in ({over}) limit :most)"
+    if not connection.execute(events, times).rowcount:
+        connection.execute(f"delete from device where id in ({over})", times)
+
+
+def delete_removed_tenant(connection: sqlite3.Connection, tenant_id: int, limits: Limits) -> None:
+    """The audit, then the tenant; its devices have gone before."""
+    deleted = connection.execute(
+        "delete from audit where id in (select id from audit where tenant_id = ? limit ?)", (tenant_id, limits.removed_rows)
+    ).rowcount
+    if not deleted:
+        connection.execute("delete from tenant where id = ?", (tenant_id,))
+
+
+def delete_removed(connection: sqlite3.Connection, removed: Removed, limits: Limits) -> None:
+    """Delete a part of what is left of `removed`. Nothing may be under way any more from its devices."""
+    if removed.series:
+        delete_removed_readings(connection, limits)
+    elif removed.ranges:
+        delete_removed_ranges(connection, limits)
+    elif removed.devices:
+        delete_removed_devices(connection, removed.devices, limits)
+    else:
+        delete_removed_tenant(connection, removed.tenants[0], limits)
+
+
+class RemovalReads:
+    """What there is to delete. These are short, and share the readers of the tokens."""
 
     def __init__(self, readers: Readers) -> None:
         self._readers = readers
-
-    async def _json(self, sql: str, **parameters: object) -> str | None:
-        row = await self._readers.row(sql, parameters)
-        return None if row is None else row[0]
-
-    async def _list(self, page_sql: str, limit: int, **parameters: object) -> str:
-        """A page of `page_sql`, which yields (position, item) in order; `next` is the position to go on after."""
-        text = await self._json(
-            f"""with page as materialized ({page_sql} limit :limit + 1)
-                select json_object('items', (select json_group_array(json(item)) from (select item from page limit :limit)),
-                    'next', iif((select count(*) from page) > :limit, (select position from page limit 1 offset :limit - 1), null))""",
-            limit=limit, **parameters,
-        )  # fmt: skip
-        return str(text)
-
-
-@attrs.frozen
-class DeviceToken:
-    """What a device token stands for; the quotas of its tenant are None where it has none of its own."""
-
-    token_id: str
-    secret_hash: bytes
-    device_id: int
-    device: str
-    tenant_id: int
-    tenant: str
-    connections_most: int | None
-    points_most: int | None
-    day: int
-    points_of_day: int
-
-
-@attrs.frozen
-class OperatorToken:
-    """What an operator token stands for; `tenant_id` None for the platform's own, `expires_at` None for never."""
-
-    token_id: str
-    secret_hash: bytes
-    name: str
-    role: str
-    expires_at: int | None
-    used_at: int | None
-    tenant_id: int | None
-    tenant: str | None
-
-
-@attrs.frozen
-class ProvisioningKey:
-    """What a provisioning key stands for; whether it may provision one more device."""
-
-    key_id: str
-    secret_hash: bytes
-    tenant_id: int
-    usable: bool
-
-
-class TokenReads:
-    """Look-ups by the id part of a token or key; whether its secret is right the caller must find out. They are short, and so
-    is the one for what was removed: slow queries are kept from delaying them."""
-
-    def __init__(self, readers: Readers) -> None:
-        self._readers = readers
-
-    async def device(self, token_id: str) -> DeviceToken | None:
-        row = await self._readers.row(
-            """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
-                      coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)
-               from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
-            {"id": token_id, "day": now_ms() // DAY},
-        )
-        return None if row is None else DeviceToken(*row)
-
-    async def operator(self, token_id: str) -> OperatorToken | None:
-        row = await self._readers.row(
-            """select operator_token.id, secret_hash, operator_token.name, role, expires_at, used_at, tenant_id, tenant.name
-               from operator_token left join tenant on tenant.id = tenant_id
-               where operator_token.id = :id and (expires_at is null or expires_at > :now)""",
-            {"id": token_id, "now": now_ms()},
-        )
-        return None if row is None else OperatorToken(*row)
-
-    async def provisioning_key(self, key_id: str) -> ProvisioningKey | None:
-        row = await self._readers.row(
-            """select id, secret_hash, tenant_id, (expires_at is null or expires_at > :now) and (uses_left is null or uses_left > 0)
-               from provisioning_key where id = :id""",
-            {"id": key_id, "now": now_ms()},
-        )
-        return None if row is None else ProvisioningKey(*row)
 
     async def removed(self, limits: Limits) -> Removed:
         """Of what there is something left to delete."""
@@ -2996,83 +3062,350 @@ class TokenReads:
         ) is not None
 
 
+# ==== Writer ====
+# Owns: what waits to be stored, and the one task that stores it. Must not know: HTTP, sockets, the shape of frames.
+
+
+class Change:
+    """A control operation that waits in the batch, and the future that its caller awaits."""
+
+    __slots__ = ("function", "future")
+
+    def __init__(self, function: Callable[[sqlite3.Connection], Any], future: asyncio.Future[Any]) -> None:
+        self.function = function
+        self.future = future
+
+    def settle(self, outcome: object) -> None:
+        if self.future.done():  # its caller was cancelled
+            return
+        if isinstance(outcome, BaseException):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
 @attrs.frozen
-class AuditFilter:
-    """Which entries of the audit: `actor` a token's name or id, `start` up to but without `stop` in milliseconds."""
+class Outcome:
+    """What became of a batch: the results of its changes, the frames that were refused, as (owner, code, seq), and the
+    configurations that were sent, as `Awaited` takes them."""
 
-    actor: str | None
-    actions: tuple[str, ...] | None
-    device: str | None
-    start: int
-    stop: int
+    changes: list[object]
+    refused: list[tuple[Committed, str, int]]
+    awaited: list[tuple[int, int, int]]
+
+
+class Batch:
+    """What the next transaction stores. Points lie by series and time, so the last write wins before SQL sees it."""
+
+    def __init__(self) -> None:
+        self.points: dict[str, dict[str, Value]] = {}
+        self.points_taken = 0
+        self.bytes_taken = 0
+        self.series: list[tuple[int, int, str]] = []
+        self.progress: dict[str, tuple[int, int, int | None]] = {}  # by device: seq, seen_at, stamp
+        self.usage: dict[int, int] = {}  # by tenant: points
+        self.tokens_used: dict[str, int] = {}  # operators': when
+        self.partings: list[tuple[int, Parting]] = []
+        self.configs_sent: list[tuple[int, int, int]] = []  # device, version, when
+        self.states: list[tuple[int, StateReport]] = []
+        self.verdicts: list[tuple[int, VerdictReport]] = []
+        self.events: list[Happened] = []
+        self.waiting: dict[Committed, tuple[int, int]] = {}
+        self.changes: list[Change] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.progress or self.configs_sent or self.eventful or self.series or self.points or self.tokens_used)
+
+    def arrival(self) -> int:
+        """The number of the next of what makes an event."""
+        return len(self.partings) + len(self.states) + len(self.verdicts) + len(self.events)
 
     @property
-    def where(self) -> str:
-        """Only what is asked for, so that an index can serve it."""
-        conditions = ["tenant_id is :tenant and at >= :start and at < :stop"]
-        if self.actor is not None:
-            conditions.append("(token = :actor or name = :actor)")
-        if self.actions is not None:
-            conditions.append("action in (select value from json_each(:actions))")
-        if self.device is not None:
-            conditions.append("device = :device")
-        return " and ".join(conditions)
+    def eventful(self) -> bool:
+        """Whether it may add to somebody's timeline."""
+        return bool(self.changes or self.partings or self.states or self.verdicts or self.events)
+
+    def write(self, connection: sqlite3.Connection, limits: Limits) -> Outcome:
+        """The whole batch in one transaction. Rows first: a change may remove what they name."""
+        with transaction(connection):
+            awaited = write_configs_sent(connection, self.configs_sent) if self.configs_sent else []
+            self._write_rows(connection)
+            events = self.events + [parting.event(arrival) for arrival, parting in self.partings]
+            refused = write_states(connection, self.states, events, limits) + write_verdicts(connection, self.verdicts, events)
+            insert_events(connection, events)
+            return Outcome([self._attempt(connection, change) for change in self.changes], refused, awaited)
+
+    def _write_rows(self, connection: sqlite3.Connection) -> None:
+        if self.series:
+            rows = bind(self.series)
+            connection.execute(
+                """insert into series (id, device_id, metric) select value ->> 0, value ->> 1, value ->> 2
+                   from json_each(?) where value ->> 1 in (select id from device)""",
+                rows,
+            )
+            connection.execute(  # of devices that were removed meanwhile: points may be on their way
+                """insert into removed_series select value ->> 0 from json_each(?)
+                   where value ->> 1 not in (select id from device)""",
+                rows,
+            )
+        if self.points:
+            connection.execute(
+                """insert into telemetry (series_id, ts, value)
+                   select cast(series.key as integer), cast(point.key as integer), point.value
+                   from json_each(?) series, json_each(series.value) point
+                   where true on conflict do update set value = excluded.value""",
+                bind(self.points),
+            )
+        if self.progress:
+            connection.execute(
+                """update presence set seq = max(seq, new.value ->> 0), seen_at = new.value ->> 1, stamp = coalesce(new.value ->> 2, stamp)
+                   from json_each(?) new where device_id = cast(new.key as integer)""",
+                bind(self.progress),
+            )
+        if self.usage:
+            connection.execute(
+                """insert into usage (tenant_id, day, points)
+                   select value ->> 0, ?2, value ->> 1 from json_each(?1) where value ->> 0 in (select id from tenant)
+                   on conflict do update set points = points + excluded.points""",
+                (*bind(list(self.usage.items())), now_ms() // DAY),
+            )
+        if self.tokens_used:
+            connection.execute(
+                "update operator_token set used_at = value from json_each(?) where operator_token.id = key", bind(self.tokens_used)
+            )
+        if self.partings:
+            self._write_partings(connection, bind([attrs.asdict(parting) for _, parting in self.partings]))
+
+    @staticmethod
+    def _write_partings(connection: sqlite3.Connection, rows: tuple[str]) -> None:
+        connection.execute(
+            """update presence set connected = 0, disconnected_at = value ->> 'at', seen_at = value ->> 'at'
+               from json_each(?) where device_id = value ->> 'device_id' and presence.session = value ->> 'session'""",
+            rows,
+        )
+
+    @staticmethod
+    def _attempt(connection: sqlite3.Connection, change: Change) -> object:
+        """One change in its own savepoint: its failure undoes it alone."""
+        connection.execute("savepoint change")
+        try:
+            outcome: object = change.function(connection)
+        except Exception as error:  # whatever it was, it is its caller's alone
+            if not connection.in_transaction:  # the disk is full, say: SQLite has undone the whole batch
+                raise
+            connection.execute("rollback to change")
+            outcome = error
+        connection.execute("release change")
+        return outcome
+
+
+class Awaited:
+    """Configurations that were sent and whose verdict is awaited, with the time at which each is late. It goes by the clock
+    of the process: the wall clock may be set meanwhile. So a start gives each its whole time again."""
+
+    def __init__(self) -> None:
+        self._due: dict[tuple[int, int], float] = {}
+        self._order: list[tuple[float, tuple[int, int]]] = []  # the same as a heap
+
+    def add(self, sent: Iterable[tuple[int, int, int]]) -> None:
+        """Each as device, version and milliseconds from now on. One that is sent again has the time that it had: the device may have
+        come back because it cannot live with it."""
+        now = time.monotonic()
+        for device_id, version, timeout in sent:
+            key, due = (device_id, version), now + timeout / 1000
+            if self._due.setdefault(key, due) is due:
+                heapq.heappush(self._order, (due, key))
+
+    def take_late(self) -> list[tuple[int, int]]:
+        """Those that are late by now, as device and version; each once."""
+        now, late = time.monotonic(), []
+        while self._order and self._order[0][0] <= now:
+            _, key = heapq.heappop(self._order)
+            del self._due[key]
+            late.append(key)
+        return late
+
+
+class Writer:
+    """The only writer: takes all that is pending, commits it as one transaction, then tells those who wait.
+
+    Load makes batches larger, not the wait longer. It is stopped by `close`, after what is pending; it is never cancelled.
+    """
+
+    def __init__(self, connection: Connection, limits: Limits, next_series: int) -> None:
+        self._connection = connection
+        self._limits = limits
+        self._next_series = next_series
+        self._pending = Batch()
+        self._work = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._stopping = False
+        self.failing = False
+        self.news = Bell()
+        self.awaited = Awaited()
+        self.committed_at = time.monotonic()
+        self.task = asyncio.create_task(self._run(), name="writer")
+
+    def add_series(self, device_id: int, metric: str) -> str:
+        """A new series; its number as the text that `add_points` takes."""
+        number = self._next_series
+        self._next_series += 1
+        self._pending.series.append((number, device_id, metric))
+        return str(number)
+
+    def points(self) -> dict[str, dict[str, Value]]:
+        """Points of the next transaction, by series number and time in milliseconds, both as text: JSON's keys are."""
+        return self._pending.points
+
+    def points_taken(self, tenant_id: int, points: int) -> None:
+        """So many of those just added count for a tenant."""
+        usage = self._pending.usage
+        usage[tenant_id] = usage.get(tenant_id, 0) + points
+
+    def token_used(self, token_id: str, at: int) -> None:
+        self._pending.tokens_used[token_id] = at
+        self._work.set()
+
+    def frame_taken(
+        self, owner: Committed, device_id: str, mark: tuple[int, int], at: int, stamp: int, points: int, size: int
+    ) -> None:
+        """A frame, whose points were just added, belongs to the next transaction. `mark`: its number, and how many frames
+        its session has handed over so far; `at`: when it came; `stamp`: the newest time given to a sample without one."""
+        pending = self._pending
+        pending.progress[device_id] = (mark[0], at, stamp)
+        pending.waiting[owner] = mark
+        pending.points_taken += points
+        pending.bytes_taken += size
+        if pending.points_taken >= self._limits.pending_points or pending.bytes_taken >= self._limits.pending_bytes:
+            self._room.clear()
+        self._work.set()
+
+    def state_reported(self, report: StateReport) -> None:
+        self._pending.states.append((self._pending.arrival(), report))
+        self._work.set()
+
+    def verdict_reported(self, report: VerdictReport) -> None:
+        self._pending.verdicts.append((self._pending.arrival(), report))
+        self._work.set()
+
+    def config_sent(self, device_id: int, version: int) -> None:
+        """A configuration went out on the device's socket, just now."""
+        self._pending.configs_sent.append((device_id, version, now_ms()))
+        self._work.set()
+
+    def seen(self, devices: Mapping[int, int]) -> None:
+        """When devices that send nothing were last heard, by device."""
+        for device_id, at in devices.items():
+            self._pending.progress.setdefault(str(device_id), (0, at, None))
+        self._work.set()
+
+    def happened(self, device_id: int, kind: str, **detail: object) -> None:
+        """An entry of a device's timeline, of this moment."""
+        self._pending.events.append(Happened(self._pending.arrival(), device_id, now_ms(), kind, detail))
+        self._work.set()
+
+    def session_ended(self, parting: Parting) -> None:
+        self._pending.partings.append((self._pending.arrival(), parting))
+        self._work.set()
+
+    async def change(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a control operation in the next transaction; returns after the commit. Refusal: storage_unavailable, or its own."""
+        if self._stopping:
+            raise Refusal("storage_unavailable")
+        change = Change(function, asyncio.get_running_loop().create_future())
+        change.future.add_done_callback(lambda future: future.cancelled() or future.exception())  # its caller may be gone
+        self._pending.changes.append(change)
+        self._work.set()
+        await asyncio.wait((change.future,), timeout=self._limits.storage_seconds)
+        if not change.future.done() and change in self._pending.changes:
+            self._pending.changes.remove(change)
+            raise Refusal("storage_unavailable")
+        return cast(T, await change.future)  # under way: whether it is stored must be known
+
+    async def alone(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function on the connection, between two transactions; it makes its own."""
+        return await self._connection.run(function, *arguments)
 
     @property
-    def parameters(self) -> dict[str, object]:
-        actions = None if self.actions is None else orjson.dumps(self.actions).decode()
-        return {"actor": self.actor, "actions": actions, "device": self.device, "start": self.start, "stop": self.stop}
+    def full(self) -> bool:
+        return not self._room.is_set()
+
+    async def room(self) -> None:
+        """Wait until the writer takes more."""
+        await self._room.wait()
+
+    async def close(self) -> None:
+        """Store what is pending, then stop."""
+        self._stopping = True
+        self._work.set()
+        await asyncio.wait((self.task,))  # how it failed, if it did, the supervisor has told
+
+    async def _run(self) -> None:
+        batch = Batch()
+        try:
+            while self._pending or not self._stopping:
+                await self._work.wait()
+                self._work.clear()
+                while self._pending:
+                    batch, self._pending = self._pending, Batch()
+                    self._room.set()
+                    await self._store(batch)
+        except BaseException as error:  # a defect, and the end of the server: nobody may wait for what will not come
+            self._stopping = True
+            self._not_stored(batch, error)
+            raise
+
+    async def _store(self, batch: Batch) -> None:
+        """Commit a batch, however often it takes."""
+        patience = time.monotonic() + self._limits.storage_seconds
+        while batch:
+            try:
+                outcome = await self._connection.run(batch.write, self._limits)
+            except Exception as error:  # noqa: BLE001 - whatever failed, nothing was stored, and those who wait must hear it
+                if is_held_by_another(error) and time.monotonic() < patience:
+                    continue
+                self._not_stored(batch, error)
+                if self._stopping or not isinstance(error, sqlite3.OperationalError):
+                    log.critical("dropped a batch that cannot be stored: %d points, none of them acknowledged", batch.points_taken)
+                    partings = batch.partings + self._pending.partings
+                    self._pending = Batch()  # frames after those that are lost are not to be stored
+                    self._pending.partings = partings
+                    return
+                if batch:
+                    await asyncio.sleep(self._limits.retry_seconds)
+            else:
+                self.failing = False
+                self.committed_at = time.monotonic()
+                self._tell(batch, outcome)
+                return
+
+    def _tell(self, batch: Batch, outcome: Outcome) -> None:
+        """The batch is on disk: tell those who wait for it."""
+        self.awaited.add(outcome.awaited)
+        for owner, code, seq in outcome.refused:
+            owner.refused(code, seq)
+        for change, result in zip(batch.changes, outcome.changes, strict=True):
+            change.settle(result)
+        for owner, mark in batch.waiting.items():
+            owner.committed(mark)
+        if batch.eventful:
+            self.news.ring()
+
+    def _not_stored(self, batch: Batch, error: BaseException) -> None:
+        """Nothing is acknowledged: sessions end with 1013, callers hear it, rows stay in the batch to be tried again."""
+        log.error("cannot store: %s", error)
+        self.failing = True
+        for change in batch.changes + self._pending.changes:
+            change.settle(Refusal("storage_unavailable"))
+        for owner in [*batch.waiting, *self._pending.waiting]:
+            owner.not_stored()
+        for failed in (batch, self._pending):
+            failed.changes, failed.waiting, failed.tokens_used = [], {}, {}
 
 
-def tenant_lines(connection: sqlite3.Connection, defaults: Mapping[str, int]) -> list[str]:
-    """Every tenant as JSON, with what it uses and may use."""
-    rows = connection.execute(f"select item from ({TENANT_ROWS})", {"after": "", "today": now_ms() // DAY, **defaults})
-    return [row[0] for row in rows]
-
-
-class AccountReads(Queries):
-    """Queries over tokens, keys, tenants and the audit. A tenant of None is the platform, with what is its own."""
-
-    async def operator_tokens(self, tenant: int | None, limit: int, after: str) -> str:
-        return await self._list(
-            f"""select id position, json_object('id', id, 'name', name, 'role', role, 'created_at', {time_sql("created_at")},
-                       'expires_at', {time_sql("expires_at")}, 'used_at', {time_sql("used_at")}) item
-                from operator_token where tenant_id is :tenant and id > :after order by id""",
-            limit, tenant=tenant, after=after,
-        )  # fmt: skip
-
-    async def provisioning_keys(self, tenant: int, limit: int, after: str) -> str:
-        return await self._list(
-            f"""select id position, json_object('id', id, 'created_at', {time_sql("created_at")},
-                       'expires_at', {time_sql("expires_at")}, 'uses_left', uses_left) item
-                from provisioning_key where tenant_id = :tenant and id > :after order by id""",
-            limit, tenant=tenant, after=after,
-        )  # fmt: skip
-
-    async def quotas(self, tenant: int, defaults: Mapping[str, int]) -> str | None:
-        """What a tenant uses and may use."""
-        return await self._json(f"select {QUOTAS_JSON} from tenant where id = :tenant", tenant=tenant, today=now_ms() // DAY, **defaults)
-
-    async def tenants(self, limit: int, after: str, defaults: Mapping[str, int]) -> str:
-        """For the platform alone: every tenant, with what it uses and may use."""
-        return await self._list(TENANT_ROWS, limit, after=after, today=now_ms() // DAY, **defaults)
-
-    async def audit(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> str:
-        """A page of the audit, newest first; `after` is the id of the last entry seen."""
-        return await self._list(
-            f"select id position, {AUDIT_JSON} item from audit where {wanted.where} and id < :after order by id desc",
-            limit, tenant=tenant, after=after, **wanted.parameters,
-        )  # fmt: skip
-
-    async def audit_lines(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> tuple[str, int | None]:
-        """So many entries after one, oldest first, a line of JSON each; and the last one's id, None at the end."""
-        text = await self._json(
-            f"""select json_array(group_concat(item, char(10)), iif(count(*) = :limit, max(id), null)) from (
-                select id, {AUDIT_JSON} item from audit where {wanted.where} and id > :after order by id limit :limit)""",
-            tenant=tenant, limit=limit, after=after, **wanted.parameters,
-        )  # fmt: skip
-        lines, last = orjson.loads(text or "[null, null]")
-        return "" if lines is None else f"{lines}\n", last
+# ==== Store ====
+# Owns: the open database as the rest of the program sees it. Must not know: HTTP, sockets.
 
 
 class Reads(Queries):
@@ -3084,6 +3417,8 @@ class Reads(Queries):
         self.telemetry = TelemetryReads(readers, limits)
         self.accounts = AccountReads(readers)
         self.tokens = TokenReads(keys)
+        self.removal = RemovalReads(keys)
+        self.news = NewsReads(keys)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
@@ -3114,7 +3449,7 @@ class Reads(Queries):
             return None
         return await self._list(
             f"""select id position, json_patch(json_object('id', id, 'kind', kind, 'at', {time_sql("at")}), detail) item from event
-                where tenant_id = :tenant and device_id = :device_id and id < :after and at >= :start and at < :stop
+                where +tenant_id = :tenant and device_id = :device_id and id < :after and at >= :start and at < :stop
                 and (:kinds is null or kind in (select value from json_each(:kinds))) order by id desc""",
             limit, tenant=tenant, device_id=device_id, after=after, start=start, stop=stop,
             kinds=None if kinds is None else orjson.dumps(kinds).decode(),
@@ -3124,8 +3459,7 @@ class Reads(Queries):
         """What happened in a tenant after an event, oldest first: (id, kind, JSON)."""
         text = await self._json(
             f"""select json_group_array(json_array(id, kind, item)) from (
-                select event.id id, kind, json_patch(json_object('id', event.id, 'device', coalesce(name, old_name), 'kind', kind,
-                       'at', {time_sql("at")}), detail) item
+                select event.id id, kind, {EVENT_JSON} item
                 from event join device on device.id = device_id
                 where event.tenant_id = :tenant and event.id > :after and coalesce(name, old_name) is not null
                 order by event.id limit :limit)""",
@@ -3137,14 +3471,20 @@ class Reads(Queries):
         row = await self._readers.row("select coalesce(max(id), 0) from event where tenant_id = :tenant", {"tenant": tenant})
         return int(row[0]) if row else 0
 
-    async def state(self, tenant: int, device: str, at: int | None, version: int | None) -> str | None:
+    async def state(self, tenant: int, device: str, at: int | None, version: int | None) -> bytes | None:
         """The document that a device reported: the last, that of a version, or the one that was in force at a time."""
-        return await self._json(
+        text = await self._json(
             f"""select {STATE_JSON} from state join device on device.id = device_id
                 where tenant_id = :tenant and name = :device and (:version is null or version = :version)
                 and (:at is null or at <= :at) order by version desc limit 1""",
             tenant=tenant, device=device, at=at, version=version,
         )  # fmt: skip
+        if text is None:
+            return None
+        shown, document, changes = orjson.loads(text)
+        for change in changes:
+            apply_changes(document, change)
+        return orjson.dumps({**shown, "reported": orjson.Fragment(canonical(document))})
 
     async def state_history(self, tenant: int, device: str, limit: int, after: int) -> str | None:
         """Every change of what a device reports, newest first."""
@@ -3187,19 +3527,22 @@ class Reads(Queries):
         device_id = await self.device_id(tenant, device)
         return None if device_id is None else await self._list(page_sql, limit, device_id=device_id, after=after)
 
+
 class Store:
     """The open database: `writer` for everything that changes, `read` for everything that is asked."""
 
-    def __init__(self, writer: Writer, read: Reads, lock: LockFile) -> None:
+    def __init__(self, path: Path, writer: Writer, read: Reads, readers: Readers, lock: LockFile) -> None:
         self.writer = writer
         self.read = read
+        self._log = path.with_name(f"{path.name}-wal")
+        self._readers = readers
         self._lock = lock
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, name: Path, limits: Limits) -> AsyncIterator[Store]:
-        """Open the database, made or migrated if need be, and close the sessions that a crash left open. StoreError when it
-        cannot be used, or another server has it."""
+    async def open(cls, name: Path, limits: Limits, query_seconds: float = 2.0) -> AsyncIterator[Store]:
+        """Open the database, made or migrated if need be, and close the sessions that a crash left open; a query may take so many
+        seconds. StoreError when it cannot be used, or another server has it."""
         path = resolved(name)
         is_new(path)  # somebody else's file gets no lock beside it
         async with AsyncExitStack() as stack:
@@ -3224,14 +3567,24 @@ class Store:
                            select id from series union all select id from removed_series union all select max(series_id) from telemetry)"""
                 ).fetchone()
             )
-            readers = []
+            connections = []
             for _ in range(limits.readers + 1):
-                readers.append(await Connection.open(functools.partial(connect, path, query_only=True)))
-                stack.push_async_callback(readers[-1].close)
+                connections.append(await Connection.open(functools.partial(connect, path, query_only=True)))
+                stack.push_async_callback(connections[-1].close)
+            keys, readers = Readers(connections[:1], limits.storage_seconds), Readers(connections[1:], query_seconds)
             writer = Writer(connection, limits, next_series)
             writer.awaited.add(awaited)
             stack.push_async_callback(writer.close)
-            yield cls(writer, Reads(Readers(readers[1:], limits), Readers(readers[:1], limits), limits), lock)
+            yield cls(path, writer, Reads(readers, keys, limits), readers, lock)
+
+    async def keep_log_short(self, most: int) -> bool:
+        """Start the write-ahead log over if it is longer than `most` bytes; whether it was. Whoever looks up a token does not wait:
+        that is short."""
+        if not self._log.exists() or self._log.stat().st_size <= most:
+            return False
+        async with self._readers.paused():
+            await self.writer.alone(start_log_over)
+        return True
 
     async def renew_salt(self) -> None:
         """So that a copy that is made of the running database is soon known to be one of an earlier time."""
@@ -3347,6 +3700,44 @@ class Guesses:
         return Refusal("too_many_attempts", retry_after=math.ceil(wait)) if wait else Refusal("unauthorized")
 
 
+class RefusedActions:
+    """Refused actions for the audit, which nobody can delete from: a token's first ones in a minute are entered each, those beyond
+    are counted, and entered together."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._store = store
+        self._seconds = limits.refusals_seconds
+        self._allowance = Buckets(limits.refusals, limits.refusals_seconds, limits.notices)
+        self._counts: dict[tuple[Actor, str, str], int] = {}
+
+    async def enter(self, actor: Actor, action: str, affected: Iterable[Affected], refusal: Refusal) -> None:
+        """What was refused, not what failed; where nothing can be stored the log has it."""
+        code = refusal.fault.code
+        if refusal.fault.status >= 500:
+            return
+        if self._allowance.add(f"{actor.tenant_id} {actor.token_id}"):
+            key = actor, action, code
+            self._counts[key] = self._counts.get(key, 0) + 1
+        else:
+            await self._write(actor, action, code, affected)
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._seconds)
+            await self.enter_counts()
+
+    async def enter_counts(self) -> None:
+        counts, self._counts = self._counts, {}
+        for (actor, action, code), count in counts.items():
+            await self._write(actor, action, code, [Affected(None, None, {"count": count})])
+
+    async def _write(self, actor: Actor, action: str, code: str, affected: Iterable[Affected]) -> None:
+        try:
+            await self._store.writer.change(lambda connection: add_entries(connection, actor, action, code, affected))
+        except Refusal as failure:
+            log.error("cannot enter in the audit (%s): %r was refused %s: %s", failure, actor.name, action, code)
+
+
 class Secretive(Protocol):
     """What the database knows of a token or key."""
 
@@ -3364,6 +3755,7 @@ class Identity:
         self._store = store
         self._devices_most = devices_most
         self._guesses = Guesses(limits)
+        self.refused = RefusedActions(store, limits)
         self._used_seconds = limits.seen_seconds
 
     async def operator(self, text: str, address: str) -> Principal:
@@ -3404,19 +3796,9 @@ class Identity:
                 accounted(actor, "device.provision", register, lambda known: [Affected(device, device, {"again": True} if known else None)])
             )
         except Refusal as refusal:
-            await self.account_refusal(actor, "device.provision", [Affected(device, device)], refusal)
+            await self.refused.enter(actor, "device.provision", [Affected(device, device)], refusal)
             raise
         return Credentials(device, token_text("dev", known, frame.secret or "") if known else token.text)
-
-    async def account_refusal(self, actor: Actor, action: str, affected: Iterable[Affected], refusal: Refusal) -> None:
-        """Enter in the audit what was refused, not what failed; where nothing can be stored the log has it."""
-        code = refusal.fault.code
-        if refusal.fault.status >= 500:
-            return
-        try:
-            await self._store.writer.change(lambda connection: add_entries(connection, actor, action, code, affected))
-        except Refusal as failure:
-            log.error("cannot enter in the audit (%s): %r was refused %s: %s", failure, actor.name, action, code)
 
     async def _known(self, kind: str, text: str, address: str, look_up: Callable[[str], Awaitable[Known | None]]) -> Known:
         shown = take_apart(kind, text)
@@ -3479,6 +3861,10 @@ class Live(Protocol):
     def reading(self) -> bool:
         """Whether the server takes what the device sends; if not, its silence is the server's."""
 
+    @property
+    def welcomed(self) -> bool:
+        """Whether the device knows that it is connected: nothing is sent to it before."""
+
     def send(self, payload: bytes) -> None: ...
     def send_config(self, version: int, document: bytes) -> bool: ...
     def ping(self) -> None: ...
@@ -3494,6 +3880,8 @@ class Running:
     def __init__(self, token_id: str | None, deadline: asyncio.Timeout) -> None:
         self.token_id = token_id
         self.tenant_id: int | None = None
+        self.client_gone = False
+        self.over = False
         self._until: float | None = None
         self._changing = False
         self._deadline = deadline
@@ -3502,6 +3890,12 @@ class Running:
     def end(self) -> None:
         """It goes on only if it is the one that asks for this."""
         if self._task is not asyncio.current_task():
+            self.lasts(0.0)
+
+    def client_left(self) -> None:
+        """Nobody waits for the answer any more: what only reads ends."""
+        self.client_gone = True
+        if not self.over:
             self.lasts(0.0)
 
     def lasts(self, seconds: float) -> None:
@@ -3525,6 +3919,107 @@ class Running:
             self._deadline.reschedule(None if self._changing else self._until)
 
 
+class Subscription:
+    """The events of a tenant that a live feed has not sent yet, in order. One that falls behind reads the database again."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._events: deque[tuple[int, bytes]] = deque()
+        self.behind = True
+        self.ring = asyncio.Event()
+
+    def add(self, number: int, text: bytes) -> None:
+        if len(self._events) >= self._most:
+            self._events.clear()
+            self.behind = True
+        if not self.behind:
+            self._events.append((number, text))
+        self.ring.set()
+
+    def catch_up(self) -> None:
+        """What happens from now on is kept; what happened before is read from the database."""
+        self._events.clear()
+        self.behind = False
+
+    def take(self, last: int) -> tuple[int, bytes]:
+        """What came after the event `last`: the newest event's id, and the text."""
+        self.ring.clear()
+        events, self._events = self._events, deque()
+        newer = [(number, text) for number, text in events if number > last]
+        return (newer[-1][0] if newer else last), b"".join(text for _, text in newer)
+
+
+def event_lines(number: int, kind: str, text: str) -> bytes:
+    """One event of a live feed (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+    return f"id: {number}\nevent: {kind}\ndata: {text}\n\n".encode()
+
+
+class News:
+    """Tells what was committed to those of the tenant who wait for it: its live feeds, and pushes that wait for a verdict. One look
+    at the database serves all of them."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._read = store.read.news
+        self._committed = store.writer.news
+        self._limits = limits
+        self._feeds: dict[int, set[Subscription]] = {}
+        self._rings: dict[int, asyncio.Future[None]] = {}
+
+    @contextmanager
+    def subscription(self, tenant: int) -> Iterator[Subscription]:
+        """Refusal: too_many_feeds."""
+        feeds = self._feeds.setdefault(tenant, set())
+        if len(feeds) >= self._limits.feeds:
+            raise Refusal("too_many_feeds", retry_after=math.ceil(self._limits.feed_seconds))
+        feed = Subscription(self._limits.feed_events)
+        feeds.add(feed)
+        try:
+            yield feed
+        finally:
+            feeds.discard(feed)
+            if not feeds:
+                self._feeds.pop(tenant, None)
+
+    def ring(self, tenant: int) -> asyncio.Future[None]:
+        """Done when something has happened in the tenant. Whoever looks for something takes it before the look."""
+        return self._rings.setdefault(tenant, asyncio.get_running_loop().create_future())
+
+    def wake_all(self) -> None:
+        """The server stops."""
+        for tenant in list(self._rings):
+            self._rings.pop(tenant).set_result(None)
+        for feeds in self._feeds.values():
+            for feed in feeds:
+                feed.ring.set()
+
+    async def run(self) -> None:
+        last = await self._read.newest()
+        while True:
+            ring = self._committed.next
+            try:
+                last = await self._tell(last)
+            except (Refusal, sqlite3.Error) as error:  # the next look tells it
+                log.warning("cannot look for what happened: %s", error)
+            await Bell.heard(ring, self._limits.feed_seconds)
+
+    async def _tell(self, last: int) -> int:
+        """Tell what happened after an event; the id of the newest."""
+        if not (self._feeds or self._rings):
+            newest = await self._read.newest()
+            if not (self._feeds or self._rings):  # whoever has come meanwhile is to be told
+                return newest
+        while events := await self._read.after(last, self._limits.feed_events):
+            for tenant, number, kind, text in events:
+                if feeds := self._feeds.get(tenant):
+                    lines = event_lines(number, kind, text)
+                    for feed in feeds:
+                        feed.add(number, lines)
+                if tenant in self._rings:
+                    self._rings.pop(tenant).set_result(None)
+            last = events[-1][1]
+        return last
+
+
 FEED_END_SECONDS: Final = 1.0  # for a live feed to write what it is at, when the server stops
 
 
@@ -3536,6 +4031,7 @@ class Registry:
         self.closing = asyncio.Event()
         self._fought_seconds = limits.fought_seconds
         self._conflict_retry_seconds = limits.conflict_retry_seconds
+        self._openings = Buckets(limits.sessions, float(limits.sessions), limits.notices)
         self._fights = Buckets(limits.fights, 3_600.0, limits.notices, strict=True)
         self._notices = Buckets(1, limits.notice_seconds, limits.notices)
         self._live: dict[int, Live] = {}
@@ -3556,19 +4052,23 @@ class Registry:
 
     @asynccontextmanager
     async def request(self, token_id: str | None) -> AsyncIterator[Running]:
-        """A request lasts no longer than its token. Refusal: unauthorized, when that is revoked or expires meanwhile."""
+        """A request lasts no longer than its token, and than its client waits. Refusal: unauthorized, when the token is revoked or
+        expires meanwhile. ConnectionError, when the client has gone."""
         deadline = asyncio.timeout(None)
+        running = Running(token_id, deadline)
         try:
             async with deadline:
-                running = Running(token_id, deadline)
                 self._running.add(running)
                 try:
                     yield running
                 finally:
                     self._running.discard(running)
+                    running.over = True
         except TimeoutError:
             if not deadline.expired():
                 raise
+            if running.client_gone:
+                raise ConnectionResetError("the client has gone") from None
             raise Refusal("unauthorized") from None
 
     def stands(self, running: Running, tenant_id: int | None, seconds: float | None) -> None:
@@ -3607,8 +4107,10 @@ class Registry:
 
     def take_over(self, device_id: int, session: Live) -> None:
         """`session` speaks for the device from now on; the one before it is superseded. Refusal: too_many_connected;
-        session_conflict, when young sessions of the device were superseded again and again."""
+        session_conflict, when young sessions of the device were superseded again and again; too_many_sessions."""
         before = self._live.get(device_id)
+        if wait := self._openings.add(str(device_id)):
+            raise Refusal("too_many_sessions", retry_after=math.ceil(wait))
         if before is None and session.use.connections >= session.use.connections_most:
             raise Refusal("too_many_connected")
         if before is not None:
@@ -3627,7 +4129,8 @@ class Registry:
         return [session for session in self._live.values() if session.use.tenant_id == tenant_id]
 
     def is_live(self, device_id: int) -> bool:
-        return device_id in self._live
+        session = self._live.get(device_id)
+        return session is not None and session.welcomed
 
     def address_of(self, device_id: int) -> str | None:
         """From where the device's session comes, None without one."""
@@ -3641,7 +4144,7 @@ class Registry:
     def send(self, device_id: int, payload: bytes) -> bool:
         """Send to a device; False when it is not connected."""
         session = self._live.get(device_id)
-        if session is None:
+        if session is None or not session.welcomed:
             return False
         session.send(payload)
         return True
@@ -3749,6 +4252,23 @@ class ConfigClock:
                 log.warning("cannot mark configurations whose verdict did not come: %s", error)
 
 
+class LogKeeper:
+    """Keeps the write-ahead log short."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._store = store
+        self._most = limits.log_bytes
+        self._seconds = limits.log_look_seconds
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._seconds)
+            try:
+                await self._store.keep_log_short(self._most)
+            except (OSError, sqlite3.Error) as error:  # the next look may do better
+                log.warning("cannot start the write-ahead log over: %s", error)
+
+
 class SaltClock:
     """Gives the database another salt every hour."""
 
@@ -3763,6 +4283,42 @@ class SaltClock:
                 await self._store.renew_salt()
             except (OSError, sqlite3.Error) as error:  # the salts that were there are still right
                 log.warning("cannot renew the salt of the write-ahead log: %s", error)
+
+
+class Supervisor:
+    """Runs the tasks that the server cannot do without. If one ends before it is told to, the server is of no use: it says so in
+    its log and at /healthz, and ends, so that a service manager starts it again."""
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._tell: Callable[[], object] | None = None
+
+    def on_failure(self, tell: Callable[[], object]) -> None:
+        self._tell = tell
+        if self.failed:
+            tell()
+
+    def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.append(task)
+        self.watch(task)
+
+    def watch(self, task: asyncio.Task[None]) -> None:
+        """A task that somebody else began, and ends."""
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (task.exception() is not None or task in self._tasks):
+            log.critical("the %s failed, and the server ends", task.get_name(), exc_info=task.exception())
+            self.failed = True
+            if self._tell is not None:
+                self._tell()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 class Cleaner:
@@ -3791,7 +4347,7 @@ class Cleaner:
     async def _clean(self) -> None:
         """First nothing more may come from what was removed: frames that are under way are stored before the change that deletes."""
         self.wanted.clear()
-        while removed := await self._store.read.tokens.removed(self._limits):
+        while removed := await self._store.read.removal.removed(self._limits):
             for tenant_id in removed.tenants:
                 self._registry.end_tenant(tenant_id)
             for device_id in removed.devices:
@@ -3844,6 +4400,8 @@ class Platform:
     identity: Identity
     registry: Registry
     cleaner: Cleaner
+    supervisor: Supervisor
+    news: News
     trusted: Networks
 
 
@@ -4115,7 +4673,7 @@ class Intake:
         now = now_ms()
         report = StateReport(self._owner, self._device_id, self._session, frame.seq, now, frame.mode, frame.reported)
         self._writer.state_reported(report)
-        self._frame_taken(frame.seq, now, 0, size)
+        self._frame_taken(frame.seq, now, 0, max(size * self._limits.state_weight, self._limits.document_bytes))
 
     def _take_verdict(self, frame: ConfigStatus, size: int) -> None:
         now = now_ms()
@@ -4168,7 +4726,7 @@ class Session:
         self._device_id = 0
         self._number = 0
         self._intake: Intake | None = None  # once the device is known
-        self._welcomed = False
+        self.welcomed = False
         self._config_sent = 0  # the highest version that went out in this session
         self._room = asyncio.Event()
         self._ended = ""  # why, once it has
@@ -4225,7 +4783,7 @@ class Session:
             heartbeat = self._platform.settings.heartbeat
             config = opened.config
             self.send(encode(Welcome(token.device, token.tenant, opened.session, opened.seq, format_time(now_ms()), heartbeat, config)))
-            self._welcomed = True
+            self.welcomed = True
             if config is not None:
                 self._config_sent = config.version
                 self._writer.config_sent(self._device_id, config.version)
@@ -4233,7 +4791,7 @@ class Session:
         return self._intake
 
     async def _take_over(self, token: DeviceToken) -> None:
-        """Refusal: too_many_connected; session_conflict, and then a client without patience is kept for a moment."""
+        """Refusal: too_many_connected, session_conflict, too_many_sessions. A client without patience is kept for a moment."""
         registry = self._platform.registry
         try:
             registry.take_over(token.device_id, self)
@@ -4242,6 +4800,7 @@ class Session:
                 other = registry.address_of(token.device_id)
                 if self.notice("conflict", address=self.address, session_address=other):
                     log.warning("%s: clients at %s and %s use one token", token.device, self.address, other)
+            if refusal.retry_after is not None:
                 await asyncio.sleep(self._platform.limits.conflict_seconds)
             raise
 
@@ -4251,16 +4810,12 @@ class Session:
         receive, limits = self._socket.receive, self._platform.limits
         most, turn, long, taken = limits.unacknowledged_frames, limits.frames_per_turn, limits.frame_bytes_per_turn, 0
         while (message := await receive()).type not in CLOSED:
+            if message.type == WSMsgType.TEXT and self._writer.full:  # by other sessions, which had their turn before
+                await self._wait_for_room(intake)
             if self._ended:
                 continue
-            if message.type == WSMsgType.TEXT:
-                intake.take(cast(bytes, message.data))
-                taken += len(message.data) // long
-            elif message.type == WSMsgType.PING:
-                self._send_frame(WSMsgType.PONG, message.data)
-            elif message.type == WSMsgType.BINARY:
-                intake.bad_frame(Refusal("not_binary"), None)
-            taken += 1
+            self._take(message, intake)
+            taken += 1 + len(message.data) // long
             if self._writer.full or intake.waiting >= most:
                 await self._wait_for_room(intake)
             elif intake.held > limits.held_bytes:
@@ -4274,12 +4829,21 @@ class Session:
             broken = isinstance(message.data, WebSocketError)
             self._sign_off(self._socket.refused or ("protocol_error" if broken else "connection_lost"))
 
+    def _take(self, message: WSMessage, intake: Intake) -> None:
+        if message.type == WSMsgType.TEXT:
+            intake.take(cast(bytes, message.data))
+        elif message.type == WSMsgType.PING:
+            self._send_frame(WSMsgType.PONG, message.data)
+        elif message.type == WSMsgType.BINARY:
+            intake.bad_frame(Refusal("not_binary"), None)
+
     async def _wait_for_room(self, intake: Intake) -> None:
         """Read no more until the writer has caught up: the device's own sends come to a stand, and nothing is dropped."""
         self.reading = False
         try:
             async with asyncio.timeout(self._platform.limits.storage_seconds):
-                await self._writer.room()
+                while self._writer.full:  # sessions that waited before may have taken it all
+                    await self._writer.room()
                 while intake.waiting >= self._platform.limits.unacknowledged_frames and not self._ended:
                     self._room.clear()
                     await self._room.wait()
@@ -4329,7 +4893,7 @@ class Session:
 
     def send_config(self, version: int, document: bytes) -> bool:
         """Send a configuration, unless a newer one went out, or the welcome is still to come and carries it."""
-        if not self._welcomed or self._ended or version <= self._config_sent:
+        if not self.welcomed or self._ended or version <= self._config_sent:
             return False
         self._config_sent = version
         self.send(b'{"type":"config","version":%d,"document":%b}' % (version, document))
@@ -4363,7 +4927,9 @@ class Session:
         self._sign_off(code)
         fault = FAULTS[code]
         self._send_frame(WSMsgType.CLOSE, struct.pack("!H", fault.close) + fault.message.encode())
-        asyncio.get_running_loop().call_later(self._platform.limits.close_seconds, self._transport.abort)
+        limits, stopping = self._platform.limits, self._platform.registry.closing.is_set()
+        seconds = limits.stop_close_seconds if stopping else limits.close_seconds
+        asyncio.get_running_loop().call_later(seconds, self._transport.abort)
 
     def abort(self, code: str) -> None:
         """Break the connection: the peer does not read, or is gone."""
@@ -4407,6 +4973,7 @@ PLATFORM: Final = web.AppKey("platform", Platform)
 JSON_TYPE: Final = "application/json"
 FUTURE: Final = Moment(LATEST)
 BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # by which spreadsheets know UTF-8
+AGGREGATES_MOST: Final = 8  # values of a bucket: an answer grows with them
 MANY_PAUSE_SECONDS: Final = 0.1  # between two looks at the verdicts of a push to many: each may be thousands of rows
 
 
@@ -4552,6 +5119,8 @@ def query_aggregates(values: object, _: object) -> Aggregates:
     names = tuple(one_value(values).split(","))
     if not set(names) <= set(AGGREGATES):
         raise Invalid(f"is not of {', '.join(AGGREGATES)}")
+    if len(names) > AGGREGATES_MOST:
+        raise Invalid(f"names more than {AGGREGATES_MOST}")
     return Aggregates(names)
 
 
@@ -4651,7 +5220,7 @@ class Call:
     async def refused(self, refusal: Refusal) -> None:
         """Enter in the audit that an action was refused."""
         if self.action and not self.accounted:
-            await self.platform.identity.account_refusal(self.principal.actor(self.address), self.action, [self.affected], refusal)
+            await self.platform.identity.refused.enter(self.principal.actor(self.address), self.action, [self.affected], refusal)
 
     def page(self) -> int:
         """Entries of a page. Refusal: bad_query."""
@@ -4706,13 +5275,14 @@ def error_response(refusal: Refusal) -> web.Response:
 
 
 async def look_until(
-    platform: Platform, seconds: float, look: Callable[[], Awaitable[T]], enough: Callable[[T], bool], pause: float = 0.0
+    platform: Platform, seconds: float, look: Callable[[], Awaitable[T]], enough: Callable[[T], bool],
+    next_ring: Callable[[], asyncio.Future[None]], pause: float = 0.0,
 ) -> T:
-    """What `look` answers, once that is enough; or when the time is over, or the server stops. It looks again after every commit
-    that may have changed something, but no sooner than after `pause` seconds."""
+    """What `look` answers, once that is enough; or when the time is over, or the server stops. It looks again after each ring,
+    but no sooner than after `pause` seconds."""
     until = time.monotonic() + seconds
     while True:
-        ring = platform.store.writer.news.next
+        ring = next_ring()
         seen = await look()
         if enough(seen) or time.monotonic() >= until or platform.registry.closing.is_set():
             return seen
@@ -4863,7 +5433,7 @@ async def stream_csv(call: Call, wanted: TelemetryRange, every: int | None, aggr
         header = ("time", "metric", *(("value",) if every is None else aggregates))
         await response.write((BYTE_ORDER_MARK if call.query.spreadsheet else b"") + ",".join(header).encode() + b"\n")
         async for lines in csv_pieces(call, wanted, metrics, every, aggregates):
-            async with asyncio.timeout(call.platform.limits.query_seconds):
+            async with asyncio.timeout(call.platform.limits.stall_seconds):
                 await response.write(lines)
     return response
 
@@ -4904,8 +5474,11 @@ async def remove_telemetry(call: Call) -> web.StreamResponse:
         lambda _: [Affected(name, name, {"metric": query.metric, "from": format_time(start), "to": format_time(stop)})],
     )
     platform.cleaner.wanted.set()
-    tokens = platform.store.read.tokens
-    left = await look_until(platform, platform.limits.wait_seconds_most, lambda: tokens.is_range_left(marks), lambda left: not left)
+    removal = platform.store.read.removal
+    left = await look_until(
+        platform, platform.limits.wait_seconds_most, lambda: removal.is_range_left(marks), lambda left: not left,
+        lambda: platform.store.writer.news.next,
+    )  # fmt: skip
     return answer({"device": name, "status": "removing"}, 202) if left else web.Response(status=204)
 
 
@@ -4984,8 +5557,9 @@ async def answer_push(call: Call, pushed: list[Pushed], document: bytes, seconds
     sent = {row.device_id for row in pushed if send(row.device_id, row.version, document)}
     rows = {row.device: row for row in pushed}
     seen = await look_until(
-        call.platform, seconds, lambda: read.pushed(tenant, pushed), lambda seen: all(row["status"] in FINAL for row in seen), pause
-    )
+        call.platform, seconds, lambda: read.pushed(tenant, pushed), lambda seen: all(row["status"] in FINAL for row in seen),
+        lambda: call.platform.news.ring(tenant), pause,
+    )  # fmt: skip
     for row in seen:
         if row["status"] == "pending" and rows[row["device"]].device_id in sent:  # that it is sent is on its way to the disk
             row["status"] = "sent"
@@ -5040,23 +5614,24 @@ async def push_many(call: Call) -> web.StreamResponse:
     return answer({"items": await answer_push(call, rows, document, seconds, MANY_PAUSE_SECONDS if seconds else 0.0)}, 202)
 
 
-async def feed_pieces(platform: Platform, tenant: int, last: int) -> AsyncIterator[bytes]:
+async def feed_pieces(platform: Platform, tenant: int, feed: Subscription, last: int) -> AsyncIterator[bytes]:
     """The events after the last one seen, as they come; a comment where there is none for a while. Ends with the server."""
-    quiet_since = time.monotonic()
+    limits = platform.limits
     while not platform.registry.closing.is_set():
-        ring = platform.store.writer.news.next
-        events = await platform.store.read.feed(tenant, last, platform.limits.feed_events)
-        if events:
-            last = events[-1][0]
-            yield "".join(f"id: {number}\nevent: {kind}\ndata: {text}\n\n" for number, kind, text in events).encode()
-            quiet_since = time.monotonic()
-            continue
-        rest = quiet_since + platform.limits.feed_seconds - time.monotonic()
-        if rest <= 0:
-            yield b":\n\n"
-            quiet_since = time.monotonic()
-        else:
-            await Bell.heard(ring, rest)
+        if feed.behind:
+            feed.catch_up()
+            while events := await platform.store.read.feed(tenant, last, limits.feed_events):
+                last = events[-1][0]
+                yield b"".join(event_lines(*event) for event in events)
+        last, lines = feed.take(last)
+        if lines:
+            yield lines
+        elif not feed.behind:
+            try:
+                async with asyncio.timeout(limits.feed_seconds):
+                    await feed.ring.wait()
+            except TimeoutError:
+                yield b":\n\n"
 
 
 async def follow_events(call: Call) -> web.StreamResponse:
@@ -5069,15 +5644,15 @@ async def follow_events(call: Call) -> web.StreamResponse:
         last = int(shown)
     newest = await platform.store.read.last_event(tenant)
     asked, last = last, newest if last is None else min(last, newest)
-    async with streaming(call, "text/event-stream") as response:
-        with platform.registry.feed(call.request.transport):
+    with platform.news.subscription(tenant) as feed, platform.registry.feed(call.request.transport):
+        async with streaming(call, "text/event-stream") as response:
             if asked is not None and asked > newest:  # of another database: a backup was restored
                 told = orjson.dumps({"id": newest, "kind": "reset", "asked": asked}).decode()
-                await response.write(f"id: {newest}\nevent: reset\ndata: {told}\n\n".encode())
-            async for lines in feed_pieces(platform, tenant, last):
-                async with asyncio.timeout(platform.limits.query_seconds):
+                await response.write(event_lines(newest, "reset", told))
+            async for lines in feed_pieces(platform, tenant, feed, last):
+                async with asyncio.timeout(platform.limits.stall_seconds):
                     await response.write(lines)
-    return response
+        return response
 
 
 async def list_keys(call: Call) -> web.StreamResponse:
@@ -5192,7 +5767,7 @@ async def stream_audit(call: Call, wanted: AuditFilter) -> web.StreamResponse:
     async with streaming(call, "application/x-ndjson") as response:
         while last is not None:
             lines, last = await accounts.audit_lines(call.principal.tenant_id, wanted, limits.audit_rows, last)
-            async with asyncio.timeout(limits.query_seconds):
+            async with asyncio.timeout(limits.stall_seconds):
                 await response.write(lines.encode())
     return response
 
@@ -5210,6 +5785,8 @@ async def show_audit(call: Call) -> web.StreamResponse:
 
 
 async def show_health(call: Call) -> web.StreamResponse:
+    if call.platform.supervisor.failed:
+        raise Refusal("server_fault")
     if not await call.platform.store.healthy(call.platform.limits):
         raise Refusal("storage_unavailable")
     return answer({"status": "ok", "version": VERSION})
@@ -5336,6 +5913,7 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
         token, call = bearer_token(request), None
         try:
             async with platform.registry.request(token_id_of(token)) as running:
+                cast("PlainRequestHandler", request.protocol).running = running
                 who = await platform.identity.operator(token, address)
                 platform.registry.stands(running, who.tenant_id, None if who.expires_at is None else (who.expires_at - now_ms()) / 1000)
                 call = Call(request, platform, who, address, route.action, running)
@@ -5398,10 +5976,17 @@ def raise_descriptors() -> None:
 
 
 class PlainRequestHandler(web.RequestHandler):
-    """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract, and that it knows when the last
-    bytes came (`Line`)."""
+    """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract, that it knows when the last
+    bytes came (`Line`), and that a request whose client has gone ends."""
 
-    __slots__ = ("heard",)
+    __slots__ = ("heard", "running")
+
+    running: Running
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if hasattr(self, "running"):
+            self.running.client_left()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self.heard = self._loop.time()
@@ -5466,23 +6051,25 @@ BACKLOG: Final = 512  # connections that wait to be accepted, when a fleet comes
 
 async def run_platform(app: web.Application, settings: Settings, limits: Limits) -> AsyncIterator[None]:
     """Open the store, then what stands on it; close them the other way round."""
-    async with Store.open(Path(settings.db), limits) as store:
+    async with Store.open(Path(settings.db), limits, settings.query_seconds) as store:
         registry = Registry(limits)
         cleaner = Cleaner(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
-        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, networks(settings.trusted_proxy))
-        tasks = [
-            asyncio.create_task(Heartbeat(registry, store.writer, limits, settings.heartbeat).run(), name="heartbeat"),
-            asyncio.create_task(ConfigClock(store.writer, limits).run(), name="config clock"),
-            asyncio.create_task(cleaner.run(), name="cleaner"),
-            asyncio.create_task(SaltClock(store, limits).run(), name="salt clock"),
-        ]
+        supervisor, news, trusted = Supervisor(), News(store, limits), networks(settings.trusted_proxy)
+        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, supervisor, news, trusted)
+        supervisor.watch(store.writer.task)
+        supervisor.start("heartbeat", Heartbeat(registry, store.writer, limits, settings.heartbeat).run())
+        supervisor.start("config clock", ConfigClock(store.writer, limits).run())
+        supervisor.start("cleaner", cleaner.run())
+        supervisor.start("news", news.run())
+        supervisor.start("log keeper", LogKeeper(store, limits).run())
+        supervisor.start("audit of refused actions", identity.refused.run())
+        supervisor.start("salt clock", SaltClock(store, limits).run())
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await supervisor.close()
+            await identity.refused.enter_counts()
 
 
 async def add_headers(_: web.Request, response: web.StreamResponse) -> None:
@@ -5494,6 +6081,7 @@ async def add_headers(_: web.Request, response: web.StreamResponse) -> None:
 async def end_sessions(app: web.Application) -> None:
     app[PLATFORM].registry.end_all("shutting_down")
     app[PLATFORM].store.writer.news.ring()
+    app[PLATFORM].news.wake_all()
 
 
 def make_app(settings: Settings, limits: Limits | None = None) -> web.Application:
@@ -5582,11 +6170,14 @@ def warn_of_plain_text(addresses: Iterable[Any]) -> None:
 
 
 @asynccontextmanager
-async def serving(settings: Settings, limits: Limits | None = None, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """The running server, with the certificate in `context` or the one that the settings name; yields its address. OSError when it
-    cannot listen there."""
+async def serving(
+    settings: Settings, limits: Limits | None = None, context: ssl.SSLContext | None = None, stop: asyncio.Event | None = None
+) -> AsyncIterator[str]:
+    """The running server, with the certificate in `context` or the one that the settings name; yields its address. It sets `stop`
+    when it can go on no longer. OSError when it cannot listen there; StoreError at the end, when it could not go on."""
     context = context or tls_context(settings)
-    runner = PlainRunner(make_app(settings, limits), access_log=None, keepalive_timeout=20, shutdown_timeout=STOP_SECONDS)
+    app = make_app(settings, limits)
+    runner = PlainRunner(app, access_log=None, keepalive_timeout=20, shutdown_timeout=STOP_SECONDS)
     try:
         await runner.setup()
         try:
@@ -5598,7 +6189,12 @@ async def serving(settings: Settings, limits: Limits | None = None, context: ssl
             warn_of_plain_text(runner.addresses)
         host, port = runner.addresses[0][:2]
         shown = f"[{host}]" if ":" in host else host
+        supervisor = app[PLATFORM].supervisor
+        if stop is not None:
+            supervisor.on_failure(stop.set)
         yield f"{'https' if context else 'http'}://{shown}:{port}"
+        if supervisor.failed:
+            raise StoreError("the server could not go on; its log says why")
     finally:
         await runner.cleanup()
 
@@ -5814,7 +6410,7 @@ async def serve(settings: Settings) -> None:
     context = tls_context(settings)
     with suppress(NotImplementedError, AttributeError):  # Windows has no such signal
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_certificate, context, settings)
-    async with serving(settings, context=context) as url:
+    async with serving(settings, context=context, stop=stop) as url:
         print(f"listening on {url}", flush=True)
         first = first_credentials(path)
         if first is not None:

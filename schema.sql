@@ -61,7 +61,7 @@ create table device (
 ) strict;
 create index device_removed on device (emptied, removed_at) where name is null;
 -- For hardware addresses as names: one in other letters is the same device.
-create index device_by_folded_name on device (tenant_id, lower(name));
+create index device_by_folded_name on device (tenant_id, lower(name), name);
 
 -- A device's token. Its holder is the device, whatever name it gives. There are two while the device is given a new one.
 create table device_token (
@@ -134,22 +134,29 @@ create table removed_range (
     stop       integer not null
 ) strict;
 
--- What a device reports of itself, one whole document for every actual change, each with what changed.
+-- What a device reports of itself: a version for every actual change, with what changed. The newest has the whole document, and so
+-- has one in fifty.
 create table state (
     device_id  integer not null references device on delete cascade,
     version    integer not null,                  -- 1, 2, 3 …
     at         integer not null,                  -- when the report came
     session    integer not null,                  -- in which of the device's sessions
-    document   text not null,                     -- JSON, its keys in order, so that equal documents are equal texts
+    document   text not null,                     -- JSON, its keys in order, so that equal documents are equal texts; or empty
     changes    text not null,                     -- JSON: [{path (RFC 6901), from?, to?}]
     primary key (device_id, version)
 ) strict, without rowid;
+
+-- The text of a configuration: one row for a push, however many devices it goes to, and for all its roll-backs.
+create table document (
+    id    integer primary key autoincrement,
+    text  text not null                           -- JSON, its keys in order
+) strict;
 
 -- What a device is wanted to be: every configuration that was pushed to it, and what came of it.
 create table config (
     device_id  integer not null references device on delete cascade,
     version    integer not null,                  -- 1, 2, 3 …; the highest is the one that is wanted
-    document   text not null,
+    document_id integer not null references document,
     at         integer not null,                  -- when it was pushed
     author     text not null,                     -- the name of the token that pushed it
     timeout    integer not null,                  -- milliseconds from sending to `timed_out`
@@ -160,6 +167,7 @@ create table config (
     errors     text,                              -- of the device's last verdict, JSON: [{path, code, message}]
     primary key (device_id, version)
 ) strict, without rowid;
+create index config_by_document on config (document_id);
 -- For a start, after which the verdicts that are awaited have their whole time again.
 create index config_awaited on config (device_id, version) where status in ('sent', 'in_progress');
 

@@ -166,6 +166,12 @@ def writing(database: Path) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
+def rows(database: Path, sql: str) -> list[Any]:
+    """What is on disk."""
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(sql).fetchall()
+
+
 def expire(database: Path, table: str, identifier: str) -> None:
     """Let a token or key expire: none can be made that has."""
     with closing(sqlite3.connect(database)) as connection, connection:

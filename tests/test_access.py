@@ -250,7 +250,9 @@ def of_tenant(table: str, columns: list[str], tenant: str) -> str:
         return devices
     if "series_id" in columns:
         return f"series_id in (select id from series where {devices})"
-    assert table in ("removed_series", "salt"), table
+    if table == "document":
+        return f"id in (select document_id from config where {devices})"
+    assert table in ("removed_series", "removed_range", "salt"), table
     return "false"
 
 

@@ -5,140 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import re
 import signal
 import socket
 import stat
-import sys
-import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, closing
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
 import pytest
 from aiohttp import ClientSession
+from devices import SENSORS, Running, frames_of, free_port, names, provisioning_key, record, replay, replay_by_key, started, stored
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from plant import PATIENCE, ROOT, Plant, Process, agent_command
+from plant import Plant, Process, agent_command
 
 import agent
 import iiot
 
-START = datetime(2026, 1, 1, tzinfo=UTC)
-SENSORS = ("Accelerometer1RMS", "Accelerometer2RMS", "Current", "Pressure", "Temperature", "Thermocouple", "Voltage", "Volume Flow RateRMS")
 T = TypeVar("T")
-Points = dict[str, list[list[Any]]]
-
-
-def wire_time(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
-
-
-def record(path: Path, rows: int, step: timedelta = timedelta(seconds=1), delimiter: str = ",") -> Points:
-    """Write a recording of full-length numbers; its points as the server has to show them."""
-    numbers = random.Random(rows)
-    points: Points = {metric: [] for metric in SENSORS}
-    lines = [delimiter.join(("datetime", *SENSORS))]
-    for row in range(rows):
-        moment = START + row * step
-        cells = [repr(numbers.uniform(-1000, 1000)) for _ in SENSORS]
-        lines.append(delimiter.join((f"{moment:%Y-%m-%d %H:%M:%S.%f}", *cells)))
-        for metric, cell in zip(SENSORS, cells, strict=True):
-            points[metric].append([wire_time(moment), float(cell)])
-    path.write_text("\n".join(lines) + "\n")
-    return points
-
-
-@attrs.define
-class Running:
-    """The agent while it runs."""
-
-    process: asyncio.subprocess.Process
-    printed: str = ""
-
-    async def line(self, words: str) -> str:
-        """The next line on standard error with these words."""
-        assert self.process.stderr is not None
-        async with asyncio.timeout(PATIENCE):
-            while line := (await self.process.stderr.readline()).decode():
-                self.printed += line
-                if words in line:
-                    return line
-        raise AssertionError(f"ended without {words!r}: {self.printed}")
-
-    async def end(self) -> tuple[int, str]:
-        """Wait for its end; exit code and all of standard error."""
-        async with asyncio.timeout(PATIENCE):
-            _, rest = await self.process.communicate()
-        assert self.process.returncode is not None
-        self.printed += rest.decode()
-        return self.process.returncode, self.printed
-
-
-@asynccontextmanager
-async def started(folder: Path, *arguments: str, **environment: str) -> AsyncIterator[Running]:
-    """`python agent.py …`, killed at the end if it still runs."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(ROOT / "agent.py"), *arguments, cwd=folder, env={**os.environ, **environment},
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        yield Running(process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-async def replay(plant: Plant, folder: Path, name: str, *arguments: str) -> tuple[int, str]:
-    """Send `run.csv` as a device; exit code and standard error. Nothing belongs on standard output."""
-    token = plant.tokens.get(name) or await plant.register(name)
-    code, out, err = await agent_command("--url", plant.url, "--token", token, "--replay", "run.csv", *arguments, folder=folder)
-    assert out == ""
-    assert "Traceback" not in err
-    return code, err
-
-
-async def replay_by_key(plant: Plant, folder: Path, *arguments: str) -> str:
-    """Send `run.csv` as a new device; standard error."""
-    key = await provisioning_key(plant)
-    code, _, err = await agent_command("--url", plant.url, "--key", key, "--replay", "run.csv", *arguments, folder=folder)
-    assert code == 0, err
-    return err
-
-
-def names(folder: Path, pattern: str = "*") -> list[str]:
-    return sorted(path.name for path in folder.glob(pattern))
-
-
-async def provisioning_key(plant: Plant) -> str:
-    status, body = await plant.ask("POST", "/provisioning-keys", {})
-    assert status == 201, body
-    return str(body["key"])
-
-
-async def stored(plant: Plant, name: str) -> Points:
-    """All points of a device, by metric."""
-    body = await plant.get(f"/iiot/{name}/telemetry?limit=10000")
-    assert body["next"] is None
-    return {series["metric"]: series["points"] for series in body["series"]}
-
-
-async def frames_of(plant: Plant, name: str) -> int:
-    """The highest frame number on disk: as many as were sent, for an agent counts from one and leaves no gap."""
-    device = await plant.device(name)
-    await device.close()
-    return int(device.welcome["seq"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # The first start, and the token
@@ -228,125 +116,6 @@ async def test_a_report_triggers_a_reading_at_once(plant: Plant, tmp_path: Path)
             await plant.until(path, lambda body, readings=readings: len(body["series"][0]["points"]) == readings)
 
 
-# A recorded file
-
-
-@pytest.mark.parametrize("delimiter", [",", ";"])
-async def test_a_recording_arrives_whole_and_a_second_time_changes_nothing(plant: Plant, tmp_path: Path, delimiter: str) -> None:
-    expected = record(tmp_path / "run.csv", 1000, delimiter=delimiter)
-    code, err = await replay(plant, tmp_path, "press-1")
-    assert code == 0, err
-    first = await stored(plant, "press-1")
-    assert sum(map(len, first.values())) == 8000
-    assert first == expected
-    code, err = await replay(plant, tmp_path, "press-1")
-    assert code == 0, err
-    assert await stored(plant, "press-1") == expected
-
-
-async def test_a_recording_shows_its_progress_on_standard_error(plant: Plant, tmp_path: Path) -> None:
-    record(tmp_path / "run.csv", 1000)
-    _, err = await replay(plant, tmp_path, "press-1")
-    shown = [int(rows) for rows in re.findall(r"\r(\d+) of 1000 rows acknowledged", err)]
-    assert shown
-    assert shown == sorted(shown)
-    assert err.endswith("\rreplayed 1000 of 1000 rows\n")
-
-
-async def test_a_recording_may_hold_what_recordings_hold(plant: Plant, tmp_path: Path) -> None:
-    lines = [
-        "\ufeffzeit;druck;zahl;text;\"komma, und; mehr\"",
-        "2026-01-01T00:00:00Z;1.5;7;läuft;\"a;b\"",
-        "",
-        "2026-01-01T02:00:01+02:00;;-9223372036854775807;\"say \"\"on\"\"\";0.1",
-        " 1767225602.25 ;1e100;0;;-0.0",
-        "2026-01-01 00:00:03;nan;99999999999999999999;true;inf",
-    ]
-    (tmp_path / "run.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
-    code, err = await replay(plant, tmp_path, "press-1")
-    assert code == 0, err
-    zero, one, two, three = (f"2026-01-01T00:00:0{second}Z" for second in ("0.000", "1.000", "2.250", "3.000"))
-    assert await stored(plant, "press-1") == {
-        "druck": [[zero, 1.5], [two, 1e100]],
-        "zahl": [[zero, 7], [one, -9223372036854775807], [two, 0]],
-        "text": [[zero, "läuft"], [one, 'say "on"'], [three, "true"]],
-        "komma, und; mehr": [[zero, "a;b"], [one, 0.1], [two, 0.0]],
-    }
-
-
-GOOD = "2026-01-01 00:00:00,1.5,2.5\n2026-01-01 00:00:01,3.5,4.5\n"
-
-
-@pytest.mark.parametrize(
-    ("tail", "line"),
-    [
-        pytest.param(b"2026-01-01 00:00:02,5.", 4, id="a short last line"),
-        pytest.param(b"\n\nyesterday,1,2\n", 6, id="a bad time after empty lines"),
-        pytest.param(b"2026-01-01 00:00:02,\xff\xfe,2\n", 4, id="not UTF-8"),
-    ],
-)
-async def test_a_recording_that_breaks_off_is_sent_up_to_there_and_the_line_named(
-    plant: Plant, tmp_path: Path, tail: bytes, line: int
-) -> None:
-    (tmp_path / "run.csv").write_bytes(f"time,a,b\n{GOOD}".encode() + tail)
-    code, err = await replay(plant, tmp_path, "press-1")
-    assert code != 0
-    assert f"run.csv: line {line}: " in err
-    zero, one = "2026-01-01T00:00:00.000Z", "2026-01-01T00:00:01.000Z"
-    assert await stored(plant, "press-1") == {"a": [[zero, 1.5], [one, 3.5]], "b": [[zero, 2.5], [one, 4.5]]}
-
-
-async def test_a_recording_that_is_not_there_is_named(plant: Plant, tmp_path: Path) -> None:
-    code, err = await replay(plant, tmp_path, "press-1")
-    assert code != 0
-    assert "cannot read run.csv: No such file or directory" in err
-
-
-@pytest.mark.parametrize(
-    "bad",
-    ["1999-12-31 23:59:59,1.0", f"2026-01-01 00:00:01,{'x' * 5000}"],
-    ids=["too early", "too long"],
-)
-async def test_rows_that_the_server_refuses_are_not_called_replayed(plant: Plant, tmp_path: Path, bad: str) -> None:
-    (tmp_path / "run.csv").write_text(f"time,a\n2026-01-01 00:00:00,1.5\n{bad}\n")
-    code, err = await replay(plant, tmp_path, "press-1")
-    assert code != 0
-    assert "replayed 2 of 2 rows" not in err
-
-
-async def test_speed_keeps_the_recordings_pace_so_many_times(plant: Plant, tmp_path: Path) -> None:
-    expected = record(tmp_path / "run.csv", 4, step=timedelta(seconds=10))
-    before = time.monotonic()
-    code, err = await replay(plant, tmp_path, "press-1", "--speed", "25")
-    took = time.monotonic() - before
-    assert code == 0, err
-    assert 1.2 <= took < 10, "30 s of recording in 1.2 s"
-    assert await stored(plant, "press-1") == expected
-    assert await frames_of(plant, "press-1") == 4, "each row goes out when it is due"
-
-
-async def test_a_recording_longer_than_the_spool_waits_for_room(tmp_path: Path) -> None:
-    port = free_port()
-    process = Process(tmp_path, "--port", str(port))
-    await process.start()
-    async with ClientSession() as client:
-        plant = process.plant(client, (await process.read_first_start())[0])
-        token = await plant.register("press-1")
-        await process.stop()
-        expected = record(tmp_path / "run.csv", 120)
-        arguments = ("--url", plant.url, "--token", token, "--replay", "run.csv", "--spool", "2")
-        try:
-            async with started(tmp_path, *arguments) as running:
-                await running.line("no session")  # all that the spool takes is in it by now
-                await process.start()
-                code, err = await running.end()
-            assert code == 0, err
-            assert "replayed 120 of 120 rows" in err
-            assert await stored(plant, "press-1") == expected
-        finally:
-            await process.stop()
-
-
 # A broken link
 
 
@@ -377,15 +146,16 @@ def enough_points(least: int) -> Any:
 
 
 async def test_what_was_stored_but_not_acknowledged_counts_as_replayed(plant: Plant, tmp_path: Path) -> None:
-    expected = record(tmp_path / "run.csv", 120)
+    expected = record(tmp_path / "run.csv", 40)
     token = await plant.register("press-1")
-    async with deaf_link(plant) as url, started(tmp_path, "--url", url, "--token", token, "--replay", "run.csv") as running:
+    arguments = ("--token", token, "--replay", "run.csv", "--speed", "1000")
+    async with deaf_link(plant) as url, started(tmp_path, "--url", url, *arguments) as running:
         code, err = await running.end()
     assert code == 0, err
     assert "session 2" in err
-    assert "replayed 120 of 120 rows" in err
+    assert "replayed 40 of 40 rows" in err
     assert await stored(plant, "press-1") == expected
-    assert await frames_of(plant, "press-1") == 3
+    assert await frames_of(plant, "press-1") == 40
 
 
 @asynccontextmanager
@@ -413,7 +183,7 @@ async def deaf_link(plant: Plant) -> AsyncIterator[str]:
                 down = group.create_task(carry(far_reader, writer, b'"type":"welcome"' if first else b""))
                 up = group.create_task(carry(reader, far_writer, b""))
                 if first:
-                    await plant.until(f"/iiot/press-1/telemetry?metric={SENSORS[0]}", enough_points(120))
+                    await plant.until(f"/iiot/press-1/telemetry?metric={SENSORS[0]}", enough_points(40))
                     down.cancel()
                     up.cancel()
         finally:
@@ -534,119 +304,6 @@ async def test_an_option_that_cannot_be_is_refused_by_name(plant: Plant, tmp_pat
 # Its parts
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1", 1), (" 42 ", 42), ("-7", -7), ("+7", 7), ("007", 7), ("1.5", 1.5), ("1.0", 1.0), ("-0.0", -0.0), ("1e3", 1000.0), (".5", 0.5),
-        ("9223372036854775807", 2**63 - 1), ("-9223372036854775808", -(2**63)), ("9223372036854775808", None), ("1e400", None),
-        ("-1e300", -1e300),        ("", None), ("   ", None), ("nan", None), ("inf", None), ("-Infinity", None),
-        ("running", "running"), (" running ", "running"), ("1,5", "1,5"), ("0x10", "0x10"), ("12:30", "12:30"), ("1_000", "1_000"),
-    ],
-)  # fmt: skip
-def test_a_cell_is_read_as_what_it_says(text: str, value: object) -> None:
-    read = agent.parse_cell(text)
-    assert (type(read), read) == (type(value), value)
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e200, max_value=1e200))
-def test_every_real_is_read_exactly(value: float) -> None:
-    assert agent.parse_cell(repr(value)) == value
-
-
-@given(st.integers(min_value=-(2**63) + 1, max_value=2**63 - 1))
-def test_every_integer_is_read_exactly(value: int) -> None:
-    assert agent.parse_cell(str(value)) == value
-
-
-@given(st.text())
-def test_whatever_a_cell_holds_is_a_value_for_the_wire_or_none(text: str) -> None:
-    value = agent.parse_cell(text)
-    assert value is None or value == json.loads(json.dumps(value, allow_nan=False))
-
-
-@pytest.mark.parametrize(
-    ("text", "moment"),
-    [
-        ("2020-03-09 10:14:33", 1_583_748_873_000),
-        ("2020-03-09T10:14:33", 1_583_748_873_000),
-        ("2020-03-09T10:14:33Z", 1_583_748_873_000),
-        ("2020-03-09T11:14:33.250+01:00", 1_583_748_873_250),
-        (" 2020-03-09 10:14:33.0006 ", 1_583_748_873_001),
-        ("2020-03-09", 1_583_712_000_000),
-        ("1583748873", 1_583_748_873_000),
-        ("1583748873.25", 1_583_748_873_250),
-        ("1.58374887325e9", 1_583_748_873_250),
-    ],
-)
-def test_a_recorded_time_is_utc_or_names_its_zone(text: str, moment: int) -> None:
-    assert agent.parse_recorded_time(text) == moment
-
-
-@pytest.mark.parametrize("text", ["", "yesterday", "nan", "inf", "-inf", "1e400", "2020-13-09", "2020-03-09 25:00:00", "10:14", "9.3.20"])
-def test_what_is_no_time_is_a_value_error(text: str) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        agent.parse_recorded_time(text)
-
-
-@given(st.integers(min_value=946_684_800_000, max_value=4_000_000_000_000))
-@example(1_583_748_873_000)
-def test_every_millisecond_is_read_exactly_in_each_form(moment: int) -> None:
-    seconds, milliseconds = divmod(moment, 1000)
-    utc = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=moment)
-    assert agent.parse_recorded_time(f"{seconds}.{milliseconds:03d}") == moment
-    assert agent.parse_recorded_time(utc.isoformat()) == moment
-    assert agent.parse_recorded_time(utc.replace(tzinfo=None).isoformat(" ")) == moment
-
-
-def test_a_recording_knows_its_rows_before_it_is_read(tmp_path: Path) -> None:
-    (tmp_path / "run.csv").write_text("time,a\n2026-01-01,1\n\n2026-01-02,\n")
-    recording = agent.Recording(tmp_path / "run.csv")
-    assert recording.rows == 2
-    assert list(recording.samples()) == [{"ts": 1_767_225_600_000, "values": {"a": 1}}, {"ts": 1_767_312_000_000, "values": {}}]
-
-
-@pytest.mark.parametrize(
-    ("tail", "line"),
-    [
-        pytest.param(b"2026-01-01 00:00:02,5.", 4, id="a short last line"),
-        pytest.param(b"2026-01-01 00:0", 4, id="only a part of a time"),
-        pytest.param(b"2026-01-01 00:00:02,1,2,3\n", 4, id="a line too long"),
-        pytest.param(b"\n\nyesterday,1,2\n", 6, id="a bad time after empty lines"),
-        pytest.param(b"2026-13-01 00:00:02,1,2\n", 4, id="a month too many"),
-        pytest.param(b",1,2\n", 4, id="no time"),
-        pytest.param(b"nan,1,2\n", 4, id="a time that is no number"),
-        pytest.param(b"inf,1,2\n", 4, id="a time without end"),
-        pytest.param(b"1e300,1,2\n", 4, id="a time beyond all clocks"),
-        pytest.param(b"2026-01-01 00:00:02,\xff\xfe,2\n", 4, id="not UTF-8"),
-        pytest.param(b"2026-01-01 00:00:02," + b"9" * 200_000 + b",2\n", 4, id="a cell without end"),
-        pytest.param(b'2026-01-01 00:00:02,"5', 4, id="an open quote"),
-        pytest.param(b'2026-01-01 00:00:02,"a\nb",2\nyesterday,1,2\n', 6, id="a bad time after a cell of two lines"),
-    ],
-)
-def test_a_recording_yields_what_stands_above_the_line_at_which_it_breaks_off(tmp_path: Path, tail: bytes, line: int) -> None:
-    (tmp_path / "run.csv").write_bytes(f"time,a,b\n{GOOD}".encode() + tail)
-    samples = agent.Recording(tmp_path / "run.csv").samples()
-    taken = [next(samples), next(samples)]
-    with pytest.raises(agent.AgentError, match=rf"run\.csv: line {line}: "):
-        list(samples)
-    assert [sample["values"] for sample in taken] == [{"a": 1.5, "b": 2.5}, {"a": 3.5, "b": 4.5}]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param("", id="an empty file"),
-        pytest.param("time\n2026-01-01\n", id="no metric"),
-        pytest.param("time,a,a\n2026-01-01,1,2\n", id="two metrics of one name"),
-        pytest.param("time,a,\n2026-01-01,1,2\n", id="a metric without a name"),
-    ],
-)
-def test_a_file_that_is_no_recording_is_refused_at_its_first_line(tmp_path: Path, content: str) -> None:
-    (tmp_path / "run.csv").write_text(content)
-    with pytest.raises(agent.AgentError, match=r"run\.csv: line 1: "):
-        list(agent.Recording(tmp_path / "run.csv").samples())
-
-
 def test_a_token_file_is_replaced_whole_and_private(tmp_path: Path) -> None:
     path = tmp_path / "press-1.token"
     file = agent.TokenFile(path)
@@ -686,7 +343,7 @@ class Peer:
         assert sent["seq"] > 0
         if sent["seq"] > self.seq:
             self.seq = sent["seq"]
-            self.disk.append(sent["samples"][0]["ts"])
+            self.disk += [sample["ts"] for sample in sent["samples"]]
 
 
 STEPS = st.lists(st.sampled_from(["put", "put", "send", "send", "store", "acknowledge", "break"]), max_size=60)
@@ -708,7 +365,7 @@ def test_whatever_breaks_the_spool_brings_each_frame_once_and_in_order(steps: li
                 await spool.put(frame(made))
                 unsent = min(unsent + 1, len(spool))
             elif step == "send" and unsent:
-                way.append(dict(await at_once(spool.next())))
+                way.append(json.loads((await at_once(spool.next())).text))
                 unsent -= 1
             elif step == "store" and way:
                 peer.store(way.pop(0))
@@ -736,30 +393,32 @@ def test_a_full_spool_lets_go_of_the_oldest() -> None:
         for number in range(1, 6):
             await spool.put(frame(number))
         assert spool.dropped == 2
-        return [(await spool.next())["samples"][0]["ts"] for _ in range(3)]
+        return [(await spool.next()).samples[0]["ts"] for _ in range(3)]
 
     assert asyncio.run(run()) == [3, 4, 5]
 
 
-def test_a_frame_keeps_its_number_when_it_is_sent_again_and_new_ones_go_above_the_servers() -> None:
+@pytest.mark.parametrize(("known", "numbers"), [(8, [8, 9, 9, 10]), (1, [8, 9, 2, 3, 4])])
+def test_what_is_not_stored_is_numbered_anew_above_the_server_s_number(known: int, numbers: list[int]) -> None:
+    """Downwards too, where an operator reset the counter."""
+
     async def run() -> list[int]:
-        spool, numbers = agent.Spool(10), []
+        spool = agent.Spool(10)
         await spool.resume(7)
         for number in range(3):
             await spool.put(frame(number))
-        numbers += [(await spool.next())["seq"] for _ in range(2)]
-        await spool.resume(8)
-        numbers += [(await spool.next())["seq"] for _ in range(2)]
-        return numbers
+        sent = [(await at_once(spool.next())).seq for _ in range(2)]
+        await spool.resume(known)
+        return sent + [(await at_once(spool.next())).seq for _ in range(len(spool))]
 
-    assert asyncio.run(run()) == [8, 9, 9, 10]
+    assert asyncio.run(run()) == numbers
 
 
-def test_acknowledging_counts_the_samples_let_go_of() -> None:
+def test_acknowledging_counts_the_rows_done_with() -> None:
     async def run() -> tuple[int, int, int]:
         spool = agent.Spool(10)
         for number in range(3):
-            await spool.put({"type": "telemetry", "samples": [{}] * (number + 1)})
+            await spool.put({"type": "telemetry", "samples": [{"values": {}}] * (number + 1)}, tuple(range(number + 1)))
             await spool.next()
         return await spool.acknowledge(2), await spool.acknowledge(2), len(spool)
 

@@ -468,19 +468,54 @@ async def test_a_command_that_was_cut_off_with_its_agent_is_run_again(plant: Pla
     assert runs(tmp_path) == [{"n": 1}, {"n": 1}]
 
 
+async def test_a_command_ends_with_its_agent_and_the_next_start_runs_it_alone(plant: Plant, tmp_path: Path) -> None:
+    command = script(tmp_path, f"""with open('pids', 'a') as file:
+    file.write(f'{{os.getpid()}}\\n')
+{UNTIL_GO}""")
+    for start in (1, 2):
+        async with started(tmp_path, plant, "--on-config", command) as running:
+            if start == 1:
+                await online(plant)
+                await push(plant, {"n": 1})
+            async with asyncio.timeout(PATIENCE):
+                while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().splitlines()) < start:
+                    await asyncio.sleep(0.01)
+            running.process.terminate()
+            async with asyncio.timeout(PATIENCE):
+                assert await running.process.wait() == 0
+        for pid in (tmp_path / "pids").read_text().split():
+            assert not is_alive(int(pid)), "the command is gone when the agent is"
+    assert "ended by SIGTERM" in (tmp_path / "press-1.log").read_text()
+    assert "Traceback" not in (tmp_path / "press-1.log").read_text()
+    assert not (tmp_path / "press-1.config.json").exists()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    state = Path("/proc") / str(pid) / "stat"
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '"text"', '{"version": null}', '{"version": "one"}', '{"version": 1e999}', "\udcff", None]
+    "content", ["", " \n", "{", "[]", "{}", '"text"', '{"version": null}', '{"version": "one"}', '{"version": 1e999}', "\udcff"]
 )
-async def test_a_configuration_file_that_cannot_be_used_ends_the_agent_with_a_message(tmp_path: Path, content: str | None) -> None:
+async def test_a_configuration_file_without_one_is_told_by_its_name_and_the_agent_goes_on(
+    plant: Plant, tmp_path: Path, content: str
+) -> None:
     file = tmp_path / "press-1.config.json"
-    if content is None:
-        file.mkdir()
-    else:
-        file.write_bytes(content.encode(errors="surrogateescape"))
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    async with started(tmp_path, plant, "--on-config", script(tmp_path, RECORD)) as running:
+        await running.says("no applied configuration is known: cannot use press-1.config.json: ")
+        await online(plant)
+        assert (await push(plant, {"n": 1}, wait="10"))["status"] == "applied"
+    assert kept(tmp_path) == {"version": 1, "document": {"n": 1}}
+    assert "Traceback" not in running.log.read_text()
+
+
+async def test_a_configuration_that_has_no_file_to_be_kept_in_ends_the_agent_with_a_message(tmp_path: Path) -> None:
+    (tmp_path / "press-1.config.json").mkdir()
     token = iiot.mint("dev").text
     code, out, err = await agent_command("--url", "http://127.0.0.1:9", "--token", token, "--name", "press-1", folder=tmp_path)
-    assert code == 1
-    assert out == ""
+    assert (code, out) == (1, "")
     assert err.startswith("agent.py: cannot use press-1.config.json: ")
-    assert "Traceback" not in err
     assert err.count("\n") == 1

@@ -120,6 +120,21 @@ async def test_a_late_verdict_stands_in_the_history_of_its_own_version(plant: Pl
     assert (await config(plant, "press-1"))["drift"] is False
 
 
+async def test_a_configuration_that_crashes_its_device_times_out_all_the_same(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), clock_seconds=0.01)) as plant:
+        device = await plant.device("press-1")
+        assert (await plant.ask("POST", "/iiot/press-1?timeout=400ms", {"n": 1}))[0] == 202
+        await device.expect("config")
+        async with asyncio.timeout(plants.PATIENCE):
+            while (await config(plant, "press-1"))["status"] != "timed_out":
+                await device.close()
+                device = await plant.device("press-1")
+                assert device.welcome["config"]["version"] == 1, "it is sent again"
+        await device.close()
+        await plant.device("press-1")
+        assert (await config(plant, "press-1"))["status"] == "timed_out"
+
+
 @pytest.mark.parametrize("late", ["applied", "rejected"])
 async def test_without_a_verdict_in_time_it_is_timed_out_and_a_later_verdict_counts(tmp_path: Path, late: str) -> None:
     async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), clock_seconds=0.02)) as plant:

@@ -367,7 +367,7 @@ async def test_a_reader_that_does_not_read_holds_up_nobody(plant: Plant) -> None
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 async def test_a_reader_that_does_not_read_is_dropped(tmp_path: Path) -> None:
-    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), query_seconds=0.3)) as plant:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), stall_seconds=0.3)) as plant:
         device = await plant.device("press-1")
         async with deaf_reader(plant) as deaf:
             assert established(deaf)

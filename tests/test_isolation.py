@@ -289,6 +289,20 @@ async def check_removed(world: World, read: Read) -> None:
     assert set(removed.devices) == theirs != set()
 
 
+async def check_newest(world: World, read: Read) -> None:
+    """For the task that tells what happened: one number, which nobody sees."""
+    assert isinstance(await read(), int)
+
+
+async def check_news(world: World, read: Read) -> None:
+    """For the same task: each event says whose it is, and is told to nobody else."""
+    events: Any = await read(0, 10_000)
+    assert events
+    for tenant, _, _, text in events:
+        (side,) = (side for side in world.all if side.id == tenant)
+        assert found([mark for other in world.others(side) for mark in other.marks], text) == []
+
+
 async def check_range_left(world: World, read: Read) -> None:
     """For who has just marked them: whether they are still there."""
     assert await read([1, 2, 3]) is False
@@ -305,12 +319,14 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "TokenReads.operator": lambda world, read: check_token(world, read, "op"),
     "TokenReads.provisioning_key": lambda world, read: check_token(world, read, "prov"),
     "AccountReads.tenants": check_tenants,
-    "TokenReads.removed": check_removed,
-    "TokenReads.is_range_left": check_range_left,
+    "RemovalReads.removed": check_removed,
+    "NewsReads.newest": check_newest,
+    "NewsReads.after": check_news,
+    "RemovalReads.is_range_left": check_range_left,
     "Store.healthy": check_health,
 }
 
-NOT_READS = {"Store.open", "Store.renew_salt", "Store.writer"}
+NOT_READS = {"Store.open", "Store.keep_log_short", "Store.renew_salt", "Store.writer"}
 
 
 def reads_of(owner: object, seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Read]]:

@@ -769,7 +769,7 @@ async def test_the_platforms_token_sees_inside_no_tenant(plant: Plant, other: Ot
 
 
 async def test_a_query_that_takes_too_long_is_ended_and_the_next_is_answered(tmp_path: Path) -> None:
-    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), query_seconds=0.15, readers=1)) as plant:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), readers=1), query_seconds=0.15) as plant:
         token = plant.token
 
         def add(connection: Any) -> None:

@@ -14,7 +14,7 @@ from plant import PATIENCE, Plant
 
 import iiot
 
-TABLES = ("device", "device_token", "presence", "event", "series", "telemetry", "state", "config", "removed_series")
+TABLES = ("device", "device_token", "presence", "event", "series", "telemetry", "state", "config", "document", "removed_series")
 
 
 def left(database: Path) -> dict[str, int]:

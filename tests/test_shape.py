@@ -23,6 +23,8 @@ TOP = "Top of the file"
 BANNER = re.compile(r"# ==== (.+) ====")
 FUNCTION_LINES = 60
 CLASS_LINES = 300
+SECTION_LINES = 1_200
+STORAGE = ("Database", "Accounts", "Devices", "Readings", "Removal", "Writer", "Store")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -247,14 +249,19 @@ def test_nothing_uses_a_name_that_is_defined_lower_down(program: Program, sectio
     expect_none(program, section, forward_uses(program.source))
 
 
-@every_section("Store")
-def test_sql_stands_in_the_store_alone(program: Program, section: Section) -> None:
+@every_section(*STORAGE)
+def test_sql_stands_in_the_rooms_of_storage_alone(program: Program, section: Section) -> None:
     expect_none(program, section, sql_uses(program.tree))
 
 
-def test_the_store_is_where_sql_is_found() -> None:
-    store = next(section for section in SERVER.sections if section.name == "Store")
-    assert len(within(SERVER, store, sql_uses(SERVER.tree))) > 30
+@pytest.mark.parametrize("section", [section for section in SERVER.sections if section.name in STORAGE], ids=lambda section: section.name)
+def test_the_rooms_of_storage_are_where_sql_is_found(section: Section) -> None:
+    assert len(within(SERVER, section, sql_uses(SERVER.tree))) > 1
+
+
+@EVERY_SECTION
+def test_a_room_is_no_longer_than_a_reader_can_keep_in_mind(program: Program, section: Section) -> None:
+    assert section.stop - section.start <= SECTION_LINES
 
 
 @EVERY_SECTION

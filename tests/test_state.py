@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sqlite3
 import tempfile
 from contextlib import closing
@@ -492,6 +493,53 @@ async def test_state_and_its_history_survive_a_restart_and_go_on(tmp_path: Path)
         assert [item["version"] for item in await history(plant)] == [1, 2, 3]
 
 
+async def test_every_version_is_what_it_was_however_it_is_kept(plant: Plant) -> None:
+    device, numbers, kept = await plant.device("press-1"), random.Random(8), []
+    document: dict[str, Any] = {}
+    for number in range(1, 161):
+        value = numbers.choice([None, number, {"a": number, "b": {"c": number}}, {"a": None}, "x"])
+        patch: dict[str, Any] = {f"k{numbers.randrange(8)}": value, "n": number}
+        document = iiot.merge_patch(document, patch)
+        kept.append(document)
+        await report(device, patch)
+        if number % 40 == 0:
+            await device.close()
+            device = await plant.device("press-1")
+    for version, expected in enumerate(kept, 1):
+        assert (await plant.get(f"/iiot/press-1/state?version={version}"))["reported"] == expected
+    assert (await state(plant))["reported"] == kept[-1]
+    whole = plants.rows(plant.database, "select version from state where document <> '' order by version")
+    assert [version for (version,) in whole] == [1, 51, 101, 151, 160]
+
+
+async def test_small_patches_of_a_large_document_take_little_room(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    await report(device, {f"key-{n:05}": 0 for n in range(4_000)})
+    before = sum(path.stat().st_size for path in plant.database.parent.iterdir())
+    for number in range(1, 2_001):
+        device.seq += 1
+        await device.send("state", seq=device.seq, reported={f"key-{number:05}": number})
+    await device.acknowledged(device.seq)
+    stored = plants.rows(plant.database, "select count(*), sum(length(document)), sum(length(changes)) from state")[0]
+    assert stored[0] == 2_001
+    assert stored[1] < 45 * 70_000
+    assert stored[2] < 500_000
+    assert sum(path.stat().st_size for path in plant.database.parent.iterdir()) - before < 60_000_000
+
+
+async def test_a_patch_that_makes_a_document_too_large_changes_nothing_of_it(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    await report(device, {"a": {"b": 1, "c": [1]}, "x": "y", "more": "z" * 200})
+    device.seq += 1
+    await device.send("state", seq=device.seq, reported={"a": {"b": None, "d": "x" * 65_400}, "x": None})
+    assert (await device.expect("error"))["code"] == "document_too_large"
+    await device.acknowledged(device.seq)
+    device.seq += 1
+    await device.send("state", seq=device.seq, reported={"a": {"c": None}})
+    await device.acknowledged(device.seq)
+    assert (await state(plant))["reported"] == {"a": {"b": 1}, "x": "y", "more": "z" * 200}
+
+
 async def test_a_report_costs_no_more_after_many_versions(plant: Plant) -> None:
     device = await plant.device("press-1")
     await report(device, {"n": 0})
@@ -562,6 +610,18 @@ def applied(document: Any, changes: list[dict[str, Any]], *, backwards: bool) ->
         if come in change:
             place[last] = change[come]
     return document
+
+
+@given(DOCUMENTS, DOCUMENTS)
+def test_a_patch_applied_in_place_is_the_patch_and_tells_what_it_changed(old: Any, patch: Any) -> None:
+    new, document = iiot.merge_patch(old, patch), json.loads(json.dumps(old))
+    changes = json.loads(json.dumps(list(iiot.merge_into(document, patch))))
+    assert text(document) == text(new)
+    assert changes == list(iiot.changes_between(old, new))
+    iiot.apply_changes(document, changes, back=True)
+    assert text(document) == text(old)
+    iiot.apply_changes(document, changes)
+    assert text(document) == text(new)
 
 
 @given(VALUES, VALUES)
