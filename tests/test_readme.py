@@ -208,12 +208,14 @@ def test_limits_are_the_readme_s() -> None:
         "unconfirmed frames of a session": f"{limits.unacknowledged_frames:,}, then the server reads no more for a time",
         "refused frames of a session in a minute": f"{limits.bad_frames_per_minute}, then it closes",
         "connections": f"{limits.connections:,}",
-        "time for a query": f"{limits.query_seconds:.0f} s",
+        "time for a query (--query-seconds)": f"{iiot.Settings().query_seconds:.0f} s",
         "points of a series in one page": f"{limits.points_most:,}",
         "entries in one page of a list": f"{limits.page_most:,}",
         "time for wait": f"{limits.wait_seconds_most:.0f} s",
         "time for timeout of a push": f"{limits.config_seconds_most:,.0f} s",
         "wrong tokens of an address in a minute": f"{limits.guesses}",
+        "sessions that a device opens at once": f"{limits.sessions}, then one in a second",
+        "live feeds of a tenant": f"{limits.feeds}",
     }
     assert {row[0]: row[1] for row in table(section("Limits").text, "limit")} == expected
 
