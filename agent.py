@@ -169,10 +169,12 @@ class Options:
     name: str = setting("", "name to be provisioned under (this machine's host name)")
     token: str = setting("", "device token, instead of a key")
     token_file: str = setting("", "where the token is kept, mode 0600 (NAME.token in this folder)")
-    on_config: str = setting("", "command that is given a new configuration on standard input: exit 0 applies it, all else rejects it")
+    on_config: str = setting(
+        "", "command that gets a new configuration on standard input; exit code 0 applies it, any other code rejects it"
+    )
     config_file: str = setting("", "where the applied configuration is kept (NAME.config.json in this folder)")
     interval: float = setting(5.0, "seconds between two readings", positive, "above 0")
-    spool: int = setting(10_000, "frames kept while offline; then the oldest are dropped", positive, "at least 1")
+    spool: int = setting(10_000, "frames kept while offline; beyond this the oldest are deleted", positive, "at least 1")
     replay: str = setting("", "send a recorded CSV instead: first column a time, the rest metrics; comma, semicolon or tab")
     speed: float = setting(
         0.0,
@@ -182,7 +184,7 @@ class Options:
     )
     timezone: str = setting(
         "",
-        "of --replay: time zone of times that name none: an IANA name, UTC or +01:00; without it they are refused",
+        "of --replay: time zone for times without a zone: an IANA name, UTC or +01:00; without this flag such times are refused",
         is_zone,
         "a time zone such as Europe/Berlin, UTC or +01:00",
     )

@@ -105,7 +105,7 @@ def positive(number: float) -> bool:
 
 def quota(default: int, text: str) -> Any:
     """What a tenant may have unless the platform says otherwise."""
-    return setting(default, f"{text} that a tenant may have, unless it has a quota of its own", lambda number: number >= 0, "at least 0")
+    return setting(default, f"{text} that a tenant may have if it has no quota of its own", lambda number: number >= 0, "at least 0")
 
 
 Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
@@ -133,20 +133,20 @@ class Settings:
         bool,
         "an address or a name",
     )
-    port: int = setting(8080, "port to listen on; 0 takes any free one", lambda port: 0 <= port < 65_536, "between 0 and 65535")
+    port: int = setting(8080, "port to listen on; 0 uses any free port", lambda port: 0 <= port < 65_536, "between 0 and 65535")
     db: str = setting("iiot.db", "the database file, made at the first start")
     heartbeat: float = setting(
-        20.0, "seconds of silence after which a device is pinged; half as long again and it is offline", positive, "above 0"
+        20.0, "seconds of silence before the server pings a device; the device is offline after half of this time more", positive, "above 0"
     )
     tls_cert: str = setting("", "file of the server's certificate chain (PEM): serve HTTPS and WSS")
     tls_key: str = setting("", "file of the certificate's private key (PEM)")
     trusted_proxy: str = setting(
         "",
-        "networks of reverse proxies whose X-Forwarded-For is believed, separated by commas",
+        "networks of reverse proxies whose X-Forwarded-For the server trusts, separated by commas",
         are_networks,
         "a list of networks such as 10.0.0.0/8,::1",
     )
-    query_seconds: float = setting(2.0, "seconds that a query may take; then it is refused, for others wait", positive, "above 0")
+    query_seconds: float = setting(2.0, "seconds that a query may take; a longer query is refused", positive, "above 0")
     quota_devices: int = quota(15_000, "devices")
     quota_connections: int = quota(15_000, "connected devices")
     quota_points: int = quota(5_000_000_000, "points stored in a day (UTC)")
@@ -236,7 +236,7 @@ class Limits:
     # How long a start waits for the server before it on the same database: a stop takes less.
     lock_seconds: float = 4.0
     # Between two changes of the salt by which a write-ahead log is known to belong to its database.
-    salt_seconds: float = 3_600.0
+    salt_seconds: float = 300.0
     # A session that always has frames at hand lets the others run after so many; a long one counts for several.
     frames_per_turn: int = 64
     frame_bytes_per_turn: int = 4 * 1024
@@ -317,8 +317,8 @@ def fault_table(*rows: tuple[str, int, int, str]) -> Mapping[str, Fault]:
 FAULTS: Final = fault_table(
     # code                  HTTP  close  message
     ("bad_handshake",        400, 4400, "The first frame must be hello or provision."),
-    ("bad_query",            400, 4400, "A query parameter is not as expected."),
-    ("bad_request",          400, 4400, "The request is not as HTTP asks."),
+    ("bad_query",            400, 4400, "A query parameter is not valid."),
+    ("bad_request",          400, 4400, "The request is not valid HTTP."),
     ("connection_lost",      400, 1006, "The connection broke."),
     ("closed_by_device",     400, 1000, "The device closed the connection."),
     ("crashed",              500, 1011, "The server stopped without closing the session."),
@@ -327,25 +327,25 @@ FAULTS: Final = fault_table(
     ("device_exists",        409, 4400, "A device of this name is registered already."),
     ("device_offline",       409, 4400, "The device is not connected."),
     ("device_removed",       403, 4403, "The device was removed."),
-    ("document_too_large",   422, 4400, "The document would be larger or deeper than it may."),
+    ("document_too_large",   422, 4400, "The document is too large or too deep."),
     ("forbidden",            403, 4403, "The token's role does not allow this."),
     ("frame_too_big",        413, 1009, "The frame is too big."),
     ("handshake_timeout",    408, 4408, "No hello came in time."),
-    ("invalid",              422, 4400, "The content is not as expected."),
-    ("last_token",           409, 4400, "No other token that may manage tokens lasts as long; mint one first."),
+    ("invalid",              422, 4400, "The content is not valid."),
+    ("last_token",           409, 4400, "This is the last token that can manage tokens. Make another token first."),
     ("method_not_allowed",   405, 4400, "The resource has no such method."),
     ("not_an_object",        400, 4400, "The content is not a JSON object."),
     ("not_binary",           400, 4400, "Binary frames belong to an open tunnel."),
     ("not_found",            404, 4400, "There is no such resource."),
     ("not_json",             400, 4400, "The content is not JSON."),
-    ("precondition_failed",  412, 4400, "The configuration has another version by now."),
-    ("protocol_error",       400, 1002, "The peer does not keep to the WebSocket protocol."),
+    ("precondition_failed",  412, 4400, "The condition of the request is not true."),
+    ("protocol_error",       400, 1002, "The device does not follow the WebSocket protocol."),
     ("query_too_slow",       503, 1013, "The query took too long; ask for less."),
     ("server_fault",         500, 1011, "The server failed; its log says why."),
     ("seq_reset",            409, 4409, "An operator reset the device's frame counter."),
-    ("session_conflict",     409, 4429, "Another client uses the device's token, and each ends the other's session. Wait, then try again."),
+    ("session_conflict",     409, 4429, "Two clients use the token of this device. Wait, then try again."),
     ("shutting_down",        503, 1001, "The server is shutting down."),
-    ("storage_unavailable",  503, 1013, "Nothing can be stored at present; keep the data and come back."),
+    ("storage_unavailable",  503, 1013, "Nothing can be stored now. Keep the data and try again later."),
     ("superseded",           409, 4409, "The device opened a newer session."),
     ("tenant_exists",        409, 4400, "A tenant of this name exists already."),
     ("tenant_removed",       403, 4403, "The tenant was removed."),
@@ -353,13 +353,13 @@ FAULTS: Final = fault_table(
     ("too_large",            413, 1009, "The body is too large."),
     ("too_many_attempts",    429, 4429, "Too many wrong tokens or keys came from this address."),
     ("too_many_bad_frames",  429, 4400, "Too many bad frames."),
-    ("too_many_connected",   403, 4429, "The tenant has as many connected devices as it may."),
-    ("too_many_connections", 503, 4429, "The server holds as many connections as it can."),
-    ("too_many_devices",     403, 4429, "The tenant has as many devices as it may."),
-    ("too_many_feeds",       429, 4429, "The tenant has as many live feeds open as it may."),
-    ("too_many_series",      422, 4400, "The device has as many metrics as it may."),
+    ("too_many_connected",   403, 4429, "The tenant has reached its limit of connected devices."),
+    ("too_many_connections", 503, 4429, "The server has reached its limit of connections."),
+    ("too_many_devices",     403, 4429, "The tenant has reached its limit of devices."),
+    ("too_many_feeds",       429, 4429, "The tenant has reached its limit of live feeds."),
+    ("too_many_series",      422, 4400, "The device has reached its limit of metrics."),
     ("too_many_sessions",    429, 4429, "The device opens sessions too often. Wait, then try again."),
-    ("too_slow",             408, 1013, "The peer did not read what was sent to it."),
+    ("too_slow",             408, 1013, "The client did not read what the server sent."),
     ("unauthorized",         401, 4401, "A valid token is needed."),
     ("unknown_type",         400, 4400, "There is no frame of this type."),
     ("unknown_version",      404, 4400, "No configuration of this version was sent to the device."),
@@ -675,7 +675,7 @@ def check_timestamp(value: object, _: object = None) -> Timestamp:
     else:
         moment = parse_rfc3339(value) if type(value) is str else None
     if moment is None:
-        raise Invalid("is neither integer milliseconds nor an RFC 3339 time")
+        raise Invalid("must be an integer of milliseconds or an RFC 3339 time")
     if not EARLIEST <= moment <= now_ms() + DAY:
         raise Invalid("is not between 2000-01-01 and a day from now")
     return Timestamp(moment)
@@ -685,14 +685,14 @@ def check_clock(value: object, _: object = None) -> Clock:
     """What a device takes for the time: it may be wrong by decades, which is no reason to turn it away."""
     moment = parse_rfc3339(value) if type(value) is str else value
     if type(moment) is not int or not -INTEGERS <= moment < INTEGERS:
-        raise Invalid("is neither integer milliseconds nor an RFC 3339 time")
+        raise Invalid("must be an integer of milliseconds or an RFC 3339 time")
     return Clock(moment)
 
 
 def check_expiry(value: object, _: object = None) -> Expiry:
     moment = value if type(value) is int else parse_rfc3339(value) if type(value) is str else None
     if moment is None or not EARLIEST <= moment <= LATEST:
-        raise Invalid("is neither integer milliseconds nor an RFC 3339 time")
+        raise Invalid("must be an integer of milliseconds or an RFC 3339 time")
     return Expiry(moment)
 
 
@@ -722,9 +722,9 @@ def check_boolean(value: object, _: object = None) -> bool:
 
 def check_device_name(value: object, _: object = None) -> DeviceName:
     if type(value) is not str or DEVICE_NAME.fullmatch(value) is None:
-        raise Invalid("is not 1 to 64 of letters, digits and . _ : -")
+        raise Invalid("must have 1 to 64 letters, digits or . _ : -")
     if value in (".", ".."):  # clients take them out of a path, so nobody could reach the device
-        raise Invalid("is a step in a path")
+        raise Invalid("is not allowed as a name")
     return DeviceName(value)
 
 
@@ -1533,7 +1533,7 @@ class LockFile:
             if time.monotonic() >= until:
                 raise StoreError(f"another server runs on {self._database}")
             if not told:
-                log.warning("another server runs on %s; waiting up to %.0f s for its end", self._database, seconds)
+                log.warning("another server runs on %s; waiting up to %.0f s until it stops", self._database, seconds)
                 told = True
             await asyncio.sleep(0.05)
 
@@ -3560,7 +3560,7 @@ class Store:
             await connection.run(renew_salt, lock)
             crashed, awaited = await connection.run(cls._start)
             if crashed:
-                log.warning("the last run did not end well: closed %d sessions that it left open", crashed)
+                log.warning("the last run ended without a stop; %d open sessions were closed", crashed)
             (next_series,) = await connection.run(
                 lambda c: c.execute(
                     """select coalesce(max(id), 0) + 1 from (
@@ -4270,7 +4270,7 @@ class LogKeeper:
 
 
 class SaltClock:
-    """Gives the database another salt every hour."""
+    """Gives the database another salt every few minutes."""
 
     def __init__(self, store: Store, limits: Limits) -> None:
         self._store = store
@@ -5897,9 +5897,9 @@ def refuse_conditions(call: Call) -> None:
     """What has no entity tag matches none: a GET may still ask for what has another one than some. All else would not do what the
     request asks for. Refusal: invalid."""
     if call.match is not None:
-        raise Refusal("invalid", FieldError("If-Match", "does not apply to this request"))
+        raise Refusal("invalid", FieldError("If-Match", "cannot be used with this request"))
     if call.none_match is not None and (call.request.method not in ("GET", "HEAD") or call.none_match == {"*"}):
-        raise Refusal("invalid", FieldError("If-None-Match", "does not apply to this request"))
+        raise Refusal("invalid", FieldError("If-None-Match", "cannot be used with this request"))
 
 
 def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -6101,7 +6101,7 @@ def load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
     """OSError with the name of the file that cannot be used."""
 
     def refuse_passphrase() -> str:
-        raise OSError("the key has a passphrase, and nobody is there to type it; write a key without one: openssl pkey -in KEY -out NEW")
+        raise OSError("the key has a passphrase, and the server cannot ask for it; write a key without one: openssl pkey -in KEY -out NEW")
 
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key or None, refuse_passphrase)
@@ -6123,15 +6123,15 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 def reload_certificate(context: ssl.SSLContext | None, settings: Settings) -> None:
     """Take certificate and key from their files anew, for connections from now on. If they cannot be used, the old ones stay."""
     if context is None:
-        log.info("nothing to load anew: there is no certificate")
+        log.info("nothing to reload: there is no certificate")
         return
     try:
         tls_context(settings)  # tried apart: a failed load may leave half of it behind
         load_certificate(context, settings)
     except OSError as error:
-        log.error("the certificate in force stays: %s", error)
+        log.error("the old certificate stays: %s", error)
     else:
-        log.info("loaded %s anew", settings.tls_cert)
+        log.info("reloaded %s", settings.tls_cert)
 
 
 def listen_on(name: str, port: int) -> list[socket.socket]:
@@ -6253,7 +6253,7 @@ def options(arguments: argparse.Namespace, cls: type[T]) -> T:
 
 def add_tenant_commands(parser: argparse.ArgumentParser) -> None:
     tenant = parser.add_subparsers(dest="verb", required=True)
-    add = tenant.add_parser("add", help="make a tenant; prints its first admin token alone")
+    add = tenant.add_parser("add", help="make a tenant; print only its first admin token")
     tenants = tenant.add_parser("list", help="print every tenant as a line of JSON, with what it uses and may use")
     remove = tenant.add_parser("remove", help="remove a tenant with all its data")
     remove.add_argument("--confirm", required=True, help="its name once more")
@@ -6274,14 +6274,14 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="run the server (the default)")
     add_options(serve, Settings)
-    token = commands.add_parser("token", help="mint an operator token from the database file; prints it alone")
+    token = commands.add_parser("token", help="make an operator token in the database file; print only the token")
     token.add_argument("--role", required=True, choices=(*RANKS, "platform"))
     named = functools.partial(checked, check_token_name)
     token.add_argument("--name", default="command line", type=named, help="what the token is called")
-    key = commands.add_parser("provisioning-key", help="mint a provisioning key from the database file; prints it alone")
+    key = commands.add_parser("provisioning-key", help="make a provisioning key in the database file; print only the key")
     key.add_argument("--uses", type=whole_number, default=None, help="how many devices it may provision (any number)")
     for command in (token, key):
-        command.add_argument("--tenant", default="default", help="whose it is (default)")
+        command.add_argument("--tenant", default="default", help="the tenant (default)")
         add_options(command, Settings, ("db",))
     add_tenant_commands(commands.add_parser("tenant", help="make, list and remove tenants, in the database file"))
     return parser

@@ -209,7 +209,7 @@ begin
     select raise(abort, 'the audit is append-only');
 end;
 
--- A random text, new at every start and every hour. It stands in the file beside the database too, so that a write-ahead log
+-- A random text, new at every start and every five minutes. It stands in the file beside the database too, so that a write-ahead log
 -- is not replayed over a copy of another time.
 create table salt (
     id     integer primary key check (id = 1),

@@ -177,7 +177,7 @@ async def test_rows_with_more_metrics_than_a_device_may_have_lose_the_new_ones_a
     (tmp_path / "run.csv").write_text(f"time,m0,n0,n1,n2,n3\n{rows}")
     code, err = await replay(plant, tmp_path, "press-1")
     assert code == 1
-    assert "The device has as many metrics as it may." in err
+    assert "The device has reached its limit of metrics." in err
     assert "no session" not in err, "so few frames were refused that the server did not lose its patience"
     found = await stored(plant, "press-1")
     assert [value for _, value in found["m0"]] == [0, *range(60)]

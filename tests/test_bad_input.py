@@ -104,7 +104,7 @@ async def test_binary_frames_are_refused_while_no_tunnel_is_open(device: Device)
 GOOD: dict[str, Any] = {"seq": 2, "samples": [{"ts": MOMENT, "values": {"n": 1.5}}]}
 OBJECT, ARRAY, MISSING, UNKNOWN = "is not an object", "is not an array", "is missing", "is not a known field"
 SEQ = "is not a positive integer of at most 63 bits"
-TIME, RANGE = "is neither integer milliseconds nor an RFC 3339 time", "is not between 2000-01-01 and a day from now"
+TIME, RANGE = "must be an integer of milliseconds or an RFC 3339 time", "is not between 2000-01-01 and a day from now"
 VALUE = "is not a number of 63 bits, a boolean or a string of 1024 characters"
 NAME = "has a name that is not 1 to 128 printable characters"
 
@@ -308,7 +308,7 @@ async def test_good_and_bad_frames_mixed_at_full_speed_lose_nothing(tmp_path: Pa
         ({"type": "hello", "token": "t", "agent": {}}, {"agent": "is not a string of at most 1024 characters"}),
         ({"type": "hello", "token": "t", "time": "noon"}, {"time": TIME}),
         ({"type": "provision", "key": "k"}, {"device": MISSING}),
-        ({"type": "provision", "device": "a b"}, {"key": MISSING, "device": "is not 1 to 64 of letters, digits and . _ : -"}),
+        ({"type": "provision", "device": "a b"}, {"key": MISSING, "device": "must have 1 to 64 letters, digits or . _ : -"}),
     ],
 )
 async def test_what_is_wrong_with_a_hello_is_said_before_the_close(plant: Plant, frame: dict[str, Any], errors: dict[str, str]) -> None:

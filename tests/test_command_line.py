@@ -361,7 +361,7 @@ async def test_after_kill_9_no_device_is_shown_online(process: Process) -> None:
         events = (await plant.get("/iiot/press-1/events"))["items"]
         assert [event["kind"] for event in events] == ["disconnected", "connected", "credentials"]
         assert events[0]["reason"] == "crashed"
-        assert "3 sessions" in (process.folder / "stderr").read_text()
+        assert "3 open sessions" in (process.folder / "stderr").read_text()
 
 
 async def expect_the_first_undisturbed(plant: Plant, device: Device) -> None:

@@ -1093,7 +1093,7 @@ async def test_devices_of_any_allowed_name(plant: Plant, name: str) -> None:
 async def test_names_that_are_not_allowed(plant: Plant, name: Any) -> None:
     device, error = await provision(plant, provisioning_key(plant, uses=5), name)
     assert error["code"] == "invalid"
-    assert error["errors"] == [{"path": "device", "message": "is not 1 to 64 of letters, digits and . _ : -"}]
+    assert error["errors"] == [{"path": "device", "message": "must have 1 to 64 letters, digits or . _ : -"}]
     await expect_close(device, 4400)
     assert uses_left(plant) == 5
 
