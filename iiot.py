@@ -69,7 +69,7 @@ from typing import Any, Final, NewType, NoReturn, Protocol, TypeVar, cast
 import aiosqlite
 import attrs
 import orjson
-from aiohttp import WebSocketError, WSMessage, WSMsgType, hdrs, web
+from aiohttp import HttpVersion11, WebSocketError, WSMessage, WSMsgType, hdrs, web
 from cattrs import Converter, IterableValidationError
 from cattrs.errors import (
     AttributeValidationNote,
@@ -431,6 +431,7 @@ EARLIEST: Final = 946_684_800_000  # 2000-01-01: a device without a clock starts
 LATEST: Final = 253_402_300_799_999  # the end of the year 9999, and of RFC 3339
 DAY: Final = 86_400_000
 SEQ_TEXT: Final = re.compile(rb'"seq"\s*:\s*(-?[0-9]{1,40})(?![0-9.eE])')
+INNER: Final = re.compile(rb"[\[{]")
 QUOTAS: Final = ("devices", "connections", "points_per_day")
 INTEGERS: Final = 2**63  # SQLite's integers, and every JSON parser's that matters
 
@@ -610,7 +611,7 @@ class Rotation:
 class CounterReset:
     """Body of POST /iiot/{device}/seq: the frame number that counts as the highest on disk, 0 for none."""
 
-    seq: Count = Count(0)
+    seq: Count
 
 
 @attrs.frozen
@@ -877,6 +878,16 @@ class Codec:
                 return seq if type(seq) is int else None
         written = set(SEQ_TEXT.findall(data))
         return int(written.pop()) if len(written) == 1 else None
+
+    def is_certain(self, data: bytes, seq: int) -> bool:
+        """Whether this is the number of a frame that is wrong, and can be one: it stands in the frame itself, not in what it holds."""
+        if not 0 < seq < INTEGERS:
+            return False
+        try:
+            return self._object(data).get("seq") == seq
+        except Refusal:
+            head = INNER.split(data.lstrip(b" \t\r\n\xef\xbb\xbf{"), 1)[0]
+            return SEQ_TEXT.findall(head) == [str(seq).encode()]
 
     def _object(self, data: bytes) -> dict[str, Any]:
         try:
@@ -1512,7 +1523,7 @@ class LockFile:
     def __init__(self, path: Path) -> None:
         self._database = path
         name = path.with_name(f"{path.name}.lock")
-        self._file = os.fdopen(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), "r+")
+        self._file = os.fdopen(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), "r+", errors="replace")
 
     def close(self) -> None:
         self._file.close()
@@ -2343,13 +2354,28 @@ def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: s
 @attrs.frozen
 class Opened:
     """A session as the database has it: its number, the highest frame number on disk, the last time given to a sample
-    without one, the configuration that the device is owed, and the known series by metric."""
+    without one, the configuration that the device is owed, the known series by metric, and of those that have points ahead of the
+    clock the newest time."""
 
     session: int
     seq: int
     stamp: int
     config: Config | None
     series: dict[str, str]
+    ahead: dict[str, int]
+
+
+def times_ahead(connection: sqlite3.Connection, device_id: int, now: int, newest: int) -> dict[str, int]:
+    """By metric, the newest time of a device's points after now, up to the newest that it was given; mostly there is none."""
+    if newest <= now:
+        return {}
+    (text,) = connection.execute(
+        """select json_group_object(metric, ts) from (
+               select metric, (select max(ts) from telemetry where series_id = series.id and ts > ?2 and ts <= ?3) ts
+               from series where device_id = ?1) where ts is not null""",
+        (device_id, now, newest),
+    ).fetchone()
+    return cast("dict[str, int]", orjson.loads(text))
 
 
 def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, address: str, agent: str | None) -> Opened:
@@ -2371,7 +2397,7 @@ def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, 
         (device_id,),
     ).fetchone()
     config = None if owed is None else Config(owed[0], orjson.loads(owed[1]))
-    return Opened(session, seq, stamp, config, orjson.loads(series))
+    return Opened(session, seq, stamp, config, orjson.loads(series), times_ahead(connection, device_id, now, stamp))
 
 
 def set_seq(connection: sqlite3.Connection, device_id: int, seq: int) -> None:
@@ -2714,6 +2740,11 @@ class NewsReads:
         row = await self._readers.row("select coalesce(max(id), 0) from event", {})
         return int(row[0]) if row else 0
 
+    async def highest(self) -> int:
+        """The highest number that an event ever had; the newest events may have gone with their device."""
+        row = await self._readers.row("select seq from sqlite_sequence where name = 'event'", {})
+        return int(row[0]) if row else 0
+
     async def after(self, last: int, limit: int) -> list[tuple[int, int, str, str]]:
         """The events after one, oldest first: (tenant, id, kind, JSON)."""
         row = await self._readers.row(
@@ -2982,14 +3013,18 @@ def delete_removed_readings(connection: sqlite3.Connection, limits: Limits) -> N
 
 
 def delete_removed_ranges(connection: sqlite3.Connection, limits: Limits) -> None:
-    """A part of the first one."""
-    mark, *where = connection.execute("select id, series_id, start, stop from removed_range order by id limit 1").fetchone()
-    deleted = connection.execute(
-        """delete from telemetry where (series_id, ts) in (
-               select series_id, ts from telemetry where series_id = ? and ts >= ? and ts < ? limit ?)""",
-        (*where, limits.removed_rows),
-    ).rowcount
-    if deleted < limits.removed_rows:
+    """A few of them, or a part of the first."""
+    marks, rest = connection.execute(
+        "select id, series_id, start, stop from removed_range order by id limit ?", (limits.removed_series,)
+    ).fetchall(), limits.removed_rows
+    for mark, *where in marks:
+        rest -= connection.execute(
+            """delete from telemetry where (series_id, ts) in (
+                   select series_id, ts from telemetry where series_id = ? and ts >= ? and ts < ? limit ?)""",
+            (*where, rest),
+        ).rowcount
+        if rest <= 0:
+            return
         connection.execute("delete from removed_range where id = ?", (mark,))
 
 
@@ -3796,6 +3831,8 @@ class Identity:
                 accounted(actor, "device.provision", register, lambda known: [Affected(device, device, {"again": True} if known else None)])
             )
         except Refusal as refusal:
+            if refusal.fault.code == "unauthorized":  # the key is used up, or gone
+                raise self._guesses.wrong(address) from refusal
             await self.refused.enter(actor, "device.provision", [Affected(device, device)], refusal)
             raise
         return Credentials(device, token_text("dev", known, frame.secret or "") if known else token.text)
@@ -4040,6 +4077,23 @@ class Registry:
         self._removed_tenants: set[int] = set()
         self._running: set[Running] = set()
         self._feeds: set[asyncio.Transport | None] = set()
+        self._held: dict[int, int] = {}  # how often
+
+    @contextmanager
+    def held(self, device_id: int) -> Iterator[None]:
+        """Nothing is read from the device meanwhile: it waits in the device."""
+        self._held[device_id] = self._held.get(device_id, 0) + 1
+        try:
+            yield
+        finally:
+            self._held[device_id] -= 1
+            if not self._held[device_id]:
+                del self._held[device_id]
+            if session := self._live.get(device_id):
+                session.wake()
+
+    def is_held(self, device_id: int) -> bool:
+        return device_id in self._held
 
     @contextmanager
     def feed(self, transport: asyncio.Transport | None) -> Iterator[None]:
@@ -4478,12 +4532,13 @@ class Stamps:
     given while the clock was wrong; it does not count.
     """
 
-    def __init__(self, newest: int, most_ahead: int) -> None:
-        """`newest`: the newest stamp that the device was given before."""
+    def __init__(self, newest: int, most_ahead: int, ahead: Mapping[str, int] | None = None) -> None:
+        """`newest`: the newest stamp that the device was given before; `ahead`: by metric, the times of points that are ahead of the
+        clock. Without it any metric may have had the newest stamp."""
         self.newest = newest
         self._most_ahead = most_ahead
-        self._floor = newest  # of metrics that are not in `_last`
-        self._last: dict[str, int] = {}  # of metrics that got a stamp since the clock last caught up
+        self._floor = newest if ahead is None else 0  # of metrics that are not in `_last`
+        self._last: dict[str, int] = dict(ahead or {})  # of metrics that got a stamp since the clock last caught up
 
     def give(self, samples: tuple[Sample, ...], now: int) -> list[int]:
         """The time of each sample: its own, or a stamp. Refusal: invalid, when stamps would run too far ahead; then none is given."""
@@ -4574,7 +4629,7 @@ class Intake:
         self._use = use
         self._session = opened.session
         self._series = opened.series
-        self._stamps = Stamps(opened.stamp, round(platform.limits.stamp_ahead_seconds * 1000))
+        self._stamps = Stamps(opened.stamp, round(platform.limits.stamp_ahead_seconds * 1000), opened.ahead)
         self._taken = opened.seq  # the highest frame number handed to the writer, or refused
         self._durable = opened.seq  # the highest frame number on disk
         self._frames = 0  # handed to the writer
@@ -4636,7 +4691,7 @@ class Intake:
             else:
                 self._take_verdict(frame, len(data))
         except Refusal as refusal:
-            self.bad_frame(refusal, self._codec.seq_of(data))
+            self._bad_frame(refusal, data)
 
     def _take_telemetry(self, frame: Telemetry, size: int) -> None:
         """Hand the points to the writer. Refusal: too_many_series, invalid; then none of the frame is taken."""
@@ -4697,10 +4752,11 @@ class Intake:
         if seq <= self._durable:
             self._owner.send(encode_ack(self._durable))
 
-    def bad_frame(self, refusal: Refusal, seq: int | None) -> None:
+    def _bad_frame(self, refusal: Refusal, data: bytes) -> None:
         """Say what is wrong with a frame; it is consumed, so that the device does not send it for ever."""
+        seq = self._codec.seq_of(data)
         self.refuse(refusal, seq)
-        if seq is not None and 0 < seq - self._taken <= self._limits.seq_leap:
+        if seq is not None and 0 < seq - self._taken <= self._limits.seq_leap and self._codec.is_certain(data, seq):
             self._frame_taken(seq, now_ms(), 0, 0)
 
     def refuse(self, refusal: Refusal, seq: int | None) -> None:
@@ -4812,6 +4868,8 @@ class Session:
         while (message := await receive()).type not in CLOSED:
             if message.type == WSMsgType.TEXT and self._writer.full:  # by other sessions, which had their turn before
                 await self._wait_for_room(intake)
+            if self._platform.registry.is_held(self._device_id):
+                await self._wait_while(lambda: self._platform.registry.is_held(self._device_id))
             if self._ended:
                 continue
             self._take(message, intake)
@@ -4819,7 +4877,7 @@ class Session:
             if self._writer.full or intake.waiting >= most:
                 await self._wait_for_room(intake)
             elif intake.held > limits.held_bytes:
-                await self._wait_for_quota(intake)
+                await self._wait_while(lambda: intake.held > limits.held_bytes)
             elif taken >= turn:
                 taken = 0
                 await asyncio.sleep(0)
@@ -4835,7 +4893,7 @@ class Session:
         elif message.type == WSMsgType.PING:
             self._send_frame(WSMsgType.PONG, message.data)
         elif message.type == WSMsgType.BINARY:
-            intake.bad_frame(Refusal("not_binary"), None)
+            intake.refuse(Refusal("not_binary"), None)
 
     async def _wait_for_room(self, intake: Intake) -> None:
         """Read no more until the writer has caught up: the device's own sends come to a stand, and nothing is dropped."""
@@ -4853,11 +4911,11 @@ class Session:
             self.reading = True
             self.heard = asyncio.get_running_loop().time()
 
-    async def _wait_for_quota(self, intake: Intake) -> None:
-        """The device goes on sending although it was told: read no more until its tenant may store again. Pings go on: a
-        device that was unplugged does not confirm their bytes, and the system gives its connection up."""
+    async def _wait_while(self, held: Callable[[], bool]) -> None:
+        """Read no more from the device for as long as it is held: by its tenant's quota, although it was told, or by a removal of
+        readings. Pings go on: a device that was unplugged does not confirm their bytes, and the system gives its connection up."""
         self.reading = False
-        while intake.held > self._platform.limits.held_bytes and not self._ended:
+        while held() and not self._ended:
             if self._transport.is_closing():
                 self._sign_off("connection_lost")
             self._room.clear()
@@ -5155,6 +5213,11 @@ def remote_address(request: web.Request, trusted: Networks) -> str:
     return client_address(request.remote or "", request.headers.getall("X-Forwarded-For", ()), trusted)
 
 
+def versions(tags: frozenset[str] | None) -> frozenset[str] | None:
+    """The tags of a condition without the time of a status: a change may depend on the version alone."""
+    return None if tags is None else frozenset(re.sub(r'-[0-9]+"$', '"', tag) for tag in tags)
+
+
 @attrs.define
 class Call:
     """One request, its principal known, its query checked. `action` is what the audit calls it."""
@@ -5195,7 +5258,7 @@ class Call:
 
     def require(self, tag: str | None, *, exists: bool = True) -> None:
         """Refusal: precondition_failed, unless the conditions of the request hold for what has this entity tag."""
-        if not is_met(self.match, self.none_match, tag, exists=exists):
+        if not is_met(versions(self.match), versions(self.none_match), tag, exists=exists):
             raise Refusal("precondition_failed")
 
     async def change(
@@ -5243,6 +5306,8 @@ class Call:
             return await self.request.read()
         except web.HTTPRequestEntityTooLarge:
             raise Refusal("too_large") from None
+        except web.RequestPayloadError as error:  # it is not encoded as it says, or breaks off
+            raise Refusal("bad_request") from error
 
     async def body(self, cls: type[T]) -> T:
         return self.platform.codec.body(await self.content(), cls)
@@ -5309,6 +5374,8 @@ async def register_device(call: Call) -> web.StreamResponse:
     except Invalid as error:
         raise Refusal("invalid", FieldError("device", str(error))) from error
     await call.body(NoQuery)
+    if call.match is not None:  # it asks for a device that is there already
+        raise Refusal("precondition_failed")
     most = call.platform.settings.quota_devices
     try:
         await call.change(lambda connection: insert_device(connection, tenant, name, token.stored, call.by, most))
@@ -5381,6 +5448,8 @@ async def streaming(call: Call, content_type: str, headers: Mapping[str, str] = 
     """A response of unknown length. Where it breaks off, the client must see that this is not the end of the file."""
     unbuffered = {"X-Accel-Buffering": "no"}  # by nginx: a feed would never arrive
     response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: content_type, **unbuffered, **headers})
+    if call.request.version < HttpVersion11:  # the end of the connection is the end of the stream
+        response.force_close()
     reset_if_broken(call.request.transport, True)
     await response.prepare(call.request)
     try:
@@ -5468,17 +5537,22 @@ async def remove_telemetry(call: Call) -> web.StreamResponse:
         raise Refusal("bad_query", FieldError("from" if query.from_ is None else "to", "is missing"))
     if query.from_ > query.to_:
         raise Refusal("bad_query", FieldError("from", "is later than to"))
-    tenant, name, start, stop, platform = call.tenant, call.device, query.from_, query.to_, call.platform
-    marks = await call.change(
-        lambda connection: remove_readings(connection, tenant, name, query.metric, start, stop),
-        lambda _: [Affected(name, name, {"metric": query.metric, "from": format_time(start), "to": format_time(stop)})],
-    )
-    platform.cleaner.wanted.set()
+    tenant, name, platform = call.tenant, call.device, call.platform
+    start, stop = min(query.from_, LATEST), min(query.to_, LATEST)
+    device_id = await platform.store.read.device_id(tenant, name)
+    if device_id is None:
+        raise Refusal("not_found")
     removal = platform.store.read.removal
-    left = await look_until(
-        platform, platform.limits.wait_seconds_most, lambda: removal.is_range_left(marks), lambda left: not left,
-        lambda: platform.store.writer.news.next,
-    )  # fmt: skip
+    with platform.registry.held(device_id):  # what it sends meanwhile must not be taken for what was there
+        marks = await call.change(
+            lambda connection: remove_readings(connection, tenant, name, query.metric, start, stop),
+            lambda _: [Affected(name, name, {"metric": query.metric, "from": format_time(start), "to": format_time(stop)})],
+        )
+        platform.cleaner.wanted.set()
+        left = await look_until(
+            platform, platform.limits.wait_seconds_most, lambda: removal.is_range_left(marks), lambda left: not left,
+            lambda: platform.store.writer.news.next, MANY_PAUSE_SECONDS,
+        )  # fmt: skip
     return answer({"device": name, "status": "removing"}, 202) if left else web.Response(status=204)
 
 
@@ -5512,20 +5586,21 @@ async def list_states(call: Call) -> web.StreamResponse:
     return found(await call.platform.store.read.state_history(call.tenant, call.device, call.page(), call.version_after()))
 
 
-def version_tag(version: int) -> str:
-    """The entity tag of a device's configuration; version 0 is none at all."""
-    return f'"{version}"'
+def version_tag(version: int, status_at: str | None = None) -> str:
+    """The entity tag of a device's configuration; version 0 is none at all. With the time of its status it changes with that too."""
+    return f'"{version}-{parse_rfc3339(status_at)}"' if status_at else f'"{version}"'
 
 
 async def show_config(call: Call) -> web.StreamResponse:
     text = await call.platform.store.read.config(call.tenant, call.device)
     response = found(text)
-    version = orjson.loads(text or "")["version"]
-    response.headers[hdrs.ETAG] = version_tag(version)
-    if call.match is not None:
-        call.require(version_tag(version), exists=version > 0)
-    if not is_met(None, call.none_match, version_tag(version), exists=version > 0):
-        return web.Response(status=304, headers={hdrs.ETAG: version_tag(version)})
+    shown = orjson.loads(text or "")
+    version, tag = shown["version"], version_tag(shown["version"], shown.get("status_at"))
+    response.headers[hdrs.ETAG] = tag
+    if not is_met(versions(call.match), None, version_tag(version), exists=version > 0):
+        raise Refusal("precondition_failed")
+    if not is_met(None, call.none_match, tag, exists=version > 0):
+        return web.Response(status=304, headers={hdrs.ETAG: tag})
     return response
 
 
@@ -5643,10 +5718,11 @@ async def follow_events(call: Call) -> web.StreamResponse:
             raise Refusal("invalid", FieldError("Last-Event-ID", "is not the id of an event"))
         last = int(shown)
     newest = await platform.store.read.last_event(tenant)
+    is_of_another = last is not None and last > await platform.store.read.news.highest()  # a backup was restored
     asked, last = last, newest if last is None else min(last, newest)
     with platform.news.subscription(tenant) as feed, platform.registry.feed(call.request.transport):
         async with streaming(call, "text/event-stream") as response:
-            if asked is not None and asked > newest:  # of another database: a backup was restored
+            if is_of_another:
                 told = orjson.dumps({"id": newest, "kind": "reset", "asked": asked}).decode()
                 await response.write(event_lines(newest, "reset", told))
             async for lines in feed_pieces(platform, tenant, feed, last):
@@ -5997,7 +6073,7 @@ class PlainRequestHandler(web.RequestHandler):
     ) -> web.StreamResponse:
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is under way already")
-        if status == 500:
+        if status == 500 and not isinstance(exc, (ConnectionError, web.RequestPayloadError)):
             log.error("cannot serve %s: %s", request.remote, message, exc_info=exc)
         else:  # what the parser says quotes the peer, secrets and all
             log.debug("cannot serve %s: %s", request.remote, type(exc).__name__)
@@ -6134,6 +6210,14 @@ def reload_certificate(context: ssl.SSLContext | None, settings: Settings) -> No
         log.info("reloaded %s", settings.tls_cert)
 
 
+def addresses_of(name: str, port: int) -> list[Any]:
+    """OSError, for a name that cannot be one, too."""
+    try:
+        return socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError as error:
+        raise OSError("it is no name of a machine") from error
+
+
 def listen_on(name: str, port: int) -> list[socket.socket]:
     """Sockets that listen on an address, or on all those that a name stands for, all on one port; `::` is every address of both
     families. OSError."""
@@ -6142,7 +6226,7 @@ def listen_on(name: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     missing: OSError | None = None
     try:
-        for family, _, _, _, (address, _, *more) in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+        for family, _, _, _, (address, _, *more) in addresses_of(name, port):
             try:
                 sockets.append(socket.create_server((str(address), port, *more), family=family, backlog=BACKLOG))
             except OSError as error:

@@ -63,7 +63,7 @@ EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {
         Example(201, "device token", body={}),
         Example(201, "device token", body={"revoke": True}),
     ),
-    ("POST", "/iiot/{device}/seq"): (Example(200, "device seq", body={}), Example(200, "device seq", body={"seq": 7})),
+    ("POST", "/iiot/{device}/seq"): (Example(200, "device seq", body={"seq": 0}), Example(200, "device seq", body={"seq": 7})),
     ("POST", "/iiot/{device}"): (Example(202, "device version status", body={"n": 2}),),
     ("GET", "/iiot/{device}/config"): (Example(200, CONFIG),),
     ("GET", "/iiot/{device}/config/history"): (PAGE,),

@@ -254,7 +254,8 @@ CASES = {
     ("POST", "/iiot/{device}/seq"): Case(
         "/iiot/press-1/seq", {"seq": 5}, 200, device_row({"seq": 5}),
         (
-            Refused(404, "not_found", f"{NOBODY}/seq", {}), Refused(422, "invalid", body={"seq": -1}),
+            Refused(404, "not_found", f"{NOBODY}/seq", {"seq": 0}), Refused(422, "invalid", body={}),
+            Refused(422, "invalid", body={"seq": -1}),
             Refused(422, "invalid", body={"seq": 2**63}),
         ),
     ),

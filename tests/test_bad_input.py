@@ -421,6 +421,12 @@ async def test_a_bad_query_parameter_is_named(plant: Plant, path: str, parameter
     assert body["error"]["details"] == [{"path": parameter, "message": message}]
 
 
+async def test_a_body_that_is_not_encoded_as_it_says_is_refused(plant: Plant) -> None:
+    headers = {"Authorization": f"Bearer {plant.token}", "Content-Encoding": "gzip"}
+    async with plant.client.post(plant.url + "/tokens", data=b"no gzip", headers=headers) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (400, "bad_request")
+
+
 async def test_every_bad_query_parameter_is_named(plant: Plant) -> None:
     await plant.register("press-1")
     _, body = await plant.ask("GET", TELEMETRY + "?from=x&to=y&every=z&more=1")

@@ -251,6 +251,41 @@ async def test_readings_of_a_range_are_removed_and_no_others(tmp_path: Path) -> 
         assert [value for _, value in await plant.points("press-1", "level")] == [7]
 
 
+async def test_what_a_device_sends_while_readings_are_removed_is_not_taken_for_them(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), removed_rows=50)) as plant:
+        start = 1_767_225_600_000
+        device = await plant.device("press-1")
+        for at in range(0, 5_000, 1_000):
+            await device.store(*({"ts": start + at + n, "values": {"level": 1, "flow": 1}} for n in range(1_000)))
+        removing = asyncio.create_task(plant.ask("DELETE", f"/iiot/press-1/telemetry?from={start}&to={start + 5_000}"))
+        await plant.until("/audit?action=telemetry.remove", lambda body: body["items"])
+        sent = [await device.telemetry({"ts": start + n, "values": {"level": 2}}) for n in range(0, 5_000, 50)]
+        assert (await removing)[0] == 204
+        await device.acknowledged(sent[-1])
+        assert [value for _, value in await plant.points("press-1", "level")] == [2] * 100
+        assert await plant.points("press-1", "flow") == []
+
+
+async def test_a_range_up_to_the_end_of_time_may_be_removed(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    await device.store({"values": {"level": 1}})
+    assert await plant.ask("DELETE", "/iiot/press-1/telemetry?from=0&to=999999999999999") == (204, "")
+    assert await plant.points("press-1", "level") == []
+
+
+async def test_a_burst_before_a_reconnect_keeps_no_other_metric_ahead(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    for _ in range(4):
+        await device.store(*({"values": {"a": n}} for n in range(10_000)))
+    await device.close()
+    device = await plant.device("press-1")
+    before = iiot.now_ms()
+    await device.store({"values": {"c": 1}}, {"values": {"a": 1}})
+    latest = (await plant.get("/iiot/press-1"))["latest"]
+    assert iiot.format_time(before) <= latest["c"]["time"] <= iiot.format_time(iiot.now_ms())
+    assert latest["a"]["value"] == 1, "the last of it all"
+
+
 @pytest.mark.parametrize(
     ("query", "status", "path"),
     [

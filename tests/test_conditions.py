@@ -86,12 +86,21 @@ async def test_a_configuration_that_the_client_has_is_answered_304(plant: Plant)
     assert (await ask(plant, "GET", path, If_None_Match='"0"'))[0] == 304
     await ask(plant, "POST", "/iiot/press-1", {"n": 1})
     status, body, headers = await ask(plant, "GET", path, If_None_Match='"0"')
-    assert (status, body["version"], headers["ETag"]) == (200, 1, '"1"')
-    for shown in ('"1"', 'W/"1"', '"7", "1"', "*"):
+    tag = headers["ETag"]
+    assert (status, body["version"]) == (200, 1)
+    for shown in (tag, f"W/{tag}", f'"7", {tag}', "*"):
         status, body, headers = await ask(plant, "GET", path, If_None_Match=shown)
-        assert (status, body, headers["ETag"]) == (304, None, '"1"')
+        assert (status, body, headers["ETag"]) == (304, None, tag)
         assert "X-Content-Type-Options" in headers
-    assert (await ask(plant, "GET", path, If_Match='"1"'))[0] == 200
+    for shown in ('"1"', "1", tag):
+        assert (await ask(plant, "GET", path, If_Match=shown))[0] == 200
+    device = await plant.device("press-1")
+    await device.send("config_status", seq=1, version=1, status="applied")
+    await device.acknowledged(1)
+    status, body, headers = await ask(plant, "GET", path, If_None_Match=tag)
+    assert (status, body["status"]) == (200, "applied"), "the answer has changed, though not the version"
+    assert headers["ETag"] != tag
+    assert (await ask(plant, "POST", "/iiot/press-1", {"n": 2}, If_Match=tag))[1]["version"] == 2, "a change depends on the version"
     assert code(await ask(plant, "GET", path, If_Match='"7"')) == (412, "precondition_failed")
 
 
@@ -99,6 +108,8 @@ async def test_a_registration_may_ask_that_there_is_no_such_device(plant: Plant)
     assert (await ask(plant, "PUT", "/iiot/press-1", If_None_Match="*"))[0] == 201
     assert code(await ask(plant, "PUT", "/iiot/press-1", If_None_Match="*")) == (412, "precondition_failed")
     assert code(await ask(plant, "PUT", "/iiot/press-1")) == (409, "device_exists")
+    for shown in ("*", '"7"'):
+        assert code(await ask(plant, "PUT", "/iiot/press-2", If_Match=shown)) == (412, "precondition_failed"), "it is not there"
 
 
 UNCONDITIONAL = [route for route in iiot.ROUTES if not route.conditional]

@@ -52,6 +52,43 @@ async def test_a_bad_frame_with_a_leap_is_not_taken_for_the_highest(plant: Plant
     assert (await plant.device("press-1")).welcome["seq"] == 1
 
 
+async def test_a_counter_at_its_top_harms_nobody(plant: Plant) -> None:
+    assert (await plant.ask("PUT", "/iiot/press-1"))[0] == 201
+    assert (await plant.ask("POST", "/iiot/press-1/seq", {"seq": 2**63 - 2}))[0] == 200
+    _, body = await plant.ask("POST", "/iiot/press-1/token", {"revoke": True})
+    plant.tokens["press-1"] = body["token"]
+    device, other = await plant.device("press-1"), await plant.device("press-2")
+    for seq in (2**63, 2**63 - 1, 2**63, 2**63 + 1):
+        await device.telemetry({"values": {"level": 1}}, seq=seq)
+        frame = await device.receive()
+        assert frame["seq"] == seq
+        assert frame["type"] == ("ack" if seq < 2**63 else "error")
+        await other.store({"values": {"level": 1}})
+    assert [item["kind"] for item in (await plant.get("/iiot/press-2/events"))["items"]] == ["connected", "credentials"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"type":"state","reported":{"seq": 8000000000000, "x": NaN}, "seq": }', b'[{"seq": 8000000000000}, NaN]',
+        b'{"type":"telemetry","samples":[{"values":{"seq":8000000000000,"a":NaN}}]}',
+    ],
+)  # fmt: skip
+async def test_a_number_from_within_a_broken_frame_moves_no_counter(plant: Plant, text: bytes) -> None:
+    device = await plant.device("press-1")
+    await device.link.send_str(text.decode())
+    assert (await device.receive())["type"] == "error"
+    await device.store({"values": {"level": 1}})
+    await device.close()
+    assert (await plant.device("press-1")).welcome["seq"] == 1
+
+
+async def test_a_reset_says_to_which_number(plant: Plant) -> None:
+    await plant.register("press-1")
+    status, body = await plant.ask("POST", "/iiot/press-1/seq", {})
+    assert (status, body["error"]["details"]) == (422, [{"path": "seq", "message": "is missing"}])
+
+
 async def test_milliseconds_since_1970_may_be_the_first_number(plant: Plant) -> None:
     device = await plant.device("press-1")
     device.seq = iiot.now_ms()
@@ -88,7 +125,7 @@ async def test_an_operator_resets_a_counter_that_ran_away(plant: Plant) -> None:
     device = await plant.device("press-1")
     await device.telemetry({"ts": iiot.EARLIEST, "values": {"level": 1}}, seq=LEAP)
     await device.acknowledged(LEAP)
-    assert await plant.ask("POST", "/iiot/press-1/seq", {}) == (200, {"device": "press-1", "seq": 0})
+    assert await plant.ask("POST", "/iiot/press-1/seq", {"seq": 0}) == (200, {"device": "press-1", "seq": 0})
     closed = await device.closed()
     assert (closed.code, closed.reason) == (4409, iiot.FAULTS["seq_reset"].message)
     device = await plant.device("press-1")
@@ -105,7 +142,7 @@ async def test_an_operator_resets_a_counter_that_ran_away(plant: Plant) -> None:
 async def test_frames_under_way_do_not_undo_the_reset_of_their_counter(plant: Plant) -> None:
     device = await plant.device("press-1")
     with locked(plant.database):
-        resetting = asyncio.create_task(plant.ask("POST", "/iiot/press-1/seq", {}))
+        resetting = asyncio.create_task(plant.ask("POST", "/iiot/press-1/seq", {"seq": 0}))
         for seq in range(500, 600):
             await device.telemetry({"values": {"level": 1}}, seq=seq)
         await plant.get("/iiot")
@@ -205,6 +242,16 @@ async def test_a_key_that_is_used_up_or_withdrawn_gives_nothing_new(plant: Plant
     (item,) = (await plant.get("/provisioning-keys"))["items"]
     assert (await plant.ask("DELETE", f"/provisioning-keys/{item['id']}"))[0] == 204
     assert (await provision(plant, key, "press-1", secret))["code"] == "unauthorized"
+
+
+async def test_a_key_that_is_used_up_is_a_guess_with_a_secret_too(plant: Plant) -> None:
+    key = await new_key(plant, uses=1)
+    await provision(plant, key, "press-1", secrets.token_urlsafe(32))
+    before = len((await plant.get("/audit?limit=1000"))["items"])
+    codes = [(await provision(plant, key, "press-2", secrets.token_urlsafe(32)))["code"] for _ in range(20)]
+    assert codes[0] == "unauthorized"
+    assert codes[-1] == "too_many_attempts"
+    assert len((await plant.get("/audit?limit=1000"))["items"]) == before
 
 
 @pytest.mark.parametrize("secret", ["", "x" * 42, "x" * 44, "x" * 42 + "=", "x" * 42 + "\n", "\u00e9" * 43, 7])

@@ -321,6 +321,7 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "AccountReads.tenants": check_tenants,
     "RemovalReads.removed": check_removed,
     "NewsReads.newest": check_newest,
+    "NewsReads.highest": check_newest,
     "NewsReads.after": check_news,
     "RemovalReads.is_range_left": check_range_left,
     "Store.healthy": check_health,

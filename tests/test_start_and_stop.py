@@ -143,6 +143,14 @@ async def test_where_it_listens_and_whether_it_warns(tmp_path: Path, host: str, 
     assert err.count("without TLS") == int(warned)
 
 
+@pytest.mark.parametrize("name", ["a..b", "x" * 70])
+async def test_a_name_that_cannot_be_one_is_refused_in_words(tmp_path: Path, name: str) -> None:
+    code, _, err = await command("--port", "0", "--host", name, folder=tmp_path)
+    assert code == 1
+    assert f"cannot listen on {name} port 0" in err
+    assert "Traceback" not in err
+
+
 async def test_a_taken_port_is_told_whatever_the_family(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -174,6 +174,13 @@ async def test_a_copy_from_a_server_that_is_killed_fails(process: Process, tmp_p
             assert await reading.end() != 0
 
 
+async def test_a_stream_to_http_1_0_ends_although_the_client_would_keep_the_connection(plant: Plant) -> None:
+    await filled(plant)
+    async with curl(plant, PATH, "--http1.0", "-H", "Connection: keep-alive", "--max-time", "10") as reading:
+        assert await reading.end() == 0
+    assert reading.seen.count(b"\n") == 1 + ROWS
+
+
 # ---- the feed
 
 
@@ -191,6 +198,21 @@ async def test_a_last_event_of_another_database_is_answered_by_a_reset(plant: Pl
             assert event.kind == "state"
             assert event.id is not None
             newest = event.id
+
+
+async def test_events_that_went_with_their_device_are_no_reset(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), resume_seconds=0.0)) as plant:
+        await plant.register("press-1")
+        await plant.register("press-2")
+        async with feed(plant, "?after=0") as following:
+            assert (await plant.ask("DELETE", "/iiot/press-2"))[0] == 204
+            (*_, removed) = await following.events(3)
+        async with asyncio.timeout(PATIENCE):
+            while plants.rows(plant.database, "select 1 from event where kind = 'removed'"):
+                await asyncio.sleep(0.01)
+        async with feed(plant, last=removed.id) as following:
+            await plant.register("press-3")
+            assert (await following.event()).kind == "credentials"
 
 
 async def test_the_newest_event_is_no_reset(plant: Plant) -> None:
