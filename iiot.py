@@ -4001,6 +4001,13 @@ class News:
         self._limits = limits
         self._feeds: dict[int, set[Subscription]] = {}
         self._rings: dict[int, asyncio.Future[None]] = {}
+        self._watching = asyncio.Event()  # set while what happens is told; nobody looks while nobody waits
+
+    async def watching(self) -> None:
+        """From now on nothing that happens is missed by who has a subscription."""
+        if not self._watching.is_set():
+            self._committed.ring()
+            await self._watching.wait()
 
     @contextmanager
     def subscription(self, tenant: int) -> Iterator[Subscription]:
@@ -4018,7 +4025,9 @@ class News:
                 self._feeds.pop(tenant, None)
 
     def ring(self, tenant: int) -> asyncio.Future[None]:
-        """Done when something has happened in the tenant. Whoever looks for something takes it before the look."""
+        """Done when something may have happened in the tenant. Whoever looks for something takes it before the look."""
+        if not self._watching.is_set():
+            self._committed.ring()
         return self._rings.setdefault(tenant, asyncio.get_running_loop().create_future())
 
     def wake_all(self) -> None:
@@ -4030,7 +4039,7 @@ class News:
                 feed.ring.set()
 
     async def run(self) -> None:
-        last = await self._read.newest()
+        last: int | None = None
         while True:
             ring = self._committed.next
             try:
@@ -4039,12 +4048,16 @@ class News:
                 log.warning("cannot look for what happened: %s", error)
             await Bell.heard(ring, self._limits.feed_seconds)
 
-    async def _tell(self, last: int) -> int:
-        """Tell what happened after an event; the id of the newest."""
+    async def _tell(self, last: int | None) -> int | None:
+        """Tell what happened after an event; the id of the newest, None while nobody waits for any."""
         if not (self._feeds or self._rings):
-            newest = await self._read.newest()
-            if not (self._feeds or self._rings):  # whoever has come meanwhile is to be told
-                return newest
+            self._watching.clear()
+            return None
+        if last is None:
+            last = await self._read.newest()
+            for tenant in list(self._rings):  # what they wait for may have happened before
+                self._rings.pop(tenant).set_result(None)
+            self._watching.set()
         while events := await self._read.after(last, self._limits.feed_events):
             for tenant, number, kind, text in events:
                 if feeds := self._feeds.get(tenant):
@@ -5692,6 +5705,7 @@ async def push_many(call: Call) -> web.StreamResponse:
 async def feed_pieces(platform: Platform, tenant: int, feed: Subscription, last: int) -> AsyncIterator[bytes]:
     """The events after the last one seen, as they come; a comment where there is none for a while. Ends with the server."""
     limits = platform.limits
+    await platform.news.watching()
     while not platform.registry.closing.is_set():
         if feed.behind:
             feed.catch_up()
