@@ -126,13 +126,14 @@ class Plant:
 
     async def connect(self) -> Device:
         """An open socket on which nothing has been said."""
-        return Device(await self.client.ws_connect(self.url + "/device", protocols=("iiot.v1",), max_msg_size=0, autoclose=True))
+        link = await self.client.ws_connect(self.url + "/device", protocols=("iiot.v1",), max_msg_size=0, autoclose=True)
+        self._devices.append(Device(link))
+        return self._devices[-1]
 
     async def device(self, name: str, **hello: Any) -> Device:
         """A device with an open session; registered if it is new."""
         token = self.tokens.get(name) or await self.register(name)
-        self._devices.append(await self.connect())
-        return await self._devices[-1].hello(token, **hello)
+        return await (await self.connect()).hello(token, **hello)
 
     async def points(self, name: str, metric: str, more: str = "") -> list[list[Any]]:
         """Every point of a metric that one page holds."""
