@@ -866,28 +866,23 @@ class Codec:
         except Exception as error:  # field_errors knows them all, and has a text for the rest
             raise Refusal(code, *islice(field_errors(error), self._limits.field_errors)) from error
 
-    def seq_of(self, data: bytes) -> int | None:
+    def seq_of(self, data: bytes) -> tuple[int | None, bool]:
         """The number of a frame that is wrong, as the device wrote it: any integer. In text that is no JSON it is taken from where
-        `seq` stands with a number, if it stands with no other one too."""
+        `seq` stands with a number, if it stands with no other one too. And whether it can be the frame's own: a number of a frame,
+        which stands in the frame itself, not in what it holds."""
         try:
             seq = self._object(data).get("seq")
         except Refusal:
-            seq = None
+            seq, head = None, INNER.split(data.lstrip(b" \t\r\n\xef\xbb\xbf{"), 1)[0]
         else:
             if type(seq) is not float:  # orjson makes one of an integer of more than 64 bits
-                return seq if type(seq) is int else None
+                return (seq, 0 < seq < INTEGERS) if type(seq) is int else (None, False)
+            head = b""
         written = set(SEQ_TEXT.findall(data))
-        return int(written.pop()) if len(written) == 1 else None
-
-    def is_certain(self, data: bytes, seq: int) -> bool:
-        """Whether this is the number of a frame that is wrong, and can be one: it stands in the frame itself, not in what it holds."""
-        if not 0 < seq < INTEGERS:
-            return False
-        try:
-            return self._object(data).get("seq") == seq
-        except Refusal:
-            head = INNER.split(data.lstrip(b" \t\r\n\xef\xbb\xbf{"), 1)[0]
-            return SEQ_TEXT.findall(head) == [str(seq).encode()]
+        if len(written) != 1:
+            return None, False
+        number = int(written.pop())
+        return number, 0 < number < INTEGERS and SEQ_TEXT.findall(head) == [str(number).encode()]
 
     def _object(self, data: bytes) -> dict[str, Any]:
         try:
@@ -4319,37 +4314,14 @@ class ConfigClock:
                 log.warning("cannot mark configurations whose verdict did not come: %s", error)
 
 
-class LogKeeper:
-    """Keeps the write-ahead log short."""
-
-    def __init__(self, store: Store, limits: Limits) -> None:
-        self._store = store
-        self._most = limits.log_bytes
-        self._seconds = limits.log_look_seconds
-
-    async def run(self) -> None:
-        while True:
-            await asyncio.sleep(self._seconds)
-            try:
-                await self._store.keep_log_short(self._most)
-            except (OSError, sqlite3.Error) as error:  # the next look may do better
-                log.warning("cannot start the write-ahead log over: %s", error)
-
-
-class SaltClock:
-    """Gives the database another salt every few minutes."""
-
-    def __init__(self, store: Store, limits: Limits) -> None:
-        self._store = store
-        self._seconds = limits.salt_seconds
-
-    async def run(self) -> None:
-        while True:
-            await asyncio.sleep(self._seconds)
-            try:
-                await self._store.renew_salt()
-            except (OSError, sqlite3.Error) as error:  # the salts that were there are still right
-                log.warning("cannot renew the salt of the write-ahead log: %s", error)
+async def every(seconds: float, purpose: str, work: Callable[[], Awaitable[object]]) -> None:
+    """Do something again and again, with a pause before each. What fails is logged, and the next time may do better."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work()
+        except (OSError, sqlite3.Error) as error:
+            log.warning("cannot %s: %s", purpose, error)
 
 
 class Supervisor:
@@ -4767,9 +4739,9 @@ class Intake:
 
     def _bad_frame(self, refusal: Refusal, data: bytes) -> None:
         """Say what is wrong with a frame; it is consumed, so that the device does not send it for ever."""
-        seq = self._codec.seq_of(data)
+        seq, own = self._codec.seq_of(data)
         self.refuse(refusal, seq)
-        if seq is not None and 0 < seq - self._taken <= self._limits.seq_leap and self._codec.is_certain(data, seq):
+        if seq is not None and own and 0 < seq - self._taken <= self._limits.seq_leap:
             self._frame_taken(seq, now_ms(), 0, 0)
 
     def refuse(self, refusal: Refusal, seq: int | None) -> None:
@@ -6152,9 +6124,10 @@ async def run_platform(app: web.Application, settings: Settings, limits: Limits)
         supervisor.start("config clock", ConfigClock(store.writer, limits).run())
         supervisor.start("cleaner", cleaner.run())
         supervisor.start("news", news.run())
-        supervisor.start("log keeper", LogKeeper(store, limits).run())
+        shorten = functools.partial(store.keep_log_short, limits.log_bytes)
+        supervisor.start("log keeper", every(limits.log_look_seconds, "start the write-ahead log over", shorten))
         supervisor.start("audit of refused actions", identity.refused.run())
-        supervisor.start("salt clock", SaltClock(store, limits).run())
+        supervisor.start("salt clock", every(limits.salt_seconds, "renew the salt of the write-ahead log", store.renew_salt))
         try:
             yield
         finally:
