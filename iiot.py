@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextvars
 import errno
 import functools
 import getpass
@@ -69,7 +70,9 @@ from typing import Any, Final, NewType, NoReturn, Protocol, TypeVar, cast
 import aiosqlite
 import attrs
 import orjson
-from aiohttp import HttpVersion11, WebSocketError, WSMessage, WSMsgType, hdrs, web
+from aiohttp import EofStream, HttpVersion11, WebSocketError, WSMessage, WSMsgType, hdrs, web
+from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
+from aiohttp.base_protocol import BaseProtocol
 from cattrs import Converter, IterableValidationError
 from cattrs.errors import (
     AttributeValidationNote,
@@ -3880,29 +3883,148 @@ class TenantUse:
         return 0.0 if self.points < self.points_most else ((self.day + 1) * DAY - now) / 1000
 
 
+class Phase(Protocol):
+    """How far a device's connection has come, where that is to be told of its end."""
+
+    def ended(self, code: str) -> None:
+        """The connection is over, for this reason."""
+
+
+READ_BYTES: Final = 64 * 1024  # of messages that wait to be read from a link, before the connection is not read any more
+
+
+class Link(BaseProtocol):
+    """A device's WebSocket once its HTTP is over: aiohttp's reader of messages on the bare connection, which keeps a quarter of
+    what aiohttp's own WebSocket keeps of each.
+
+    Sends are never awaited: a peer that does not read what it is sent is dropped.
+    """
+
+    __slots__ = (
+        "_limits", "_lost", "_queue", "_reader", "_release", "_stopping", "address", "began", "ended", "heard", "phase", "pinged",
+        "reading", "use",
+    )  # fmt: skip
+
+    def __init__(
+        self, transport: asyncio.Transport, address: str, limits: Limits, stopping: asyncio.Event, release: Callable[[], None]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(loop)
+        self.transport = transport
+        self._upgraded = True  # no HTTP is parsed: what `BaseProtocol` asks before it holds the connection
+        self._queue = WebSocketDataQueue(self, READ_BYTES, loop=loop)
+        # One byte more than a frame may have: aiohttp refuses a frame of this size itself.
+        self._reader = WebSocketReader(self._queue, limits.frame_bytes + 1, compress=False, decode_text=False)
+        self._limits = limits
+        self._stopping = stopping
+        self._release = release
+        self._lost: asyncio.Future[None] | None = None  # made when it is waited for
+        self.address = address
+        self.ended = ""  # why, once it has
+        self.phase: Phase | None = None
+        self.use: TenantUse | None = None  # once it is known which device this is
+        self.began = self.heard = loop.time()
+        self.pinged = False
+        self.reading = True  # whether the server takes what the device sends; if not, its silence is the server's
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = self._loop.time()  # a long frame on a slow line is life, before it is whole
+        self._reader.feed_data(data)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._release()
+        self._reader.feed_eof()
+        super().connection_lost(exc)
+        if self._lost is not None:
+            self._lost.set_result(None)
+
+    @property
+    def is_closing(self) -> bool:
+        return self.transport is None or self.transport.is_closing()
+
+    async def read(self) -> WSMessage | None:
+        """The next message; None after the last, and then `ended` says why it was the last."""
+        try:
+            message = cast(WSMessage, await self._queue.read())
+        except EofStream:
+            self.sign_off("connection_lost")
+            return None
+        except WebSocketError as error:
+            broken = (fault.code for fault in FAULTS.values() if fault.close == error.code)
+            self.end(next(broken, "protocol_error"))
+            await self._wait_until_lost()
+            return None
+        if message.type is not WSMsgType.CLOSE:
+            return message
+        self.end("closed_by_device")
+        return None
+
+    async def close(self) -> None:
+        """End the connection and wait for the device's close frame, or until it is gone. What it sent before that is read and thrown
+        away: a socket that is closed with unread bytes is reset, and the device would never see the close code."""
+        self.end("shutting_down")  # if it has not ended yet
+        while await self.read() is not None:
+            pass
+        if self.transport is not None:
+            self.transport.close()
+
+    def send(self, payload: bytes) -> None:
+        """Send a text frame, or drop the peer that has not read the ones before it."""
+        self.send_frame(WSMsgType.TEXT, payload)
+
+    def ping(self) -> None:
+        self.send_frame(WSMsgType.PING, b"")
+
+    def send_frame(self, opcode: int, payload: bytes) -> None:
+        if not self.ended:
+            self._write(opcode, payload)
+
+    def end(self, code: str) -> None:
+        """Close with a code and its reason; whoever reads the link reads the answer to it."""
+        if self.ended:
+            return
+        self.sign_off(code)
+        fault = FAULTS[code]
+        self._write(WSMsgType.CLOSE, struct.pack("!H", fault.close) + fault.message.encode())
+        seconds = self._limits.stop_close_seconds if self._stopping.is_set() else self._limits.close_seconds
+        if self.transport is not None:
+            self._loop.call_later(seconds, self.transport.abort)
+
+    def abort(self, code: str) -> None:
+        """Break the connection: the peer does not read, or is gone."""
+        self.sign_off(code)
+        if self.transport is not None:
+            self.transport.abort()
+
+    def sign_off(self, code: str) -> None:
+        """It is over, from this moment and for this reason; the socket may take longer."""
+        if not self.ended:
+            self.ended = code
+            phase, self.phase = self.phase, None
+            if phase is not None:
+                phase.ended(code)
+
+    def _write(self, opcode: int, payload: bytes) -> None:
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        transport.write(websocket_frame(opcode, payload))
+        if transport.get_write_buffer_size() > self._limits.outbox_bytes:
+            self.abort("too_slow")
+
+    async def _wait_until_lost(self) -> None:
+        if self.transport is not None:
+            self._lost = self._loop.create_future()
+            await self._lost
+
+
 class Live(Protocol):
-    """What the registry needs of a session."""
+    """A session that was welcomed, as the registry knows it."""
 
-    address: str
-    began: float
-    heard: float
-    pinged: bool
-    use: TenantUse
+    link: Link
 
-    @property
-    def reading(self) -> bool:
-        """Whether the server takes what the device sends; if not, its silence is the server's."""
-
-    @property
-    def welcomed(self) -> bool:
-        """Whether the device knows that it is connected: nothing is sent to it before."""
-
-    def send(self, payload: bytes) -> None: ...
     def send_config(self, version: int, document: bytes) -> bool: ...
-    def ping(self) -> None: ...
     def wake(self) -> None: ...
-    def end(self, code: str) -> None: ...
-    def abort(self, code: str) -> None: ...
 
 
 class Running:
@@ -4069,16 +4191,19 @@ FEED_END_SECONDS: Final = 1.0  # for a live feed to write what it is at, when th
 
 
 class Registry:
-    """All open device sockets, and the one live session of each device."""
+    """All links of devices; by device the one link that may speak for it, and once that was welcomed, its session. Nobody
+    reaches a device that was not welcomed."""
 
     def __init__(self, limits: Limits) -> None:
-        self.sockets: set[Live] = set()
+        self.links: dict[Link, asyncio.Task[None]] = {}
         self.closing = asyncio.Event()
+        self._context = contextvars.Context()  # of no request: a session outlives the one that began it
         self._fought_seconds = limits.fought_seconds
         self._conflict_retry_seconds = limits.conflict_retry_seconds
         self._openings = Buckets(limits.sessions, float(limits.sessions), limits.notices)
         self._fights = Buckets(limits.fights, 3_600.0, limits.notices, strict=True)
         self._notices = Buckets(1, limits.notice_seconds, limits.notices)
+        self._places: dict[int, Link] = {}
         self._live: dict[int, Live] = {}
         self._uses: dict[int, TenantUse] = {}
         self._quotas: dict[int, tuple[int, int]] = {}  # those that were set since the start
@@ -4086,6 +4211,11 @@ class Registry:
         self._running: set[Running] = set()
         self._feeds: set[asyncio.Transport | None] = set()
         self._held: dict[int, int] = {}  # how often
+
+    def serve(self, link: Link, conversation: Coroutine[Any, Any, None]) -> None:
+        """Begin a conversation, and keep it until it is over."""
+        task = self.links[link] = asyncio.get_running_loop().create_task(conversation, context=self._context)
+        task.add_done_callback(lambda _: self.links.pop(link))
 
     @contextmanager
     def held(self, device_id: int) -> Iterator[None]:
@@ -4164,40 +4294,44 @@ class Registry:
         use = self._uses.get(tenant_id)
         if use is not None:
             use.connections_most, use.points_most = connections, points
-            for session in self._of_tenant(tenant_id):
+            for session in [session for session in self._live.values() if session.link.use is use]:
                 session.wake()
 
-    def take_over(self, device_id: int, session: Live) -> None:
-        """`session` speaks for the device from now on; the one before it is superseded. Refusal: too_many_connected;
+    def take_over(self, device_id: int, link: Link, use: TenantUse) -> None:
+        """`link` speaks for the device from now on; the one before it is superseded. Refusal: too_many_connected;
         session_conflict, when young sessions of the device were superseded again and again; too_many_sessions."""
-        before = self._live.get(device_id)
+        before = self._places.get(device_id)
         if wait := self._openings.add(str(device_id)):
             raise Refusal("too_many_sessions", retry_after=math.ceil(wait))
-        if before is None and session.use.connections >= session.use.connections_most:
+        if before is None and use.connections >= use.connections_most:
             raise Refusal("too_many_connected")
         if before is not None:
-            if session.began - before.began < self._fought_seconds and self._fights.add(str(device_id)):
+            if link.began - before.began < self._fought_seconds and self._fights.add(str(device_id)):
                 raise Refusal("session_conflict", retry_after=self._conflict_retry_seconds)
             before.end("superseded")
+        self._places[device_id], link.use = link, use
+        use.connections += 1
+
+    def welcome(self, device_id: int, session: Live) -> None:
+        """The device knows that it is connected: from now on it can be reached."""
         self._live[device_id] = session
-        session.use.connections += 1
 
-    def leave(self, device_id: int, session: Live) -> None:
-        if self._live.get(device_id) is session:
-            del self._live[device_id]
-            session.use.connections -= 1
+    def leave(self, device_id: int, link: Link) -> None:
+        if self._places.get(device_id) is link and link.use is not None:
+            del self._places[device_id]
+            self._live.pop(device_id, None)
+            link.use.connections -= 1
 
-    def _of_tenant(self, tenant_id: int) -> list[Live]:
-        return [session for session in self._live.values() if session.use.tenant_id == tenant_id]
+    def _links_of(self, tenant_id: int) -> list[Link]:
+        return [link for link in self._places.values() if link.use is not None and link.use.tenant_id == tenant_id]
 
     def is_live(self, device_id: int) -> bool:
-        session = self._live.get(device_id)
-        return session is not None and session.welcomed
+        return device_id in self._live
 
     def address_of(self, device_id: int) -> str | None:
         """From where the device's session comes, None without one."""
-        session = self._live.get(device_id)
-        return None if session is None else session.address
+        link = self._places.get(device_id)
+        return None if link is None else link.address
 
     def is_news(self, device_id: int, kind: str) -> bool:
         """Whether this was not said of the device within the last hour."""
@@ -4206,9 +4340,9 @@ class Registry:
     def send(self, device_id: int, payload: bytes) -> bool:
         """Send to a device; False when it is not connected."""
         session = self._live.get(device_id)
-        if session is None or not session.welcomed:
+        if session is None:
             return False
-        session.send(payload)
+        session.link.send(payload)
         return True
 
     def send_config(self, device_id: int, version: int, document: bytes) -> bool:
@@ -4217,10 +4351,10 @@ class Registry:
         return session is not None and session.send_config(version, document)
 
     def end(self, device_id: int, code: str) -> None:
-        """End a device's session, if there is one."""
-        session = self._live.get(device_id)
-        if session is not None:
-            session.end(code)
+        """End a device's session, if there is one, or the one that is about to begin."""
+        link = self._places.get(device_id)
+        if link is not None:
+            link.end(code)
 
     def end_tenant(self, tenant_id: int) -> None:
         """A tenant was removed: end its sessions and requests."""
@@ -4230,23 +4364,32 @@ class Registry:
         for running in self._running:
             if running.tenant_id == tenant_id:
                 running.end()
-        for session in self._of_tenant(tenant_id):
-            session.end("tenant_removed")
+        for link in self._links_of(tenant_id):
+            link.end("tenant_removed")
 
     def end_all(self, code: str) -> None:
         """The server stops: end every session, and every feed with the next ring, or soon if its client does not read."""
         self.closing.set()
         asyncio.get_running_loop().call_later(FEED_END_SECONDS, self._abort_feeds)
-        for session in list(self.sockets):
-            session.end(code)
+        for link in list(self.links):
+            link.end(code)
+
+    async def wait_until_left(self, seconds: float) -> None:
+        """Until every link is closed; those that are still open after so many seconds are cut."""
+        if self.links:
+            _, late = await asyncio.wait(self.links.values(), timeout=seconds)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
     def _abort_feeds(self) -> None:
         for transport in self._feeds:
             if transport is not None:
                 transport.abort()
 
-    def live(self) -> Iterable[tuple[int, Live]]:
-        return self._live.items()
+    def heard_since(self, moment: float) -> dict[int, float]:
+        """By device, when it was last heard, of those that were heard after a moment of the loop's clock."""
+        return {device_id: session.link.heard for device_id, session in self._live.items() if session.link.heard > moment}
 
 
 class Heartbeat:
@@ -4275,21 +4418,21 @@ class Heartbeat:
 
     def _sweep(self, now: float, late: float) -> None:
         """`late`: how long this process itself stood still; a device is not to blame for that."""
-        for session in list(self._registry.sockets):
-            session.heard += late
-            silent = now - session.heard
-            if silent < self._seconds or not session.reading:
-                session.pinged = False
-            elif not session.pinged:
-                session.pinged = True
-                session.ping()
+        for link in list(self._registry.links):
+            link.heard += late
+            silent = now - link.heard
+            if silent < self._seconds or not link.reading:
+                link.pinged = False
+            elif not link.pinged:
+                link.pinged = True
+                link.ping()
             elif silent >= self._seconds + self._grace:
-                session.abort("unresponsive")
+                link.abort("unresponsive")
 
     def _record(self, now: float, since: float) -> None:
         """Store when silent devices were last heard; those that send are stored with their frames."""
         wall = now_ms()
-        seen = {device: wall - round((now - session.heard) * 1000) for device, session in self._registry.live() if session.heard > since}
+        seen = {device: wall - round((now - heard) * 1000) for device, heard in self._registry.heard_since(since).items()}
         if seen:
             self._writer.seen(seen)
 
@@ -4397,37 +4540,6 @@ class Cleaner:
 # ==== Sessions ====
 # Owns: one device's WebSocket from hello to close. Must not know: other devices.
 
-CLOSED: Final = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
-
-
-class DeviceSocket(web.WebSocketResponse):
-    """The WebSocket of a device.
-
-    On a protocol error or a frame too big aiohttp closes it by itself, without a reason text and with bytes of the device
-    unread: then the kernel resets the connection and the close frame is lost. So first wait until the device has gone.
-    """
-
-    def __init__(self, limits: Limits) -> None:
-        super().__init__(
-            protocols=("iiot.v1",), autoclose=False, autoping=False, compress=False, decode_text=False,
-            max_msg_size=limits.frame_bytes + 1,  # aiohttp refuses a frame of this size itself
-        )
-        self._close_seconds = limits.close_seconds
-        self.refused = ""  # the fault for which aiohttp closed it
-
-    async def close(self, *, code: int = 1000, message: bytes = b"", drain: bool = True) -> bool:
-        fault = next((fault for fault in FAULTS.values() if fault.close == code), None)
-        transport = self._req.transport if self._req is not None else None
-        if fault is not None and transport is not None and not self.closed:
-            self.refused = fault.code
-            transport.write(websocket_frame(WSMsgType.CLOSE, struct.pack("!H", code) + fault.message.encode()))
-            until = time.monotonic() + self._close_seconds
-            while not transport.is_closing() and time.monotonic() < until:  # noqa: ASYNC110 - nothing else tells of it
-                await asyncio.sleep(0.05)
-            transport.abort()
-        return await super().close(code=code, message=message, drain=drain)
-
-
 @attrs.frozen
 class Platform:
     """What a session and a request work with."""
@@ -4459,6 +4571,8 @@ def errors_text(frame: ConfigStatus, most: int) -> str | None:
 class Tally:
     """Counts what happens, minute by minute."""
 
+    __slots__ = ("_count", "_since")
+
     def __init__(self) -> None:
         self._since = 0.0
         self._count = 0
@@ -4471,16 +4585,15 @@ class Tally:
         return self._count
 
 
-async def first_frame(socket: DeviceSocket, codec: Codec, limits: Limits, send_frame: Callable[[int, bytes], None]) -> Frame:
+async def first_frame(link: Link, codec: Codec, limits: Limits) -> Frame:
     """The next frame of a device that is not known yet. Refusal: bad_handshake, frame_too_big, closed_by_device, invalid."""
-    while True:
-        message = await socket.receive()
-        if message.type in CLOSED:
-            raise Refusal("closed_by_device")
+    while (message := await link.read()) is not None:
         if message.type == WSMsgType.PING:
-            send_frame(WSMsgType.PONG, message.data)
+            link.send_frame(WSMsgType.PONG, message.data)
         elif message.type != WSMsgType.PONG:
             break
+    if message is None:
+        raise Refusal("closed_by_device")
     if message.type != WSMsgType.TEXT:
         raise Refusal("bad_handshake")
     if len(message.data) > limits.hello_bytes:
@@ -4493,20 +4606,17 @@ async def first_frame(socket: DeviceSocket, codec: Codec, limits: Limits, send_f
         raise Refusal("bad_handshake") from refusal
 
 
-async def handshake(
-    platform: Platform, socket: DeviceSocket, address: str, send_frame: Callable[[int, bytes], None]
-) -> tuple[DeviceToken, Hello]:
+async def handshake(platform: Platform, link: Link) -> tuple[DeviceToken, Hello]:
     """Who is there. Refusal: bad_handshake, unauthorized, too_many_attempts, device_exists, too_many_devices, or what is wrong
     with the frame."""
-    next_frame = functools.partial(first_frame, socket, platform.codec, platform.limits, send_frame)
+    next_frame = functools.partial(first_frame, link, platform.codec, platform.limits)
     frame = await next_frame()
     if isinstance(frame, Provision):
-        credentials = await platform.identity.provision(frame, address)
-        send_frame(WSMsgType.TEXT, encode(credentials))
+        link.send(encode(await platform.identity.provision(frame, link.address)))
         frame = await next_frame()
     if not isinstance(frame, Hello):
         raise Refusal("bad_handshake")
-    return await platform.identity.device(frame.token, address), frame
+    return await platform.identity.device(frame.token, link.address), frame
 
 
 class Stamps:
@@ -4516,6 +4626,8 @@ class Stamps:
     one metric runs ahead of the clock until the clock has caught up. A stamp that is further ahead than a burst can lead was
     given while the clock was wrong; it does not count.
     """
+
+    __slots__ = ("_floor", "_last", "_most_ahead", "newest")
 
     def __init__(self, newest: int, most_ahead: int, ahead: Mapping[str, int] | None = None) -> None:
         """`newest`: the newest stamp that the device was given before; `ahead`: by metric, the times of points that are ahead of the
@@ -4586,23 +4698,22 @@ class Throttle:
             self._timer = None
 
 
-class Line(Protocol):
-    """The connection of a device, below WebSocket."""
-
-    heard: float  # when the last bytes came, by the loop's clock
-
-
 class Owner(Committed, Protocol):
     """The session whose frames an intake takes."""
 
-    def send(self, payload: bytes) -> None: ...
-    def end(self, code: str) -> None: ...
+    link: Link
+
     def notice(self, kind: str, **detail: object) -> bool: ...
 
 
 class Intake:
     """What a device sends in one session, on its way to the writer: every frame number once, and not more points than its tenant
     may store."""
+
+    __slots__ = (
+        "_bad_frames", "_codec", "_device_id", "_duplicates", "_durable", "_frames", "_frames_stored", "_limits", "_owner",
+        "_progress_key", "_series", "_session", "_stamps", "_taken", "_throttle", "_use", "_writer",
+    )  # fmt: skip
 
     def __init__(self, platform: Platform, owner: Owner, device_id: int, use: TenantUse, opened: Opened) -> None:
         self._limits = platform.limits
@@ -4656,7 +4767,7 @@ class Intake:
 
     def _throttled(self) -> Throttle:
         if self._throttle is None:
-            self._throttle = Throttle(self._use, self._take, self._owner.send)
+            self._throttle = Throttle(self._use, self._take, self._owner.link.send)
         return self._throttle
 
     def _take(self, data: bytes) -> None:
@@ -4735,7 +4846,7 @@ class Intake:
         if self._duplicates >= self._limits.duplicates:
             self._owner.notice("duplicates", seq=seq, highest=self._taken)
         if seq <= self._durable:
-            self._owner.send(encode_ack(self._durable))
+            self._owner.link.send(encode_ack(self._durable))
 
     def _bad_frame(self, refusal: Refusal, data: bytes) -> None:
         """Say what is wrong with a frame; it is consumed, so that the device does not send it for ever."""
@@ -4745,263 +4856,226 @@ class Intake:
             self._frame_taken(seq, now_ms(), 0, 0)
 
     def refuse(self, refusal: Refusal, seq: int | None) -> None:
-        self._owner.send(encode_refusal(refusal, seq))
+        self._owner.link.send(encode_refusal(refusal, seq))
         if self._bad_frames.add(asyncio.get_running_loop().time()) >= self._limits.bad_frames_per_minute:
-            self._owner.end("too_many_bad_frames")
+            self._owner.link.end("too_many_bad_frames")
+
+
+def enter_notice(platform: Platform, device_id: int, kind: str, **detail: object) -> bool:
+    """Enter something in a device's timeline, unless that was done within the last hour; whether it was entered now."""
+    news = platform.registry.is_news(device_id, kind)
+    if news:
+        platform.store.writer.happened(device_id, kind, **detail)
+    return news
 
 
 class Session:
-    """One device's connection.
+    """A device that was welcomed: from now on it can be reached, and what it sends is stored."""
 
-    Rows go to the writer and are acknowledged when it says so; sends go straight to the transport and are never awaited.
-    A device that does not read what it is sent is dropped.
-    """
+    __slots__ = ("_changed", "_config_sent", "_device_id", "_intake", "_number", "_platform", "link")
 
-    def __init__(self, platform: Platform, socket: DeviceSocket, transport: asyncio.Transport, line: Line, address: str) -> None:
+    def __init__(self, platform: Platform, link: Link, token: DeviceToken, use: TenantUse, opened: Opened) -> None:
         self._platform = platform
-        self._socket = socket
-        self._transport = transport
-        self._line = line
-        self._writer = platform.store.writer
-        self.address = address
-        self._device_id = 0
-        self._number = 0
-        self._intake: Intake | None = None  # once the device is known
-        self.welcomed = False
-        self._config_sent = 0  # the highest version that went out in this session
-        self._room = asyncio.Event()
-        self._ended = ""  # why, once it has
-        self.use = TenantUse(0, 0, 0)  # until it is known which device this is
-        self.reading = True
-        self.pinged = False
-        self.began = asyncio.get_running_loop().time()
-
-    @property
-    def heard(self) -> float:
-        """When the last bytes came, by the loop's clock: a long frame on a slow line is life, before it is whole."""
-        return self._line.heard
-
-    @heard.setter
-    def heard(self, moment: float) -> None:
-        self._line.heard = moment
-
-    async def serve(self) -> None:
-        """From hello to close."""
-        registry, limits = self._platform.registry, self._platform.limits
-        registry.sockets.add(self)
-        try:
-            if len(registry.sockets) > limits.connections:
-                raise Refusal("too_many_connections")
-            async with asyncio.timeout(limits.hello_seconds):
-                token, hello = await handshake(self._platform, self._socket, self.address, self._send_frame)
-            await self._converse(await self._open(token, hello))
-        except TimeoutError:
-            self.end("handshake_timeout")
-        except Refusal as refusal:
-            if refusal.fault.close != FAULTS["closed_by_device"].close:
-                self.send(encode_refusal(refusal, None))
-            self.end(refusal.fault.code)
-        except Exception:  # a defect must not take the server with it
-            log.exception("session of %s failed", self.address)
-            self.end("server_fault")
-        finally:
-            await self._leave()
-
-    async def _open(self, token: DeviceToken, hello: Hello) -> Intake:
-        """Take the device over and welcome it, once all that its earlier session queued is on disk."""
+        self.link = link
         self._device_id = token.device_id
-        self.use = self._platform.registry.use_of(token, default_quotas(self._platform.settings))
-        await self._take_over(token)
-        agent = hello.agent and hello.agent[: self._platform.limits.shown_characters]
-        opened = await self._writer.change(
-            lambda connection: open_session(connection, token.device_id, token.token_id, self.address, agent)
-        )
         self._number = opened.session
-        self._intake = Intake(self._platform, self, self._device_id, self.use, opened)
-        if self._ended:  # superseded meanwhile
-            self._record_parting()
-        else:
-            heartbeat = self._platform.settings.heartbeat
-            config = opened.config
-            self.send(encode(Welcome(token.device, token.tenant, opened.session, opened.seq, format_time(now_ms()), heartbeat, config)))
-            self.welcomed = True
-            if config is not None:
-                self._config_sent = config.version
-                self._writer.config_sent(self._device_id, config.version)
-            self._intake.look_again()
-        return self._intake
+        self._intake = Intake(platform, self, token.device_id, use, opened)
+        self._config_sent = 0  # the highest version that went out in this session
+        self._changed: asyncio.Future[None] | None = None  # made when it is waited for
 
-    async def _take_over(self, token: DeviceToken) -> None:
-        """Refusal: too_many_connected, session_conflict, too_many_sessions. A client without patience is kept for a moment."""
-        registry = self._platform.registry
-        try:
-            registry.take_over(token.device_id, self)
-        except Refusal as refusal:
-            if refusal.fault.code == "session_conflict":
-                other = registry.address_of(token.device_id)
-                if self.notice("conflict", address=self.address, session_address=other):
-                    log.warning("%s: clients at %s and %s use one token", token.device, self.address, other)
-            if refusal.retry_after is not None:
-                await asyncio.sleep(self._platform.limits.conflict_seconds)
-            raise
+    def begin(self, welcome: Welcome) -> None:
+        """Nothing reaches the device before its welcome, and everything after it."""
+        self.link.phase = self
+        self.link.send(encode(welcome))
+        self._platform.registry.welcome(self._device_id, self)
+        if welcome.config is not None:
+            self._config_sent = welcome.config.version
+            self._platform.store.writer.config_sent(self._device_id, welcome.config.version)
+        self._intake.look_again()
 
-    async def _converse(self, intake: Intake) -> None:
-        """Take frames until the socket closes. After our own close frame the rest is read and thrown away: a socket closed
-        with unread bytes is reset, and the device would never see the close code."""
-        receive, limits = self._socket.receive, self._platform.limits
+    async def converse(self) -> None:
+        """Take frames until the connection is over."""
+        link, intake, limits, writer = self.link, self._intake, self._platform.limits, self._platform.store.writer
         most, turn, long, taken = limits.unacknowledged_frames, limits.frames_per_turn, limits.frame_bytes_per_turn, 0
-        while (message := await receive()).type not in CLOSED:
-            if message.type == WSMsgType.TEXT and self._writer.full:  # by other sessions, which had their turn before
-                await self._wait_for_room(intake)
+        while (message := await link.read()) is not None:
+            if message.type == WSMsgType.TEXT and writer.full:  # by other sessions, which had their turn before
+                await self._wait_for_room()
             if self._platform.registry.is_held(self._device_id):
                 await self._wait_while(lambda: self._platform.registry.is_held(self._device_id))
-            if self._ended:
+            if link.ended:
                 continue
-            self._take(message, intake)
+            self._take(message)
             taken += 1 + len(message.data) // long
-            if self._writer.full or intake.waiting >= most:
-                await self._wait_for_room(intake)
+            if writer.full or intake.waiting >= most:
+                await self._wait_for_room()
             elif intake.held > limits.held_bytes:
                 await self._wait_while(lambda: intake.held > limits.held_bytes)
             elif taken >= turn:
                 taken = 0
                 await asyncio.sleep(0)
-        if message.type == WSMsgType.CLOSE:
-            self.end("closed_by_device")
-        else:
-            broken = isinstance(message.data, WebSocketError)
-            self._sign_off(self._socket.refused or ("protocol_error" if broken else "connection_lost"))
 
-    def _take(self, message: WSMessage, intake: Intake) -> None:
+    def _take(self, message: WSMessage) -> None:
         if message.type == WSMsgType.TEXT:
-            intake.take(cast(bytes, message.data))
+            self._intake.take(cast(bytes, message.data))
         elif message.type == WSMsgType.PING:
-            self._send_frame(WSMsgType.PONG, message.data)
+            self.link.send_frame(WSMsgType.PONG, message.data)
         elif message.type == WSMsgType.BINARY:
-            intake.refuse(Refusal("not_binary"), None)
+            self._intake.refuse(Refusal("not_binary"), None)
 
-    async def _wait_for_room(self, intake: Intake) -> None:
+    async def _wait_for_room(self) -> None:
         """Read no more until the writer has caught up: the device's own sends come to a stand, and nothing is dropped."""
-        self.reading = False
+        writer, limits = self._platform.store.writer, self._platform.limits
+        self.link.reading = False
         try:
-            async with asyncio.timeout(self._platform.limits.storage_seconds):
-                while self._writer.full:  # sessions that waited before may have taken it all
-                    await self._writer.room()
-                while intake.waiting >= self._platform.limits.unacknowledged_frames and not self._ended:
-                    self._room.clear()
-                    await self._room.wait()
+            async with asyncio.timeout(limits.storage_seconds):
+                while writer.full:  # sessions that waited before may have taken it all
+                    await writer.room()
+                while self._intake.waiting >= limits.unacknowledged_frames and not self.link.ended:
+                    await self._next_change()
         except TimeoutError:
-            self.end("storage_unavailable")
+            self.link.end("storage_unavailable")
         finally:
-            self.reading = True
-            self.heard = asyncio.get_running_loop().time()
+            self._read_again()
 
     async def _wait_while(self, held: Callable[[], bool]) -> None:
         """Read no more from the device for as long as it is held: by its tenant's quota, although it was told, or by a removal of
         readings. Pings go on: a device that was unplugged does not confirm their bytes, and the system gives its connection up."""
-        self.reading = False
-        while held() and not self._ended:
-            if self._transport.is_closing():
-                self._sign_off("connection_lost")
-            self._room.clear()
+        self.link.reading = False
+        while held() and not self.link.ended:
+            if self.link.is_closing:
+                self.link.sign_off("connection_lost")
             try:
                 async with asyncio.timeout(self._platform.settings.heartbeat / 4):
-                    await self._room.wait()
+                    await self._next_change()
             except TimeoutError:
-                self.ping()
-        self.reading = True
-        self.heard = asyncio.get_running_loop().time()
+                self.link.ping()
+        self._read_again()
+
+    def _read_again(self) -> None:
+        self.link.reading = True
+        self.link.heard = asyncio.get_running_loop().time()
+
+    async def _next_change(self) -> None:
+        """Until frames were stored, a quota was changed, a hold is over, or the connection is."""
+        if not self.link.ended:
+            self._changed = asyncio.get_running_loop().create_future()
+            await self._changed
+
+    def _tell_change(self) -> None:
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
 
     def committed(self, mark: tuple[int, int]) -> None:
         """The writer has every frame up to `mark` on disk."""
-        assert self._intake is not None  # who else handed it over
         self._intake.stored(mark)
-        self._room.set()
-        self.send(encode_ack(mark[0]))
+        self._tell_change()
+        self.link.send(encode_ack(mark[0]))
 
     def not_stored(self) -> None:
-        self.end("storage_unavailable")
+        self.link.end("storage_unavailable")
 
     def refused(self, code: str, seq: int) -> None:
         """The writer could not take a frame; it is consumed."""
-        assert self._intake is not None  # who else handed it over
         self._intake.refuse(Refusal(code), seq)
 
     def notice(self, kind: str, **detail: object) -> bool:
-        """Enter something in the device's timeline, unless that was done within the last hour."""
-        news = self._platform.registry.is_news(self._device_id, kind)
-        if news:
-            self._writer.happened(self._device_id, kind, **detail)
-        return news
+        return enter_notice(self._platform, self._device_id, kind, **detail)
 
     def send_config(self, version: int, document: bytes) -> bool:
-        """Send a configuration, unless a newer one went out, or the welcome is still to come and carries it."""
-        if not self.welcomed or self._ended or version <= self._config_sent:
+        """Send a configuration, unless a newer one went out."""
+        if self.link.ended or version <= self._config_sent:
             return False
         self._config_sent = version
-        self.send(b'{"type":"config","version":%d,"document":%b}' % (version, document))
-        self._writer.config_sent(self._device_id, version)
+        self.link.send(b'{"type":"config","version":%d,"document":%b}' % (version, document))
+        self._platform.store.writer.config_sent(self._device_id, version)
         return True
 
-    def send(self, payload: bytes) -> None:
-        """Send a text frame, or drop the peer that has not read the ones before it."""
-        self._send_frame(WSMsgType.TEXT, payload)
-
-    def ping(self) -> None:
-        self._send_frame(WSMsgType.PING, b"")
-
     def wake(self) -> None:
-        """Its tenant's quota has changed."""
-        if self._intake is not None and not self._ended:
+        """Its tenant's quota has changed, or a hold is over."""
+        if not self.link.ended:
             self._intake.look_again()
-            self._room.set()
+            self._tell_change()
 
-    def _send_frame(self, opcode: int, payload: bytes) -> None:
-        if (self._ended and opcode != WSMsgType.CLOSE) or self._transport.is_closing():
-            return
-        self._transport.write(websocket_frame(opcode, payload))
-        if self._transport.get_write_buffer_size() > self._platform.limits.outbox_bytes:
-            self.abort("too_slow")
+    def ended(self, code: str) -> None:
+        self._tell_change()
+        self._intake.stop()
+        self._platform.registry.leave(self._device_id, self.link)
+        self._platform.store.writer.session_ended(Parting(self._device_id, self._number, now_ms(), code, self.link.address))
 
-    def end(self, code: str) -> None:
-        """Close with a code and its reason; the device's answer to it is read in `_converse` or `_leave`."""
-        if self._ended:
-            return
-        self._sign_off(code)
-        fault = FAULTS[code]
-        self._send_frame(WSMsgType.CLOSE, struct.pack("!H", fault.close) + fault.message.encode())
-        limits, stopping = self._platform.limits, self._platform.registry.closing.is_set()
-        seconds = limits.stop_close_seconds if stopping else limits.close_seconds
-        asyncio.get_running_loop().call_later(seconds, self._transport.abort)
 
-    def abort(self, code: str) -> None:
-        """Break the connection: the peer does not read, or is gone."""
-        self._sign_off(code)
-        self._transport.abort()
+class Opening:
+    """A device that is known and not welcomed yet: a newer session of the device supersedes it, and nothing else reaches it."""
 
-    def _sign_off(self, code: str) -> None:
-        """The session is over, from this moment and for this reason; the socket may take longer."""
-        if self._ended:
-            return
-        self._ended = code
-        self._room.set()
-        if self._intake is not None:
-            self._intake.stop()
-        if self._device_id:
-            self._platform.registry.leave(self._device_id, self)
-        if self._number:
-            self._record_parting()
+    def __init__(self, platform: Platform, link: Link, token: DeviceToken) -> None:
+        self._platform = platform
+        self._link = link
+        self._token = token
+        self._use = platform.registry.use_of(token, default_quotas(platform.settings))
 
-    def _record_parting(self) -> None:
-        self._writer.session_ended(Parting(self._device_id, self._number, now_ms(), self._ended, self.address))
+    def ended(self, _: str) -> None:
+        self._platform.registry.leave(self._token.device_id, self._link)
 
-    async def _leave(self) -> None:
-        """Wait for the device's close frame, if it owes one."""
-        self.end("shutting_down")  # cancelled, if it has not ended yet
-        self._platform.registry.sockets.discard(self)
-        while not self._socket.closed and (await self._socket.receive()).type not in CLOSED:
-            pass
-        self._transport.close()
+    async def open(self, hello: Hello) -> Session | None:
+        """Take the device over, and welcome it once all that its earlier session queued is on disk; None when the connection ended
+        meanwhile. Refusal: too_many_connected, session_conflict, too_many_sessions."""
+        link, token, writer = self._link, self._token, self._platform.store.writer
+        if link.ended:
+            return None
+        await self._take_over()
+        agent = hello.agent and hello.agent[: self._platform.limits.shown_characters]
+        opened = await writer.change(lambda connection: open_session(connection, token.device_id, token.token_id, link.address, agent))
+        if link.ended:  # superseded, say
+            writer.session_ended(Parting(token.device_id, opened.session, now_ms(), link.ended, link.address))
+            return None
+        heartbeat = self._platform.settings.heartbeat
+        session = Session(self._platform, link, token, self._use, opened)
+        session.begin(
+            Welcome(token.device, token.tenant, opened.session, opened.seq, format_time(now_ms()), heartbeat, opened.config)
+        )
+        return session
+
+    async def _take_over(self) -> None:
+        """A client without patience, which is refused, is kept for a moment."""
+        registry, device_id = self._platform.registry, self._token.device_id
+        try:
+            registry.take_over(device_id, self._link, self._use)
+            self._link.phase = self
+        except Refusal as refusal:
+            if refusal.fault.code == "session_conflict":
+                here, other = self._link.address, registry.address_of(device_id)
+                if enter_notice(self._platform, device_id, "conflict", address=here, session_address=other):
+                    log.warning("%s: clients at %s and %s use one token", self._token.device, here, other)
+            if refusal.retry_after is not None:
+                await asyncio.sleep(self._platform.limits.conflict_seconds)
+            raise
+
+
+async def open_link(platform: Platform, link: Link) -> Session | None:
+    """A connection's first frames, up to the welcome; None when it has ended before. Refusal."""
+    if len(platform.registry.links) > platform.limits.connections:
+        raise Refusal("too_many_connections")
+    async with asyncio.timeout(platform.limits.hello_seconds):
+        token, hello = await handshake(platform, link)
+    return await Opening(platform, link, token).open(hello)
+
+
+async def serve_link(platform: Platform, link: Link) -> None:
+    """A device's connection, from its first frame to its last."""
+    try:
+        session = await open_link(platform, link)
+        if session is not None:
+            await session.converse()
+    except TimeoutError:
+        link.end("handshake_timeout")
+    except Refusal as refusal:
+        if refusal.fault.close != FAULTS["closed_by_device"].close:
+            link.send(encode_refusal(refusal, None))
+        link.end(refusal.fault.code)
+    except Exception:  # a defect must not take the server with it
+        log.exception("session of %s failed", link.address)
+        link.end("server_fault")
+    finally:
+        await link.close()
 
 
 # ==== HTTP API ====
@@ -5861,21 +5935,40 @@ def give_up_after(transport: asyncio.Transport, seconds: float) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(seconds * 1000))
 
 
-async def hold_device(call: Call) -> web.StreamResponse:
-    """GET /device: a device's WebSocket for as long as it lasts."""
+class Upgrade(web.WebSocketResponse):
+    """The answer to a WebSocket's handshake. With it HTTP ends: the connection goes from aiohttp's handler of requests to a link."""
+
+    def __init__(self, platform: Platform, address: str) -> None:
+        super().__init__(protocols=("iiot.v1",), autoclose=False, autoping=False, compress=False, decode_text=False)
+        self._platform = platform
+        self._address = address
+
+    def _post_start(self, request: web.BaseRequest, protocol: str | None, writer: object) -> None:
+        platform = self._platform
+
+        def begin(transport: asyncio.Transport, release: Callable[[], None]) -> Link:
+            give_up_after(transport, platform.settings.heartbeat * 1.5)
+            link = Link(transport, self._address, platform.limits, platform.registry.closing, release)
+            platform.registry.serve(link, serve_link(platform, link))
+            return link
+
+        cast("PlainRequestHandler", request.protocol).hand_over(begin)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """The connection is another's by now."""
+        self._eof_sent = True
+
+
+async def begin_link(call: Call) -> web.StreamResponse:
+    """GET /device: the connection becomes a device's WebSocket."""
     if call.request.headers.get(hdrs.UPGRADE, "").lower() != "websocket":
         raise Refusal("bad_handshake")
-    socket = DeviceSocket(call.platform.limits)
+    upgrade = Upgrade(call.platform, call.address)
     try:
-        await socket.prepare(call.request)
+        await upgrade.prepare(call.request)
     except web.HTTPBadRequest as error:
         raise Refusal("bad_handshake") from error
-    transport = call.request.transport
-    if transport is not None:
-        give_up_after(transport, call.platform.settings.heartbeat * 1.5)
-        line = cast("Line", call.request.protocol)  # PlainRequestHandler
-        await Session(call.platform, socket, transport, line, call.address).serve()
-    return socket
+    return upgrade
 
 
 Handler = Callable[[Call], Awaitable[web.StreamResponse]]
@@ -5933,7 +6026,7 @@ ROUTES: Final = (
     Route("GET", "/events", "viewer", follow_events, FeedQuery),
     Route("GET", "/whoami", "any", whoami),
     Route("GET", "/healthz", "public", show_health),
-    Route("GET", "/device", "public", hold_device),
+    Route("GET", "/device", "public", begin_link),
 )
 
 NOBODY: Final = Principal("", "", "public", None, None)
@@ -6038,10 +6131,10 @@ def raise_descriptors() -> None:
 
 
 class PlainRequestHandler(web.RequestHandler):
-    """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract, that it knows when the last
-    bytes came (`Line`), and that a request whose client has gone ends."""
+    """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract, that a request whose client has
+    gone ends, and that a WebSocket goes to a protocol of its own."""
 
-    __slots__ = ("heard", "running")
+    __slots__ = ("running",)
 
     running: Running
 
@@ -6050,9 +6143,20 @@ class PlainRequestHandler(web.RequestHandler):
             self.running.client_left()
         super().connection_lost(exc)
 
-    def data_received(self, data: bytes) -> None:
-        self.heard = self._loop.time()
-        super().data_received(data)
+    def hand_over(self, begin: Callable[[asyncio.Transport, Callable[[], None]], BaseProtocol]) -> None:
+        """Give the connection, and what has come on it after the request, to the protocol that `begin` makes."""
+        transport, server = self.transport, cast("PlainServer | None", self._manager)
+        if transport is None or server is None:
+            raise ConnectionResetError("the client has gone")
+        self.keep_alive(False)
+        link, tail, self._message_tail = begin(transport, server.release), self._message_tail, b""
+        transport.set_protocol(link)
+        self.transport = None
+        server.connection_lost(self, None)
+        server.held += 1
+        link.data_received(tail)
+        if self._buffer_paused:
+            link.resume_reading()
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -6084,6 +6188,10 @@ class PlainServer(web.Server):
 
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)
+        self.held -= 1
+
+    def release(self) -> None:
+        """A connection that went to another protocol is lost."""
         self.held -= 1
 
 
@@ -6137,6 +6245,8 @@ async def run_platform(app: web.Application, settings: Settings, limits: Limits)
 
 async def add_headers(_: web.Request, response: web.StreamResponse) -> None:
     """What browsers need to be told: take types as they are named, frame nothing, load nothing, keep no answer."""
+    if response.status == 101:
+        return
     for name, value in HEADERS.items():
         response.headers.setdefault(name, value)
 
@@ -6145,6 +6255,7 @@ async def end_sessions(app: web.Application) -> None:
     app[PLATFORM].registry.end_all("shutting_down")
     app[PLATFORM].store.writer.news.ring()
     app[PLATFORM].news.wake_all()
+    await app[PLATFORM].registry.wait_until_left(STOP_SECONDS)
 
 
 def make_app(settings: Settings, limits: Limits | None = None) -> web.Application:

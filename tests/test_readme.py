@@ -173,7 +173,7 @@ def test_faults_are_the_readme_s() -> None:
 
 def test_reasons_are_faults_that_end_a_session() -> None:
     source = (ROOT / "iiot.py").read_text(encoding="utf-8")
-    ends = set(re.findall(r"(?:\bend|abort|_sign_off|end_all)\((?:device_id, |self\._?\w*, )?\"(\w+)\"", source))
+    ends = set(re.findall(r"(?:\bend|abort|sign_off|end_all)\((?:device_id, |self\._?\w*, |next\(broken, )?\"(\w+)\"", source))
     before = {"handshake_timeout"}  # ends what is no session yet
     inside = {"protocol_error", "frame_too_big", "connection_lost", "crashed", "superseded", "seq_reset"}
     shown = {row[0] for row in table(section("Find out why a device was offline").text, "reason")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import resource
@@ -78,6 +79,19 @@ async def values(plant: Plant, name: str = "press-1") -> list[Any]:
     return [value for _, value in await plant.points(name, "n")]
 
 
+def masked(opcode: int, payload: bytes, first: int = 0x80) -> bytes:
+    """A frame of a client; its mask is zero."""
+    length = len(payload)
+    size = (
+        bytes([0x80 | length])
+        if length < 126
+        else struct.pack("!BH", 0xFE, length)
+        if length < 65_536
+        else struct.pack("!BQ", 0xFF, length)
+    )
+    return bytes([first | opcode]) + size + bytes(4) + payload
+
+
 class Raw:
     """A WebSocket by hand, for what a good client does not do: it answers no ping, and reads only when it is told to."""
 
@@ -86,16 +100,7 @@ class Raw:
         self.writer = writer
 
     def write(self, opcode: int, payload: bytes, first: int = 0x80) -> None:
-        """A masked frame; its mask is zero."""
-        length = len(payload)
-        size = (
-            bytes([0x80 | length])
-            if length < 126
-            else struct.pack("!BH", 0xFE, length)
-            if length < 65_536
-            else struct.pack("!BQ", 0xFF, length)
-        )
-        self.writer.write(bytes([first | opcode]) + size + bytes(4) + payload)
+        self.writer.write(masked(opcode, payload, first))
 
     def send(self, kind: str, **fields: Any) -> None:
         self.write(WSMsgType.TEXT, json.dumps({"type": kind, **fields}).encode())
@@ -136,13 +141,14 @@ class Raw:
 
 
 @asynccontextmanager
-async def raw(plant: Plant) -> AsyncIterator[Raw]:
+async def raw(plant: Plant, along: bytes = b"") -> AsyncIterator[Raw]:
+    """`along`: what the client sends in one piece with its request."""
     host, port = plant.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=4_096)
     try:
         writer.write(
             f"GET /device HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-            f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+            f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode() + along
         )
         assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
         yield Raw(reader, writer)
@@ -153,6 +159,28 @@ async def raw(plant: Plant) -> AsyncIterator[Raw]:
 
 
 # ---- hello and welcome
+
+
+@pytest.mark.parametrize("frames", [1, 400], ids=["one-frame", "more-than-aiohttp-keeps"])
+async def test_what_comes_in_one_piece_with_the_handshake_is_taken(plant: Plant, frames: int) -> None:
+    token = await plant.register("press-1")
+    sent: list[dict[str, Any]] = [{"type": "hello", "token": token}]
+    sent += [{"type": "telemetry", "seq": n + 1, "samples": [{"ts": n + 10**12, "values": {"text": "x" * 1000}}]} for n in range(frames)]
+    async with raw(plant, b"".join(masked(WSMsgType.TEXT, json.dumps(frame).encode()) for frame in sent)) as link:
+        assert json.loads(await link.expect(WSMsgType.TEXT))["type"] == "welcome"
+        acknowledged = 0
+        while acknowledged < frames:
+            acknowledged = json.loads(await link.expect(WSMsgType.TEXT))["seq"]
+    assert len(await plant.points("press-1", "text")) == frames
+
+
+async def test_a_session_keeps_nothing_of_its_http(plant: Plant) -> None:
+    await plant.device("press-1")
+    await plant.until("/iiot/press-1", lambda body: body["connected"])
+    gc.collect()
+    kept = [thing for thing in gc.get_objects() if isinstance(thing, iiot.Upgrade)]
+    links = [thing for thing in gc.get_objects() if isinstance(thing, iiot.Link)]
+    assert (kept, len(links)) == ([], 1)
 
 
 async def test_stored_telemetry_is_read_back(plant: Plant) -> None:
