@@ -16,6 +16,7 @@ schema.sql the whole database.
     Errors                every way to say no
     Frames                what crosses the wire, checked
     Rules                 pure functions: time, durations, cursors
+    Allowances            who may use how much, and who goes on next
     Database              the file, connections, migrations, transactions, the readers
     Accounts              SQL about tenants, tokens, keys and the audit
     Devices               SQL about devices, their sessions, states and configurations
@@ -192,10 +193,25 @@ class Limits:
     series_per_device: int = 2_000
     # Frames of one session that wait for their commit: then its socket is not read until they are on disk.
     unacknowledged_frames: int = 4_096
-    # Points, and bytes of frames, that wait in the writer: then no socket is read. A waiting number costs about 200 bytes,
-    # a text up to eight times its frame's.
+    # Points that wait in the writer: then no socket is read. Other content counts as points by its bytes, and a control operation
+    # as so many. A waiting number costs about 200 bytes, a text up to eight times its frame's.
     pending_points: int = 200_000
-    pending_bytes: int = 32 * 1024 * 1024
+    point_bytes: int = 168
+    change_points: int = 200
+    # For so long a transaction may take while several tenants use the server: whoever comes meanwhile waits for it. A tenant of whom
+    # nothing was heard for a second leaves its part to the others. And what each may store at least in a transaction.
+    transaction_seconds: float = 0.01
+    alone_seconds: float = 1.0
+    share_least: int = 100
+    # For so long one session works before it is another's turn, and how many of a tenant go on in a round of the event loop, while
+    # no other tenant uses the server. A frame of more bytes is taken in pieces of so many samples.
+    turn_seconds: float = 0.005
+    turns_alone: int = 8
+    long_frame_bytes: int = 32 * 1024
+    piece_samples: int = 500
+    # Requests of a tenant that wait for their turn, and for how long each does.
+    requests_waiting: int = 500
+    request_seconds: float = 10.0
     # How long a session waits for the writer before it gives up with 1013. Devices keep what was not acknowledged.
     storage_seconds: float = 15.0
     # What may lie unsent for one session: then its peer is too slow and is dropped.
@@ -240,9 +256,6 @@ class Limits:
     lock_seconds: float = 4.0
     # Between two changes of the salt by which a write-ahead log is known to belong to its database.
     salt_seconds: float = 300.0
-    # A session that always has frames at hand lets the others run after so many; a long one counts for several.
-    frames_per_turn: int = 64
-    frame_bytes_per_turn: int = 4 * 1024
     # Between two records of `seen_at` for devices that are connected and send nothing.
     seen_seconds: float = 30.0
     # Connections that read. A tenant has all but one of them at most.
@@ -360,6 +373,7 @@ FAULTS: Final = fault_table(
     ("too_many_connections", 503, 4429, "The server has reached its limit of connections."),
     ("too_many_devices",     403, 4429, "The tenant has reached its limit of devices."),
     ("too_many_feeds",       429, 4429, "The tenant has reached its limit of live feeds."),
+    ("too_many_requests",    429, 4429, "The tenant has too many requests at once. Wait, then try again."),
     ("too_many_series",      422, 4400, "The device has reached its limit of metrics."),
     ("too_many_sessions",    429, 4429, "The device opens sessions too often. Wait, then try again."),
     ("too_slow",             408, 1013, "The client did not read what the server sent."),
@@ -834,7 +848,42 @@ class Codec:
 
     def frame(self, data: bytes) -> Frame:
         """The frame in `data`, or Refusal: not_json, not_an_object, too_deep, unknown_type, invalid."""
+        return self._frame_of(self._object(data), data)
+
+    def in_pieces(self, data: bytes) -> Iterator[Frame | None]:
+        """The frame in `data`, as the last of what this yields; before that None for each piece of a long one, so that others can
+        go on there. Refusal, as for `frame`."""
         content = self._object(data)
+        samples = content.get("samples")
+        if content.get("type") != "telemetry" or type(samples) is not list:
+            yield self._frame_of(content, data)
+            return
+        del content["type"]
+        written: list[Any] = []
+        taken: list[Sample] = []
+        for start in range(0, max(1, len(samples)), self._limits.piece_samples):
+            yield None
+            stop = start + self._limits.piece_samples
+            try:
+                frame = self._quick.structure({**content, "samples": samples[start:stop]}, Telemetry)
+            except Exception:  # noqa: BLE001 - whatever it was, the exact converter names it
+                written = written or self._exactly(data, Telemetry)["samples"]
+                frame = self._exact_piece(content, written[start:stop], start)
+            taken += frame.samples
+        yield Telemetry(frame.seq, tuple(taken))
+
+    def _exact_piece(self, content: Mapping[str, Any], samples: list[Any], start: int) -> Telemetry:
+        """Samples from number `start` on. Refusal: invalid."""
+        try:
+            return self.strings({**content, "samples": samples}, Telemetry, "invalid")
+        except Refusal as refusal:
+            errors = (
+                attrs.evolve(error, path=re.sub(r"(?<=^samples\[)[0-9]+", lambda index: str(start + int(index[0])), error.path))
+                for error in refusal.errors
+            )
+            raise Refusal("invalid", *errors) from refusal
+
+    def _frame_of(self, content: dict[str, Any], data: bytes) -> Frame:
         kind = content.pop("type", None)
         found = self._hooks.get(kind) if type(kind) is str else None
         if found is None:
@@ -897,13 +946,17 @@ class Codec:
         return content
 
     def _look_again(self, data: bytes, cls: type[T]) -> T:
+        return self.strings(self._exactly(data, cls), cls, "invalid")
+
+    def _exactly(self, data: bytes, cls: type[Any]) -> Any:
+        """What the text holds, with integers of any size. Refusal: too_deep."""
         try:
             content = json.loads(data)
         except RecursionError as error:
             raise Refusal("too_deep") from error
         if cls in FRAMES.values():
             content.pop("type", None)
-        return self.strings(content, cls, "invalid")
+        return content
 
     def _converter(self, *, exact: bool) -> Converter:
         converter = Converter(detailed_validation=exact, forbid_extra_keys=True)
@@ -1198,6 +1251,199 @@ def network_of(address: str) -> str:
     if parsed is None or parsed.version == 4:
         return address
     return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+# ==== Allowances ====
+# Owns: how much of the server a tenant, a token, a device or a network may use, and who goes on next. Must not know: HTTP, sockets,
+# SQL.
+
+
+class Buckets:
+    """Counts by key, each as water in a bucket that holds `most` and runs out in `seconds`. The last so many keys are remembered.
+    With `strict`, what does not fit keeps the bucket full; without, it changes nothing."""
+
+    def __init__(self, most: int, seconds: float, keys_most: int, *, strict: bool = False) -> None:
+        self._most = most
+        self._a_second = most / seconds
+        self._keys_most = keys_most
+        self._strict = strict
+        self._levels: dict[str, tuple[float, float]] = {}  # how full, and when; the last one that was counted stands last
+
+    def add(self, key: str) -> float:
+        """Count one: 0 when it fits, else in how many seconds there is room for it."""
+        now = time.monotonic()
+        level, at = self._levels.pop(key, (0.0, now))
+        before = max(0.0, level - (now - at) * self._a_second)
+        fits = before + 1 <= self._most
+        self._levels[key] = before + 1 if fits else float(self._most) if self._strict else before, now
+        if len(self._levels) > self._keys_most:
+            del self._levels[next(iter(self._levels))]
+        return 0.0 if fits else (before + 1 - self._most) / self._a_second
+
+
+class Guesses:
+    """Wrong tokens and keys, counted by the network they come from. Right ones never get here, so that nobody can lock out a
+    neighbour behind the same address."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._networks = Buckets(limits.guesses, 60.0, limits.guessing_networks)
+
+    def wrong(self, address: str) -> Refusal:
+        """Count one, and say how it is to be answered: unauthorized, or too_many_attempts."""
+        wait = self._networks.add(network_of(address))
+        return Refusal("too_many_attempts", retry_after=math.ceil(wait)) if wait else Refusal("unauthorized")
+
+
+class TenantUse:
+    """What a tenant uses of its quotas, counted as it happens."""
+
+    def __init__(self, tenant_id: int, connections_most: int, points_most: int, day: int = 0, points: int = 0) -> None:
+        self.tenant_id = tenant_id
+        self.connections = 0
+        self.connections_most = connections_most
+        self.points = points  # of `day`
+        self.points_most = points_most
+        self.day = day  # UTC, since 1970-01-01
+
+    def add_points(self, now: int, points: int) -> None:
+        """The frame that goes over the quota is still stored: after it the server reads no more. Another day is a new count,
+        an earlier one too: the clock may have been wrong."""
+        if now // DAY != self.day:
+            self.points, self.day = 0, now // DAY
+        self.points += points
+
+    def rest(self, now: int) -> float:
+        """Seconds until the tenant may store points again; 0 when it may."""
+        self.add_points(now, 0)
+        return 0.0 if self.points < self.points_most else ((self.day + 1) * DAY - now) / 1000
+
+
+@attrs.define
+class Pace:
+    """What each tenant may have at the moment: of the weight of a transaction, and turns in a round of the event loop; and the shares
+    that were used since the last transaction began."""
+
+    each: int
+    turns: int
+    used: list[Any] = attrs.field(factory=list)
+
+
+class Share:
+    """A tenant's part of the time of all: of the event loop, in which its work takes turns, and of what the next transaction stores.
+    Work that is short needs no turn. Longer work takes one for each of its parts, and where others of the tenant wait it stands
+    last among them: in each round of the event loop one of them goes on. What is to be stored waits apart from what is not: when
+    nothing more can be stored, it alone must wait."""
+
+    __slots__ = ("_asked", "_asking", "_pace", "_storing", "_taken", "used", "weight")
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._storing: deque[asyncio.Future[None]] = deque()
+        self._asking: deque[asyncio.Future[None]] = deque()
+        self._asked = False  # whether the last turn was of one that stores nothing
+        self._taken = 0  # turns, in this round
+        self.weight = 0  # of what it has in the next transaction
+        self.used = False  # since the last transaction began
+
+    @property
+    def full(self) -> bool:
+        """Whether the next transaction takes no more of it."""
+        return self.weight >= self._pace.each
+
+    @property
+    def crowded(self) -> bool:
+        """Whether short work must wait, too: half of the next transaction is kept for those who wait."""
+        return self.full or (bool(self._storing) and 2 * self.weight >= self._pace.each)
+
+    @property
+    def asking(self) -> int:
+        """How many wait that store nothing."""
+        return len(self._asking)
+
+    def add(self, weight: int) -> None:
+        """Something goes to the next transaction."""
+        self.weight += weight
+        self._use()
+
+    async def turn(self, seconds: float, *, storing: bool = True) -> None:
+        """Until it is the turn of whoever calls, and, if that is to store something, the next transaction takes more of the tenant.
+        TimeoutError."""
+        self._use()
+        waiting = self._storing if storing else self._asking
+        if self._taken < self._pace.turns and not waiting and not (storing and self.full):
+            self._count()
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting.append(turn)
+        async with asyncio.timeout(seconds):
+            await turn
+            while storing and self.full:  # by another one of this round
+                turn = asyncio.get_running_loop().create_future()
+                waiting.appendleft(turn)
+                await turn
+
+    def go_on(self) -> None:
+        """Let the next go on, if they may: of both kinds in turn."""
+        while self._taken < self._pace.turns:
+            stores = bool(self._storing) and not self.full and (self._asked or not self._asking)
+            if not (stores or self._asking):
+                return
+            self._asked = not stores
+            turn = (self._storing if stores else self._asking).popleft()
+            if not turn.done():  # or who waited has given up
+                turn.set_result(None)
+                self._count()
+
+    def _use(self) -> None:
+        if not self.used:
+            self.used = True
+            self._pace.used.append(self)
+
+    def _count(self) -> None:
+        if not self._taken:
+            asyncio.get_running_loop().call_soon(self._next_round)
+        self._taken += 1
+
+    def _next_round(self) -> None:
+        self._taken = 0
+        self.go_on()
+
+
+class Shares:
+    """What every tenant may have of the time of all. A tenant alone may have it all; several share it evenly, and then a transaction
+    is kept short, by the time that those before it took: whoever comes meanwhile waits for it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._pace = Pace(limits.pending_points, limits.turns_alone)
+        self._shares: dict[int | None, Share] = {}
+        self._lately: dict[Share, float] = {}  # those that were used within a moment, and when
+        self._seconds = 2e-6  # for a weight of one; measured from the first transaction on
+
+    def of(self, tenant_id: int | None) -> Share:
+        share = self._shares.get(tenant_id)
+        if share is None:
+            share = self._shares[tenant_id] = Share(self._pace)
+        return share
+
+    def next_transaction(self) -> None:
+        """What was pending is under way: from now on there is room for more."""
+        now, limits = asyncio.get_running_loop().time(), self._limits
+        used, self._pace.used = self._pace.used, []
+        for share in used:
+            share.used, share.weight, self._lately[share] = False, 0, now
+        self._lately = {share: at for share, at in self._lately.items() if now - at < limits.alone_seconds}
+        tenants = len(self._lately)
+        together = limits.pending_points if tenants < 2 else min(limits.pending_points, round(limits.transaction_seconds / self._seconds))
+        self._pace.each = max(limits.share_least, together // max(1, tenants))
+        self._pace.turns = limits.turns_alone if tenants < 2 else 1
+        for share in self._lately:
+            share.go_on()
+
+    def measured(self, weight: int, seconds: float) -> None:
+        """A transaction of such a weight took so long, without its commit. A short one tells little."""
+        if weight >= self._limits.share_least:
+            self._seconds += (seconds / weight - self._seconds) / 8
 
 
 # ==== Database ====
@@ -3119,12 +3365,13 @@ class Change:
 
 @attrs.frozen
 class Outcome:
-    """What became of a batch: the results of its changes, the frames that were refused, as (owner, code, seq), and the
-    configurations that were sent, as `Awaited` takes them."""
+    """What became of a batch: the results of its changes, the frames that were refused, as (owner, code, seq), the configurations
+    that were sent, as `Awaited` takes them, and how many seconds it took without its commit."""
 
     changes: list[object]
     refused: list[tuple[Committed, str, int]]
     awaited: list[tuple[int, int, int]]
+    seconds: float
 
 
 class Batch:
@@ -3133,7 +3380,7 @@ class Batch:
     def __init__(self) -> None:
         self.points: dict[str, dict[str, Value]] = {}
         self.points_taken = 0
-        self.bytes_taken = 0
+        self.weight = 0
         self.series: list[tuple[int, int, str]] = []
         self.progress: dict[str, tuple[int, int, int | None]] = {}  # by device: seq, seen_at, stamp
         self.usage: dict[int, int] = {}  # by tenant: points
@@ -3161,12 +3408,14 @@ class Batch:
     def write(self, connection: sqlite3.Connection, limits: Limits) -> Outcome:
         """The whole batch in one transaction. Rows first: a change may remove what they name."""
         with transaction(connection):
+            began = time.perf_counter()
             awaited = write_configs_sent(connection, self.configs_sent) if self.configs_sent else []
             self._write_rows(connection)
             events = self.events + [parting.event(arrival) for arrival, parting in self.partings]
             refused = write_states(connection, self.states, events, limits) + write_verdicts(connection, self.verdicts, events)
             insert_events(connection, events)
-            return Outcome([self._attempt(connection, change) for change in self.changes], refused, awaited)
+            results = [self._attempt(connection, change) for change in self.changes]
+            return Outcome(results, refused, awaited, time.perf_counter() - began)
 
     def _write_rows(self, connection: sqlite3.Connection) -> None:
         if self.series:
@@ -3265,14 +3514,13 @@ class Writer:
     Load makes batches larger, not the wait longer. It is stopped by `close`, after what is pending; it is never cancelled.
     """
 
-    def __init__(self, connection: Connection, limits: Limits, next_series: int) -> None:
+    def __init__(self, connection: Connection, limits: Limits, shares: Shares, next_series: int) -> None:
         self._connection = connection
         self._limits = limits
+        self._shares = shares
         self._next_series = next_series
         self._pending = Batch()
         self._work = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
         self._stopping = False
         self.failing = False
         self.news = Bell()
@@ -3293,6 +3541,7 @@ class Writer:
 
     def points_taken(self, tenant_id: int, points: int) -> None:
         """So many of those just added count for a tenant."""
+        self._pending.points_taken += points
         usage = self._pending.usage
         usage[tenant_id] = usage.get(tenant_id, 0) + points
 
@@ -3300,18 +3549,18 @@ class Writer:
         self._pending.tokens_used[token_id] = at
         self._work.set()
 
-    def frame_taken(
-        self, owner: Committed, device_id: str, mark: tuple[int, int], at: int, stamp: int, points: int, size: int
-    ) -> None:
+    def frame_taken(self, owner: Committed, device_id: str, mark: tuple[int, int], at: int, stamp: int, share: Share, weight: int) -> None:
         """A frame, whose points were just added, belongs to the next transaction. `mark`: its number, and how many frames
         its session has handed over so far; `at`: when it came; `stamp`: the newest time given to a sample without one."""
         pending = self._pending
         pending.progress[device_id] = (mark[0], at, stamp)
         pending.waiting[owner] = mark
-        pending.points_taken += points
-        pending.bytes_taken += size
-        if pending.points_taken >= self._limits.pending_points or pending.bytes_taken >= self._limits.pending_bytes:
-            self._room.clear()
+        self.weigh(share, weight)
+
+    def weigh(self, share: Share, weight: int) -> None:
+        """What was just added belongs to the next transaction, and to a tenant's share of it."""
+        self._pending.weight += weight
+        share.add(weight)
         self._work.set()
 
     def state_reported(self, report: StateReport) -> None:
@@ -3342,14 +3591,15 @@ class Writer:
         self._pending.partings.append((self._pending.arrival(), parting))
         self._work.set()
 
-    async def change(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a control operation in the next transaction; returns after the commit. Refusal: storage_unavailable, or its own."""
+    async def change(self, function: Callable[[sqlite3.Connection], T], share: Share | None = None) -> T:
+        """Run a control operation in the next transaction; returns after the commit. `share`: of the tenant whose operation it is.
+        Refusal: storage_unavailable, or its own."""
         if self._stopping:
             raise Refusal("storage_unavailable")
         change = Change(function, asyncio.get_running_loop().create_future())
         change.future.add_done_callback(lambda future: future.cancelled() or future.exception())  # its caller may be gone
         self._pending.changes.append(change)
-        self._work.set()
+        self.weigh(share or self._shares.of(None), self._limits.change_points)
         await asyncio.wait((change.future,), timeout=self._limits.storage_seconds)
         if not change.future.done() and change in self._pending.changes:
             self._pending.changes.remove(change)
@@ -3359,14 +3609,6 @@ class Writer:
     async def alone(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a function on the connection, between two transactions; it makes its own."""
         return await self._connection.run(function, *arguments)
-
-    @property
-    def full(self) -> bool:
-        return not self._room.is_set()
-
-    async def room(self) -> None:
-        """Wait until the writer takes more."""
-        await self._room.wait()
 
     async def close(self) -> None:
         """Store what is pending, then stop."""
@@ -3382,8 +3624,9 @@ class Writer:
                 self._work.clear()
                 while self._pending:
                     batch, self._pending = self._pending, Batch()
-                    self._room.set()
+                    self._shares.next_transaction()
                     await self._store(batch)
+                self._shares.next_transaction()  # what was withdrawn meanwhile weighs nothing
         except BaseException as error:  # a defect, and the end of the server: nobody may wait for what will not come
             self._stopping = True
             self._not_stored(batch, error)
@@ -3410,6 +3653,7 @@ class Writer:
             else:
                 self.failing = False
                 self.committed_at = time.monotonic()
+                self._shares.measured(batch.weight, outcome.seconds)
                 self._tell(batch, outcome)
                 return
 
@@ -3564,8 +3808,9 @@ class Reads(Queries):
 class Store:
     """The open database: `writer` for everything that changes, `read` for everything that is asked."""
 
-    def __init__(self, path: Path, writer: Writer, read: Reads, readers: Readers, lock: LockFile) -> None:
+    def __init__(self, path: Path, writer: Writer, read: Reads, readers: Readers, lock: LockFile, shares: Shares) -> None:
         self.writer = writer
+        self.shares = shares
         self.read = read
         self._log = path.with_name(f"{path.name}-wal")
         self._readers = readers
@@ -3605,10 +3850,11 @@ class Store:
                 connections.append(await Connection.open(functools.partial(connect, path, query_only=True)))
                 stack.push_async_callback(connections[-1].close)
             keys, readers = Readers(connections[:1], limits.storage_seconds), Readers(connections[1:], query_seconds)
-            writer = Writer(connection, limits, next_series)
+            shares = Shares(limits)
+            writer = Writer(connection, limits, shares, next_series)
             writer.awaited.add(awaited)
             stack.push_async_callback(writer.close)
-            yield cls(path, writer, Reads(readers, keys, limits), readers, lock)
+            yield cls(path, writer, Reads(readers, keys, limits), readers, lock, shares)
 
     async def keep_log_short(self, most: int) -> bool:
         """Start the write-ahead log over if it is longer than `most` bytes; whether it was. Whoever looks up a token does not wait:
@@ -3697,42 +3943,6 @@ class Principal:
         return Actor(self.tenant_id, self.token_id, self.name, self.role, address)
 
 
-class Buckets:
-    """Counts by key, each as water in a bucket that holds `most` and runs out in `seconds`. The last so many keys are remembered.
-    With `strict`, what does not fit keeps the bucket full; without, it changes nothing."""
-
-    def __init__(self, most: int, seconds: float, keys_most: int, *, strict: bool = False) -> None:
-        self._most = most
-        self._a_second = most / seconds
-        self._keys_most = keys_most
-        self._strict = strict
-        self._levels: dict[str, tuple[float, float]] = {}  # how full, and when; the last one that was counted stands last
-
-    def add(self, key: str) -> float:
-        """Count one: 0 when it fits, else in how many seconds there is room for it."""
-        now = time.monotonic()
-        level, at = self._levels.pop(key, (0.0, now))
-        before = max(0.0, level - (now - at) * self._a_second)
-        fits = before + 1 <= self._most
-        self._levels[key] = before + 1 if fits else float(self._most) if self._strict else before, now
-        if len(self._levels) > self._keys_most:
-            del self._levels[next(iter(self._levels))]
-        return 0.0 if fits else (before + 1 - self._most) / self._a_second
-
-
-class Guesses:
-    """Wrong tokens and keys, counted by the network they come from. Right ones never get here, so that nobody can lock out a
-    neighbour behind the same address."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._networks = Buckets(limits.guesses, 60.0, limits.guessing_networks)
-
-    def wrong(self, address: str) -> Refusal:
-        """Count one, and say how it is to be answered: unauthorized, or too_many_attempts."""
-        wait = self._networks.add(network_of(address))
-        return Refusal("too_many_attempts", retry_after=math.ceil(wait)) if wait else Refusal("unauthorized")
-
-
 class RefusedActions:
     """Refused actions for the audit, which nobody can delete from: a token's first ones in a minute are entered each, those beyond
     are counted, and entered together."""
@@ -3766,7 +3976,8 @@ class RefusedActions:
 
     async def _write(self, actor: Actor, action: str, code: str, affected: Iterable[Affected]) -> None:
         try:
-            await self._store.writer.change(lambda connection: add_entries(connection, actor, action, code, affected))
+            share = self._store.shares.of(actor.tenant_id)
+            await self._store.writer.change(lambda connection: add_entries(connection, actor, action, code, affected), share)
         except Refusal as failure:
             log.error("cannot enter in the audit (%s): %r was refused %s: %s", failure, actor.name, action, code)
 
@@ -3790,6 +4001,7 @@ class Identity:
         self._guesses = Guesses(limits)
         self.refused = RefusedActions(store, limits)
         self._used_seconds = limits.seen_seconds
+        self._turn_seconds = limits.storage_seconds
 
     async def operator(self, text: str, address: str) -> Principal:
         """Refusal: unauthorized, too_many_attempts."""
@@ -3824,10 +4036,13 @@ class Identity:
             return None
 
         actor = Actor(key.tenant_id, key.key_id, "provisioning key", "provisioning", address)
+        change = accounted(
+            actor, "device.provision", register, lambda known: [Affected(device, device, {"again": True} if known else None)]
+        )
+        share = self._store.shares.of(key.tenant_id)
         try:
-            known = await self._store.writer.change(
-                accounted(actor, "device.provision", register, lambda known: [Affected(device, device, {"again": True} if known else None)])
-            )
+            await share.turn(self._turn_seconds)
+            known = await self._store.writer.change(change, share)
         except Refusal as refusal:
             if refusal.fault.code == "unauthorized":  # the key is used up, or gone
                 raise self._guesses.wrong(address) from refusal
@@ -3857,30 +4072,6 @@ def websocket_frame(opcode: int, payload: bytes) -> bytes:
     if length < 65_536:
         return struct.pack("!BBH", 0x80 | opcode, 126, length) + payload
     return struct.pack("!BBQ", 0x80 | opcode, 127, length) + payload
-
-
-class TenantUse:
-    """What a tenant uses of its quotas, counted as it happens."""
-
-    def __init__(self, tenant_id: int, connections_most: int, points_most: int, day: int = 0, points: int = 0) -> None:
-        self.tenant_id = tenant_id
-        self.connections = 0
-        self.connections_most = connections_most
-        self.points = points  # of `day`
-        self.points_most = points_most
-        self.day = day  # UTC, since 1970-01-01
-
-    def add_points(self, now: int, points: int) -> None:
-        """The frame that goes over the quota is still stored: after it the server reads no more. Another day is a new count,
-        an earlier one too: the clock may have been wrong."""
-        if now // DAY != self.day:
-            self.points, self.day = 0, now // DAY
-        self.points += points
-
-    def rest(self, now: int) -> float:
-        """Seconds until the tenant may store points again; 0 when it may."""
-        self.add_points(now, 0)
-        return 0.0 if self.points < self.points_most else ((self.day + 1) * DAY - now) / 1000
 
 
 class Phase(Protocol):
@@ -3937,6 +4128,11 @@ class Link(BaseProtocol):
         super().connection_lost(exc)
         if self._lost is not None:
             self._lost.set_result(None)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the next message has come already."""
+        return bool(self._queue._buffer)  # noqa: SLF001 - see `PRIVATE`
 
     @property
     def is_closing(self) -> bool:
@@ -4712,7 +4908,7 @@ class Intake:
 
     __slots__ = (
         "_bad_frames", "_codec", "_device_id", "_duplicates", "_durable", "_frames", "_frames_stored", "_limits", "_owner",
-        "_progress_key", "_series", "_session", "_stamps", "_taken", "_throttle", "_use", "_writer",
+        "_progress_key", "_series", "_session", "_stamps", "_taken", "_throttle", "_use", "_writer", "share",
     )  # fmt: skip
 
     def __init__(self, platform: Platform, owner: Owner, device_id: int, use: TenantUse, opened: Opened) -> None:
@@ -4723,6 +4919,7 @@ class Intake:
         self._device_id = device_id
         self._progress_key = str(device_id)
         self._use = use
+        self.share = platform.store.shares.of(use.tenant_id)
         self._session = opened.session
         self._series = opened.series
         self._stamps = Stamps(opened.stamp, round(platform.limits.stamp_ahead_seconds * 1000), opened.ahead)
@@ -4773,40 +4970,86 @@ class Intake:
     def _take(self, data: bytes) -> None:
         try:
             frame = self._codec.frame(data)
-            if isinstance(frame, (Hello, Provision)):
-                raise Refusal("unknown_type")
-            if frame.seq <= self._taken:
-                self._acknowledge_again(frame.seq)
-                return
-            if frame.seq - self._taken > self._limits.seq_leap:
-                raise Refusal("invalid", FieldError("seq", f"is more than {self._limits.seq_leap} above {self._taken}"))
-            if isinstance(frame, Telemetry):
-                self._take_telemetry(frame, len(data))
-            elif isinstance(frame, State):
-                self._take_state(frame, len(data))
-            else:
-                self._take_verdict(frame, len(data))
+            if not self._is_known(frame):
+                self._take_frame(frame, len(data))
         except Refusal as refusal:
             self._bad_frame(refusal, data)
+
+    async def take_in_pieces(self, data: bytes, pause: Callable[[], Awaitable[None]]) -> None:
+        """A long text frame: as `take`, with a pause after each piece of the work."""
+        if self._use.points >= self._use.points_most or self.held:
+            self.take(data)
+            return
+        try:
+            for frame in self._codec.in_pieces(data):
+                if frame is None:
+                    await pause()
+                elif not self._is_known(frame) and not self._owner.link.ended:
+                    if isinstance(frame, Telemetry):
+                        await self._take_long_telemetry(frame, pause)
+                    else:
+                        self._take_frame(frame, len(data))
+        except Refusal as refusal:
+            self._bad_frame(refusal, data)
+
+    def _is_known(self, frame: Frame) -> bool:
+        """Whether it was taken before; then it is acknowledged again. Refusal: unknown_type, invalid."""
+        if isinstance(frame, (Hello, Provision)):
+            raise Refusal("unknown_type")
+        if frame.seq <= self._taken:
+            self._acknowledge_again(frame.seq)
+            return True
+        if frame.seq - self._taken > self._limits.seq_leap:
+            raise Refusal("invalid", FieldError("seq", f"is more than {self._limits.seq_leap} above {self._taken}"))
+        return False
+
+    def _take_frame(self, frame: Frame, size: int) -> None:
+        if isinstance(frame, Telemetry):
+            self._take_telemetry(frame, size)
+        elif isinstance(frame, State):
+            self._take_state(frame, size)
+        elif isinstance(frame, ConfigStatus):
+            self._take_verdict(frame, size)
 
     def _take_telemetry(self, frame: Telemetry, size: int) -> None:
         """Hand the points to the writer. Refusal: too_many_series, invalid; then none of the frame is taken."""
         now = now_ms()
-        count = self._take_points(frame, now)
-        self._use.add_points(now, count)
-        self._writer.points_taken(self._use.tenant_id, count)
-        self._frame_taken(frame.seq, now, count, size)
-        if self._use.points >= self._use.points_most:
-            self._throttled().look()
+        moments = self._moments(frame, now)
+        count = self._add_points(frame.samples, moments, self._writer.points())
+        self._telemetry_taken(frame, now, count, max(count, size // self._limits.point_bytes))
 
-    def _take_points(self, frame: Telemetry, now: int) -> int:
-        """How many there were."""
+    async def _take_long_telemetry(self, frame: Telemetry, pause: Callable[[], Awaitable[None]]) -> None:
+        """Hand the points over a piece at a time; a transaction of many would keep others waiting. What has its own times may be
+        stored before the frame is: if that is sent again, the points are the same. Refusal: too_many_series, invalid; then none of
+        the frame is taken."""
+        now, size = now_ms(), self._limits.piece_samples
+        moments, count, kept = self._moments(frame, now), 0, 0
+        rows: dict[str, dict[str, Value]] = {}
+        timed = all(sample.ts is not None for sample in frame.samples)
+        for start in range(0, len(frame.samples), size):
+            added = self._add_points(frame.samples[start : start + size], moments[start : start + size], rows)
+            count, kept = count + added, kept + added
+            if timed and start + size < len(frame.samples):
+                self._hand_over(rows)
+                self._writer.weigh(self.share, kept)
+                rows, kept = {}, 0
+            await pause()
+            if self._owner.link.ended:
+                return
+        self._hand_over(rows)
+        self._telemetry_taken(frame, now, count, kept)
+
+    def _moments(self, frame: Telemetry, now: int) -> list[int]:
+        """The time of each sample. Refusal: too_many_series, invalid."""
         series, most = self._series, self._limits.series_per_device
         if len(series) + sum(len(sample.values) for sample in frame.samples) > most < len(metrics_of(frame).union(series)):
             raise Refusal("too_many_series")
-        moments = self._stamps.give(frame.samples, now)
-        rows, count = self._writer.points(), 0
-        for sample, moment in zip(frame.samples, moments, strict=True):
+        return self._stamps.give(frame.samples, now)
+
+    def _add_points(self, samples: tuple[Sample, ...], moments: list[int], rows: dict[str, dict[str, Value]]) -> int:
+        """How many there were."""
+        series, count = self._series, 0
+        for sample, moment in zip(samples, moments, strict=True):
             ts = str(moment)
             for metric, value in sample.values.items():
                 number = series.get(metric)
@@ -4820,24 +5063,37 @@ class Intake:
             count += len(sample.values)
         return count
 
+    def _hand_over(self, rows: dict[str, dict[str, Value]]) -> None:
+        pending = self._writer.points()
+        for number, points in rows.items():
+            pending[number] = {**pending[number], **points} if number in pending else points
+
+    def _telemetry_taken(self, frame: Telemetry, now: int, count: int, weight: int) -> None:
+        self._use.add_points(now, count)
+        self._writer.points_taken(self._use.tenant_id, count)
+        self._frame_taken(frame.seq, now, weight)
+        if self._use.points >= self._use.points_most:
+            self._throttled().look()
+
     def _take_state(self, frame: State, size: int) -> None:
         now = now_ms()
         report = StateReport(self._owner, self._device_id, self._session, frame.seq, now, frame.mode, frame.reported)
         self._writer.state_reported(report)
-        self._frame_taken(frame.seq, now, 0, max(size * self._limits.state_weight, self._limits.document_bytes))
+        weight = max(size * self._limits.state_weight, self._limits.document_bytes)
+        self._frame_taken(frame.seq, now, weight // self._limits.point_bytes)
 
     def _take_verdict(self, frame: ConfigStatus, size: int) -> None:
         now = now_ms()
         errors = errors_text(frame, self._limits.document_bytes)
         report = VerdictReport(self._owner, self._device_id, frame.seq, now, frame.version, frame.status, frame.message, errors)
         self._writer.verdict_reported(report)
-        self._frame_taken(frame.seq, now, 0, size)
+        self._frame_taken(frame.seq, now, max(1, size // self._limits.point_bytes))
 
-    def _frame_taken(self, seq: int, now: int, points: int, size: int) -> None:
+    def _frame_taken(self, seq: int, now: int, weight: int) -> None:
         self._taken = seq
         self._duplicates = 0
         self._frames += 1
-        self._writer.frame_taken(self._owner, self._progress_key, (seq, self._frames), now, self._stamps.newest, points, size)
+        self._writer.frame_taken(self._owner, self._progress_key, (seq, self._frames), now, self._stamps.newest, self.share, weight)
 
     def _acknowledge_again(self, seq: int) -> None:
         """A duplicate: on disk already, or about to be and acknowledged then. If duplicates keep coming, the device has lost its
@@ -4853,7 +5109,7 @@ class Intake:
         seq, own = self._codec.seq_of(data)
         self.refuse(refusal, seq)
         if seq is not None and own and 0 < seq - self._taken <= self._limits.seq_leap:
-            self._frame_taken(seq, now_ms(), 0, 0)
+            self._frame_taken(seq, now_ms(), 1)
 
     def refuse(self, refusal: Refusal, seq: int | None) -> None:
         self._owner.link.send(encode_refusal(refusal, seq))
@@ -4895,24 +5151,30 @@ class Session:
 
     async def converse(self) -> None:
         """Take frames until the connection is over."""
-        link, intake, limits, writer = self.link, self._intake, self._platform.limits, self._platform.store.writer
-        most, turn, long, taken = limits.unacknowledged_frames, limits.frames_per_turn, limits.frame_bytes_per_turn, 0
+        link, intake, limits, clock = self.link, self._intake, self._platform.limits, asyncio.get_running_loop().time
+        at_hand, began = False, 0.0
         while (message := await link.read()) is not None:
-            if message.type == WSMsgType.TEXT and writer.full:  # by other sessions, which had their turn before
-                await self._wait_for_room()
+            if (intake.share.full if at_hand else intake.share.crowded) and message.type == WSMsgType.TEXT:  # by others before it
+                await self._wait_for_turn()
+                at_hand = False
+            if not at_hand:
+                began = clock()
             if self._platform.registry.is_held(self._device_id):
                 await self._wait_while(lambda: self._platform.registry.is_held(self._device_id))
             if link.ended:
                 continue
-            self._take(message)
-            taken += 1 + len(message.data) // long
-            if writer.full or intake.waiting >= most:
-                await self._wait_for_room()
+            if len(message.data) > limits.long_frame_bytes and message.type == WSMsgType.TEXT:
+                await intake.take_in_pieces(cast(bytes, message.data), self._wait_for_turn)
+            else:
+                self._take(message)
+            at_hand = link.has_more
+            if intake.waiting >= limits.unacknowledged_frames:
+                await self._wait_for_acks()
             elif intake.held > limits.held_bytes:
                 await self._wait_while(lambda: intake.held > limits.held_bytes)
-            elif taken >= turn:
-                taken = 0
-                await asyncio.sleep(0)
+            elif at_hand and clock() - began > limits.turn_seconds:
+                await self._wait_for_turn()
+                began = clock()
 
     def _take(self, message: WSMessage) -> None:
         if message.type == WSMsgType.TEXT:
@@ -4922,16 +5184,26 @@ class Session:
         elif message.type == WSMsgType.BINARY:
             self._intake.refuse(Refusal("not_binary"), None)
 
-    async def _wait_for_room(self) -> None:
-        """Read no more until the writer has caught up: the device's own sends come to a stand, and nothing is dropped."""
-        writer, limits = self._platform.store.writer, self._platform.limits
+    async def _wait_for_turn(self) -> None:
+        """Read no more until it is the device's turn, and the writer takes more: the device's own sends come to a stand, and nothing
+        is dropped."""
+        await self._wait(self._intake.share.turn(self._platform.limits.storage_seconds))
+
+    async def _wait_for_acks(self) -> None:
+        """Read no more until some of what was taken is on disk."""
+
+        async def wait() -> None:
+            async with asyncio.timeout(self._platform.limits.storage_seconds):
+                while self._intake.waiting >= self._platform.limits.unacknowledged_frames and not self.link.ended:
+                    await self._next_change()
+
+        await self._wait(wait())
+
+    async def _wait(self, waiting: Coroutine[Any, Any, None]) -> None:
+        """Wait for something that has a limit; beyond it the storage does not keep up."""
         self.link.reading = False
         try:
-            async with asyncio.timeout(limits.storage_seconds):
-                while writer.full:  # sessions that waited before may have taken it all
-                    await writer.room()
-                while self._intake.waiting >= limits.unacknowledged_frames and not self.link.ended:
-                    await self._next_change()
+            await waiting
         except TimeoutError:
             self.link.end("storage_unavailable")
         finally:
@@ -5023,7 +5295,14 @@ class Opening:
             return None
         await self._take_over()
         agent = hello.agent and hello.agent[: self._platform.limits.shown_characters]
-        opened = await writer.change(lambda connection: open_session(connection, token.device_id, token.token_id, link.address, agent))
+        share = self._platform.store.shares.of(token.tenant_id)
+        try:
+            await share.turn(self._platform.limits.storage_seconds)
+        except TimeoutError:
+            raise Refusal("storage_unavailable") from None
+        opened = await writer.change(
+            lambda connection: open_session(connection, token.device_id, token.token_id, link.address, agent), share
+        )
         if link.ended:  # superseded, say
             writer.session_ended(Parting(token.device_id, opened.session, now_ms(), link.ended, link.address))
             return None
@@ -5335,7 +5614,7 @@ class Call:
         actor = self.principal.actor(self.address)
         with self.running.changing() if self.running else nullcontext():
             change = accounted(actor, self.action, stand_and_change, affected or (lambda _: usual))
-            result = await self.platform.store.writer.change(change)
+            result = await self.platform.store.writer.change(change, self.platform.store.shares.of(self.principal.tenant_id))
         self.accounted = True
         return result
 
@@ -6057,6 +6336,17 @@ def refuse_conditions(call: Call) -> None:
         raise Refusal("invalid", FieldError("If-None-Match", "cannot be used with this request"))
 
 
+async def wait_for_turn(platform: Platform, tenant_id: int | None) -> None:
+    """Until it is the turn of a request, among those of its tenant. Refusal: too_many_requests."""
+    share, limits = platform.store.shares.of(tenant_id), platform.limits
+    if share.asking >= limits.requests_waiting:
+        raise Refusal("too_many_requests", retry_after=1)
+    try:
+        await share.turn(limits.request_seconds, storing=False)
+    except TimeoutError:
+        raise Refusal("too_many_requests", retry_after=1) from None
+
+
 def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """A route as aiohttp calls it: who is it, may they, is the query right; then the handler."""
 
@@ -6074,6 +6364,7 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
                 call = Call(request, platform, who, address, route.action, running)
                 if not who.may(route.role):
                     raise Refusal("forbidden")
+                await wait_for_turn(platform, who.tenant_id)
                 return await handle_known(call)
         except Refusal as refusal:
             if call is not None:
