@@ -149,11 +149,11 @@ class Plant:
         return body
 
 
-def admin_token(database: Path, role: str = "admin") -> str:
+def admin_token(database: Path, role: str = "admin", tenant_name: str = "default") -> str:
     token = iiot.mint("op")
 
     def add(connection: sqlite3.Connection) -> None:
-        tenant = None if role == "platform" else iiot.tenant_id_of(connection, "default")
+        tenant = None if role == "platform" else iiot.tenant_id_of(connection, tenant_name)
         iiot.insert_operator_token(connection, tenant, token.stored, f"test {role}", role)
 
     iiot.change_database(database, add)

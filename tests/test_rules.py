@@ -9,10 +9,12 @@ import math
 import re
 import sqlite3
 import struct
+from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
+import attrs
 import orjson
 import pytest
 from hypothesis import example, given
@@ -281,6 +283,37 @@ def test_whatever_json_comes_is_a_frame_or_a_refusal_in_known_words(content: obj
         decode(content)
     except iiot.Refusal as refusal:
         check_refusal(refusal)
+
+
+IN_PIECES = iiot.Codec(attrs.evolve(iiot.Limits(), piece_samples=2))
+BIG = '{"type":"telemetry","seq":1,"samples":[{"values":{}},{"values":{}},{"values":{"a":%s}}]}'
+
+
+def outcome(decode_text: Callable[[bytes], Any], text: str, before: list[Any] | None = None) -> Any:
+    """What is made of a text, or the refusal; with `before`, after those."""
+    try:
+        return decode_text(text.encode())
+    except iiot.Refusal as refusal:
+        return refusal if before is None else [*before, refusal]
+
+
+@given((NEARLY | SAMPLES.map(lambda samples: {"type": "telemetry", "seq": 1, "samples": samples})).map(json.dumps))
+@example(BIG % "18446744073709551616")
+@example(BIG % "1e300")
+@example(BIG % '"\\u0000"')
+@example('{"type":"telemetry","seq":1,"samples":[]}')
+@example('{"type":"telemetry","samples":[]}')
+@example('{"type":"telemetry","samples":[' + "[" * 1_000 + "]" * 1_000 + "]}")
+def test_a_frame_in_pieces_is_the_frame_and_is_refused_for_the_same_reason(text: str) -> None:
+    whole, (*pauses, piece) = outcome(CODEC.frame, text), outcome(lambda data: list(IN_PIECES.in_pieces(data)), text, [])
+    assert pauses == [None] * len(pauses)
+    if isinstance(whole, iiot.Refusal):
+        assert isinstance(piece, iiot.Refusal)
+        assert piece.fault is whole.fault
+        assert set(piece.errors) <= set(whole.errors), "it stops at the first piece at fault"
+        assert bool(piece.errors) == bool(whole.errors)
+    else:
+        assert piece == whole
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))

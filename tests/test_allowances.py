@@ -1,0 +1,237 @@
+"""A tenant's share of the time of all: turns on the event loop, and a part of each transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import attrs
+import plant as plants
+import pytest
+from aiohttp import ClientSession
+from plant import PATIENCE, Plant, Process, locked
+
+import iiot
+
+LIMITS = attrs.evolve(iiot.Limits(), pending_points=1_000, transaction_seconds=0.0002, share_least=10, turns_alone=4)
+
+
+class Rounds:
+    """Counts the rounds of the event loop."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._counting = True
+
+    def _count(self) -> None:
+        self.number += 1
+        if self._counting:
+            asyncio.get_running_loop().call_soon(self._count)
+
+    @classmethod
+    @asynccontextmanager
+    async def counted(cls) -> AsyncIterator[Rounds]:
+        rounds = cls()
+        rounds._count()
+        try:
+            yield rounds
+        finally:
+            rounds._counting = False
+
+
+def shared(tenants: int) -> tuple[iiot.Shares, list[iiot.Share]]:
+    """Tenants that have just used the server."""
+    shares = iiot.Shares(LIMITS)
+    parts = [shares.of(number) for number in range(tenants)]
+    for part in parts:
+        part.add(1)
+    shares.next_transaction()
+    return shares, parts
+
+
+async def turns(rounds: Rounds, share: iiot.Share, count: int, *, storing: bool = True) -> list[int]:
+    """The rounds in which as many as want to go on at once may do so."""
+
+    async def one() -> int:
+        await share.turn(PATIENCE, storing=storing)
+        return rounds.number
+
+    return await asyncio.gather(*(one() for _ in range(count)))
+
+
+@pytest.mark.parametrize("storing", [True, False])
+async def test_one_of_a_tenant_goes_on_in_a_round_while_others_use_the_server(storing: bool) -> None:  # noqa: FBT001
+    _, (busy, quiet) = shared(2)
+    async with Rounds.counted() as rounds:
+        came, other = await asyncio.gather(turns(rounds, busy, 20, storing=storing), turns(rounds, quiet, 1, storing=storing))
+    assert len(set(came)) == 20
+    assert came == sorted(came), "who came first goes on first"
+    assert other == [came[0]], "the other tenant does not wait"
+
+
+async def test_several_of_a_tenant_that_is_alone_go_on_in_a_round() -> None:
+    _, (share,) = shared(1)
+    async with Rounds.counted() as rounds:
+        came = await turns(rounds, share, 20)
+    assert len(set(came)) == 20 / LIMITS.turns_alone
+
+
+async def test_what_is_to_be_stored_and_what_is_not_take_turns() -> None:
+    _, (share, _) = shared(2)
+    async with Rounds.counted() as rounds:
+        stored, asked = await asyncio.gather(turns(rounds, share, 10), turns(rounds, share, 10, storing=False))
+    assert not set(stored) & set(asked)
+    assert abs(max(stored) - max(asked)) == 1
+
+
+async def test_a_full_transaction_keeps_those_waiting_that_store_and_nobody_else() -> None:
+    shares, (share, _) = shared(2)
+    share.add(LIMITS.pending_points)
+    assert share.full
+    storing = asyncio.create_task(share.turn(PATIENCE))
+    async with Rounds.counted() as rounds:
+        await turns(rounds, share, 3, storing=False)
+    assert not storing.done()
+    shares.next_transaction()
+    await storing
+    share.add(LIMITS.pending_points)
+    with pytest.raises(TimeoutError):
+        await share.turn(0.01)
+
+
+async def test_whoever_gives_up_is_passed_over() -> None:
+    shares, (share, _) = shared(2)
+    share.add(LIMITS.pending_points)
+    waiting = [asyncio.create_task(share.turn(PATIENCE)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await asyncio.gather(waiting[0], return_exceptions=True)
+    shares.next_transaction()
+    await asyncio.gather(*waiting[1:])
+
+
+@pytest.mark.parametrize("tenants", [1, 2, 5])
+async def test_tenants_share_a_transaction_evenly_and_one_alone_has_it_all(tenants: int) -> None:
+    shares, parts = shared(tenants)
+    shares.measured(100, 100 * LIMITS.transaction_seconds / 100)  # a weight of 100 takes as long as a transaction may
+    for part in parts:
+        weight = 0
+        while not part.full:
+            part.add(1)
+            weight += 1
+        assert weight == (LIMITS.pending_points if tenants == 1 else pytest.approx(100 / tenants, abs=10))
+
+
+async def test_a_slow_disk_leaves_everybody_something() -> None:
+    shares, (share, _) = shared(2)
+    for _ in range(100):
+        shares.measured(1_000, 10.0)
+    shares.next_transaction()
+    share.add(LIMITS.share_least - 1)
+    assert not share.full
+
+
+# ---- at a running server
+
+
+@asynccontextmanager
+async def two_tenants(folder: Path, limits: iiot.Limits) -> AsyncIterator[tuple[Plant, Plant]]:
+    """One of them holds the session and the client of the other."""
+    async with plants.plant(folder, limits) as plant:
+        status, _ = await plant.ask("POST", "/tenants", {"name": "acme"}, token=plants.admin_token(plant.database, "platform"))
+        assert status == 201
+        yield plant, Plant(plant.url, plant.client, plants.admin_token(plant.database, tenant_name="acme"), plant.database)
+
+
+async def test_requests_that_wait_are_bounded_in_number_and_in_time(tmp_path: Path) -> None:
+    nobody = attrs.evolve(iiot.Limits(), requests_waiting=2, turns_alone=0, request_seconds=1.0)
+    async with plants.plant(tmp_path, nobody) as plant:
+        answered: list[int] = []
+
+        async def ask(number: int) -> None:
+            status, body = await plant.ask("GET", "/whoami")
+            assert (status, body["error"]["code"]) == (429, "too_many_requests")
+            answered.append(number)
+
+        await asyncio.gather(*(ask(number) for number in range(20)))
+        assert len(answered) == 20, "those that may wait are answered, too, and last"
+        assert (await plant.ask("GET", "/healthz"))[0] == 200
+
+
+def long_frame(seq: int, samples: int, *, timed: bool) -> dict[str, Any]:
+    times = [{"ts": iiot.EARLIEST + n} for n in range(samples)] if timed else [{}] * samples
+    return {"seq": seq, "samples": [{**times[n], "values": {"level": n}} for n in range(samples)]}
+
+
+@pytest.mark.parametrize("timed", [True, False])
+async def test_a_long_frame_is_stored_in_order_with_those_around_it(tmp_path: Path, timed: bool) -> None:  # noqa: FBT001
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), long_frame_bytes=1_000, piece_samples=7)) as plant:
+        device = await plant.device("press-1")
+        for seq in (1, 2, 3):
+            await device.send("telemetry", **long_frame(seq, 100 if seq == 2 else 1, timed=timed))
+        await device.acknowledged(3)
+        assert [value for _, value in await plant.points("press-1", "level")] == (list(range(100)) if timed else [0, *range(100), 0])
+
+
+async def test_nothing_of_a_long_frame_that_is_refused_is_stored(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), long_frame_bytes=1_000, piece_samples=7)) as plant:
+        device = await plant.device("press-1")
+        frame = long_frame(1, 100, timed=True)
+        frame["samples"][95]["values"]["level"] = None
+        await device.send("telemetry", **frame)
+        error = await device.expect("error")
+        assert (error["seq"], error["errors"][0]["path"]) == (1, "samples[95].values.level")
+        await device.acknowledged(await device.telemetry({"ts": iiot.EARLIEST, "values": {"flow": 1}}, seq=2))
+        assert (await plant.get("/iiot/press-1/telemetry"))["series"][0]["metric"] == "flow"
+
+
+async def test_no_transaction_has_more_of_a_long_frame_than_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    write = iiot.Batch.write
+
+    def noted(batch: iiot.Batch, *arguments: Any) -> iiot.Outcome:
+        batches.append(sum(map(len, batch.points.values())))
+        return write(batch, *arguments)
+
+    monkeypatch.setattr(iiot.Batch, "write", noted)
+    limits = attrs.evolve(iiot.Limits(), piece_samples=50, transaction_seconds=1e-9, share_least=100)
+    async with two_tenants(tmp_path, limits) as (busy, quiet):
+        device, other = await busy.device("press-1"), await quiet.device("press-1")
+        await device.send("telemetry", **long_frame(1, 5_000, timed=True))
+        acknowledged = asyncio.create_task(device.acknowledged(1))
+        while not acknowledged.done():
+            await other.store({"values": {"level": 1}})
+        await acknowledged
+        assert sum(batches) == 5_000 + other.seq
+        assert max(batches) <= limits.share_least + limits.piece_samples + 1
+
+
+async def test_a_long_frame_that_a_kill_cut_is_sent_again_and_stored_once(process: Process) -> None:
+    """Part of it may be on the disk by then."""
+    iiot.prepare_database(process.database)
+    token = plants.admin_token(process.database)
+    await process.start()
+    async with ClientSession() as client:
+        plant = process.plant(client, token)
+        device = await plant.device("press-1")
+        with locked(process.database):
+            await device.send("telemetry", **long_frame(1, 20_000, timed=True))
+            await plant.get("/iiot")
+        with closing(sqlite3.connect(process.database)) as connection:
+            while not connection.execute("select 1 from telemetry limit 1").fetchone():
+                await asyncio.sleep(0)
+        await process.stop(signal.SIGKILL)
+        await process.start()
+        tokens, plant = plant.tokens, process.plant(client, token)
+        plant.tokens = tokens
+        device = await plant.device("press-1")
+        if device.welcome["seq"] == 0:
+            await device.send("telemetry", **long_frame(1, 20_000, timed=True))
+            await device.acknowledged(1)
+        counted = await plant.get("/iiot/press-1/telemetry?every=1h&agg=count,sum")
+        assert [series["points"][0][1:] for series in counted["series"]] == [[20_000, sum(range(20_000))]]
