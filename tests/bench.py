@@ -30,11 +30,51 @@ FIRST_TS = 1_735_689_600_000  # 2025-01-01
 HISTORY_POINTS = 1_000_000
 
 
-class Server:
+class Program:
+    """A server as a process of its own."""
+
+    def __init__(self, database: Path, *arguments: str, source: Path = Path(iiot.__file__), before: tuple[str, ...] = ()) -> None:
+        """`before`: the words of a command that starts another."""
+        self.database = database
+        self._command = [*before, sys.executable, str(source), "--port", "0", "--db", str(database), *arguments]
+        self._process: subprocess.Popen[str] | None = None
+        self.host, self.port = "127.0.0.1", 0
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        found = re.search(r":(\d+)$", self._process.stdout.readline().strip())
+        assert found is not None
+        self.port = int(found[1])
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait(60)
+
+    def memory(self, field: str = "VmRSS") -> float:
+        """Resident memory in MB; with `VmHWM` the most that it ever was."""
+        return int(next(line.split()[1] for line in self._told("status") if line.startswith(field))) / 1000
+
+    def written(self) -> int:
+        """Bytes that the process has given to the disk."""
+        return int(next(line.split()[1] for line in self._told("io") if line.startswith("write_bytes")))
+
+    def processor(self) -> float:
+        """Seconds of processor time."""
+        user, system = self._told("stat")[0].rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def _told(self, file: str) -> list[str]:
+        assert self._process is not None
+        return Path(f"/proc/{self._process.pid}/{file}").read_text().splitlines()
+
+
+class Server(Program):
     """A server on a fresh database with so many devices."""
 
     def __init__(self, folder: Path, devices: int) -> None:
-        self.database = folder / "iiot.db"
+        super().__init__(folder / "iiot.db")
         iiot.prepare_database(self.database)
         self.tokens: list[str] = []
         operator = iiot.mint("op")
@@ -46,8 +86,6 @@ class Server:
                 iiot.insert_device(connection, tenant, f"device-{number:05}", token.stored, {})
                 self.tokens.append(token.text)
         self._operator = operator.text
-        self._process: subprocess.Popen[str] | None = None
-        self.host, self.port = "127.0.0.1", 0
 
     def add_history(self, points: int) -> None:
         """A device with one long series, a point a second."""
@@ -60,31 +98,6 @@ class Server:
                    select series.id, ? + i * 1000, (i * 7919 % 1000003) / 1000.0 from n, series where metric = 'level'""",
                 (points, FIRST_TS),
             )
-
-    def start(self) -> None:
-        command = [sys.executable, str(Path(iiot.__file__)), "--port", "0", "--db", str(self.database)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        found = re.search(r":(\d+)$", self._process.stdout.readline().strip())
-        assert found is not None
-        self.port = int(found[1])
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
-            self._process.wait(60)
-
-    def memory(self) -> float:
-        """Resident memory in MB."""
-        assert self._process is not None
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1000
-
-    def written(self) -> int:
-        """Bytes that the process has given to the disk."""
-        assert self._process is not None
-        counted = Path(f"/proc/{self._process.pid}/io").read_text()
-        return int(next(line.split()[1] for line in counted.splitlines() if line.startswith("write_bytes")))
 
     def get(self, path: str, body: object = None) -> bytes:
         """The answer to GET, or to POST where there is a body."""
