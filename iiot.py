@@ -39,6 +39,7 @@ import asyncio
 import contextvars
 import errno
 import functools
+import gc
 import getpass
 import hashlib
 import heapq
@@ -60,7 +61,7 @@ import sys
 import sysconfig
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from itertools import islice
@@ -204,11 +205,10 @@ class Limits:
     alone_seconds: float = 1.0
     share_least: int = 100
     # For so long one session works before it is another's turn, and how many of a tenant go on in a round of the event loop, while
-    # no other tenant uses the server. A frame of more bytes is taken in pieces of so many samples.
+    # no other tenant uses the server. A frame of more bytes is taken in pieces of about so many.
     turn_seconds: float = 0.005
     turns_alone: int = 8
-    long_frame_bytes: int = 32 * 1024
-    piece_samples: int = 500
+    piece_bytes: int = 32 * 1024
     # Requests of a tenant that wait for their turn, and for how long each does.
     requests_waiting: int = 500
     request_seconds: float = 10.0
@@ -447,6 +447,7 @@ RFC3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+
 EARLIEST: Final = 946_684_800_000  # 2000-01-01: a device without a clock starts in 1970
 LATEST: Final = 253_402_300_799_999  # the end of the year 9999, and of RFC 3339
 DAY: Final = 86_400_000
+LARGE_INTEGER: Final = re.compile(rb"(?<![0-9.])[0-9]{19,}(?![0-9.eE])")  # may have more than 63 bits
 SEQ_TEXT: Final = re.compile(rb'"seq"\s*:\s*(-?[0-9]{1,40})(?![0-9.eE])')
 INNER: Final = re.compile(rb"[\[{]")
 QUOTAS: Final = ("devices", "connections", "points_per_day")
@@ -842,8 +843,9 @@ class Codec:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._quick = self._converter(exact=False)
-        self._exact = self._converter(exact=True)
+        self._quick = self._converter(exact=False, largest=INTEGERS)  # the quick parser makes reals of integers of over 64 bits
+        self._large = self._converter(exact=False, largest=float("inf"))  # where there are none
+        self._exact = self._converter(exact=True, largest=float("inf"))
         self._hooks = {kind: (cls, self._quick.get_structure_hook(cls)) for kind, cls in FRAMES.items()}
 
     def frame(self, data: bytes) -> Frame:
@@ -861,16 +863,32 @@ class Codec:
         del content["type"]
         written: list[Any] = []
         taken: list[Sample] = []
-        for start in range(0, max(1, len(samples)), self._limits.piece_samples):
+        size, quick = self.piece(samples, data), self._quick
+        for start in range(0, max(1, len(samples)), size):
             yield None
-            stop = start + self._limits.piece_samples
+            stop = start + size
+            piece = {**content, "samples": samples[start:stop]}
             try:
-                frame = self._quick.structure({**content, "samples": samples[start:stop]}, Telemetry)
+                frame = quick.structure(piece, Telemetry)
             except Exception:  # noqa: BLE001 - whatever it was, the exact converter names it
-                written = written or self._exactly(data, Telemetry)["samples"]
-                frame = self._exact_piece(content, written[start:stop], start)
+                if not written and LARGE_INTEGER.search(data) is None and (large := self._try(self._large, piece)):
+                    frame, quick = large, self._large
+                else:
+                    written = written or self._exactly(data, Telemetry)["samples"]
+                    frame = self._exact_piece(content, written[start:stop], start)
             taken += frame.samples
         yield Telemetry(frame.seq, tuple(taken))
+
+    @staticmethod
+    def _try(converter: Converter, content: Mapping[str, Any]) -> Telemetry | None:
+        try:
+            return converter.structure(content, Telemetry)
+        except Exception:  # noqa: BLE001 - whatever it was, the exact converter names it
+            return None
+
+    def piece(self, samples: Sized, data: bytes) -> int:
+        """How many samples of a long frame are worked at in one piece."""
+        return max(1, len(samples) * self._limits.piece_bytes // len(data))
 
     def _exact_piece(self, content: Mapping[str, Any], samples: list[Any], start: int) -> Telemetry:
         """Samples from number `start` on. Refusal: invalid."""
@@ -958,7 +976,8 @@ class Codec:
             content.pop("type", None)
         return content
 
-    def _converter(self, *, exact: bool) -> Converter:
+    def _converter(self, *, exact: bool, largest: float) -> Converter:
+        """`largest`: reals are below it."""
         converter = Converter(detailed_validation=exact, forbid_extra_keys=True)
         converter.register_structure_hook(int, check_integer)
         converter.register_structure_hook(bool, check_boolean)
@@ -974,7 +993,6 @@ class Codec:
         converter.register_structure_hook(TokenName, check_token_name)
         converter.register_structure_hook(QuotaChange, check_quotas)
         converter.register_structure_hook(Labels, self._check_labels)
-        largest = float("inf") if exact else INTEGERS  # the quick parser makes reals of integers of over 64 bits
         converter.register_structure_hook(Values, functools.partial(self._check_values, largest))
         converter.register_structure_hook(Document, functools.partial(self._check_document, largest))
         converter.register_structure_hook(Mode, one_of("merge", "replace"))
@@ -1318,6 +1336,23 @@ class TenantUse:
         return 0.0 if self.points < self.points_most else ((self.day + 1) * DAY - now) / 1000
 
 
+def for_seconds(seconds: float) -> Callable[[], float]:
+    """The patience of whoever waits for so long and no longer."""
+    until = time.monotonic() + seconds
+    return lambda: until - time.monotonic()
+
+
+async def wait_patiently(what: asyncio.Future[Any], patience: Callable[[], float]) -> None:
+    """Until it is done. TimeoutError, when there is no patience any more; it may come back while something waits."""
+    try:
+        while not what.done():
+            if (seconds := patience()) <= 0:
+                raise TimeoutError
+            await asyncio.wait((what,), timeout=seconds)
+    finally:
+        what.cancel()
+
+
 @attrs.define
 class Pace:
     """What each tenant may have at the moment: of the weight of a transaction, and turns in a round of the event loop; and the shares
@@ -1334,7 +1369,7 @@ class Share:
     last among them: in each round of the event loop one of them goes on. What is to be stored waits apart from what is not: when
     nothing more can be stored, it alone must wait."""
 
-    __slots__ = ("_asked", "_asking", "_pace", "_storing", "_taken", "used", "weight")
+    __slots__ = ("_asked", "_asking", "_pace", "_storing", "_taken", "long_work", "used", "weight")
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
@@ -1344,6 +1379,7 @@ class Share:
         self._taken = 0  # turns, in this round
         self.weight = 0  # of what it has in the next transaction
         self.used = False  # since the last transaction began
+        self.long_work = asyncio.Lock()  # what is long, and holds much memory, is done one after the other
 
     @property
     def full(self) -> bool:
@@ -1365,9 +1401,9 @@ class Share:
         self.weight += weight
         self._use()
 
-    async def turn(self, seconds: float, *, storing: bool = True) -> None:
+    async def turn(self, patience: Callable[[], float], *, storing: bool = True) -> None:
         """Until it is the turn of whoever calls, and, if that is to store something, the next transaction takes more of the tenant.
-        TimeoutError."""
+        `patience`: for how many seconds more. TimeoutError."""
         self._use()
         waiting = self._storing if storing else self._asking
         if self._taken < self._pace.turns and not waiting and not (storing and self.full):
@@ -1375,12 +1411,11 @@ class Share:
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting.append(turn)
-        async with asyncio.timeout(seconds):
-            await turn
-            while storing and self.full:  # by another one of this round
-                turn = asyncio.get_running_loop().create_future()
-                waiting.appendleft(turn)
-                await turn
+        await wait_patiently(turn, patience)
+        while storing and self.full:  # by another one of this round
+            turn = asyncio.get_running_loop().create_future()
+            waiting.appendleft(turn)
+            await wait_patiently(turn, patience)
 
     def go_on(self) -> None:
         """Let the next go on, if they may: of both kinds in turn."""
@@ -3606,6 +3641,11 @@ class Writer:
             raise Refusal("storage_unavailable")
         return cast(T, await change.future)  # under way: whether it is stored must be known
 
+    def patience(self) -> Callable[[], float]:
+        """How long it is worth to wait for the writer from now on: it comes to everything while it commits anything."""
+        began, seconds = time.monotonic(), self._limits.storage_seconds
+        return lambda: max(began, self.committed_at) + seconds - time.monotonic()
+
     async def alone(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a function on the connection, between two transactions; it makes its own."""
         return await self._connection.run(function, *arguments)
@@ -4041,7 +4081,7 @@ class Identity:
         )
         share = self._store.shares.of(key.tenant_id)
         try:
-            await share.turn(self._turn_seconds)
+            await share.turn(for_seconds(self._turn_seconds))
             known = await self._store.writer.change(change, share)
         except Refusal as refusal:
             if refusal.fault.code == "unauthorized":  # the key is used up, or gone
@@ -4986,7 +5026,7 @@ class Intake:
                     await pause()
                 elif not self._is_known(frame) and not self._owner.link.ended:
                     if isinstance(frame, Telemetry):
-                        await self._take_long_telemetry(frame, pause)
+                        await self._take_long_telemetry(frame, self._codec.piece(frame.samples, data), pause)
                     else:
                         self._take_frame(frame, len(data))
         except Refusal as refusal:
@@ -5018,11 +5058,11 @@ class Intake:
         count = self._add_points(frame.samples, moments, self._writer.points())
         self._telemetry_taken(frame, now, count, max(count, size // self._limits.point_bytes))
 
-    async def _take_long_telemetry(self, frame: Telemetry, pause: Callable[[], Awaitable[None]]) -> None:
-        """Hand the points over a piece at a time; a transaction of many would keep others waiting. What has its own times may be
+    async def _take_long_telemetry(self, frame: Telemetry, size: int, pause: Callable[[], Awaitable[None]]) -> None:
+        """Hand the points over so many samples at a time; a transaction of many would keep others waiting. What has its own times may be
         stored before the frame is: if that is sent again, the points are the same. Refusal: too_many_series, invalid; then none of
         the frame is taken."""
-        now, size = now_ms(), self._limits.piece_samples
+        now = now_ms()
         moments, count, kept = self._moments(frame, now), 0, 0
         rows: dict[str, dict[str, Value]] = {}
         timed = all(sample.ts is not None for sample in frame.samples)
@@ -5163,8 +5203,8 @@ class Session:
                 await self._wait_while(lambda: self._platform.registry.is_held(self._device_id))
             if link.ended:
                 continue
-            if len(message.data) > limits.long_frame_bytes and message.type == WSMsgType.TEXT:
-                await intake.take_in_pieces(cast(bytes, message.data), self._wait_for_turn)
+            if len(message.data) > limits.piece_bytes and message.type == WSMsgType.TEXT:
+                await self._take_in_pieces(cast(bytes, message.data))
             else:
                 self._take(message)
             at_hand = link.has_more
@@ -5184,18 +5224,30 @@ class Session:
         elif message.type == WSMsgType.BINARY:
             self._intake.refuse(Refusal("not_binary"), None)
 
+    async def _take_in_pieces(self, data: bytes) -> None:
+        """Of the long frames of a tenant one after the other."""
+        long_work = self._intake.share.long_work
+        begun = asyncio.ensure_future(long_work.acquire())
+        await self._wait(wait_patiently(begun, self._platform.store.writer.patience()))
+        if begun.done() and not begun.cancelled():
+            try:
+                if not self.link.ended:
+                    await self._intake.take_in_pieces(data, self._wait_for_turn)
+            finally:
+                long_work.release()
+
     async def _wait_for_turn(self) -> None:
         """Read no more until it is the device's turn, and the writer takes more: the device's own sends come to a stand, and nothing
         is dropped."""
-        await self._wait(self._intake.share.turn(self._platform.limits.storage_seconds))
+        await self._wait(self._intake.share.turn(self._platform.store.writer.patience()))
 
     async def _wait_for_acks(self) -> None:
         """Read no more until some of what was taken is on disk."""
 
         async def wait() -> None:
-            async with asyncio.timeout(self._platform.limits.storage_seconds):
-                while self._intake.waiting >= self._platform.limits.unacknowledged_frames and not self.link.ended:
-                    await self._next_change()
+            patience = self._platform.store.writer.patience()
+            while self._intake.waiting >= self._platform.limits.unacknowledged_frames and not self.link.ended:
+                await wait_patiently(self._next_change(), patience)
 
         await self._wait(wait())
 
@@ -5217,8 +5269,7 @@ class Session:
             if self.link.is_closing:
                 self.link.sign_off("connection_lost")
             try:
-                async with asyncio.timeout(self._platform.settings.heartbeat / 4):
-                    await self._next_change()
+                await wait_patiently(self._next_change(), for_seconds(self._platform.settings.heartbeat / 4))
             except TimeoutError:
                 self.link.ping()
         self._read_again()
@@ -5227,11 +5278,10 @@ class Session:
         self.link.reading = True
         self.link.heard = asyncio.get_running_loop().time()
 
-    async def _next_change(self) -> None:
-        """Until frames were stored, a quota was changed, a hold is over, or the connection is."""
-        if not self.link.ended:
-            self._changed = asyncio.get_running_loop().create_future()
-            await self._changed
+    def _next_change(self) -> asyncio.Future[None]:
+        """Done when frames were stored, a quota was changed, a hold is over, or the connection is."""
+        self._changed = asyncio.get_running_loop().create_future()
+        return self._changed
 
     def _tell_change(self) -> None:
         if self._changed is not None and not self._changed.done():
@@ -5297,7 +5347,7 @@ class Opening:
         agent = hello.agent and hello.agent[: self._platform.limits.shown_characters]
         share = self._platform.store.shares.of(token.tenant_id)
         try:
-            await share.turn(self._platform.limits.storage_seconds)
+            await share.turn(writer.patience())
         except TimeoutError:
             raise Refusal("storage_unavailable") from None
         opened = await writer.change(
@@ -6342,7 +6392,7 @@ async def wait_for_turn(platform: Platform, tenant_id: int | None) -> None:
     if share.asking >= limits.requests_waiting:
         raise Refusal("too_many_requests", retry_after=1)
     try:
-        await share.turn(limits.request_seconds, storing=False)
+        await share.turn(for_seconds(limits.request_seconds), storing=False)
     except TimeoutError:
         raise Refusal("too_many_requests", retry_after=1) from None
 
@@ -6872,10 +6922,24 @@ def agent_command() -> str:
     return shlex.join((str(python), str(program.with_name("agent.py"))))
 
 
+SWITCH_SECONDS: Final = 0.0005
+
+
+def share_interpreter() -> None:
+    """Let a thread that asks for the interpreter have it soon: a transaction asks some ten times, and each time the event loop, or
+    whoever reads, would keep it waiting for ten times as long. And look for cyclic garbage seldom, and not among what is there from
+    the start: the longest of those looks stall everybody, and frames are made of so many parts that each causes some."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 10, 50)
+
+
 async def serve(settings: Settings) -> None:
     """Run the server until SIGINT or SIGTERM."""
     path = Path(settings.db)
     raise_descriptors()
+    share_interpreter()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):  # Windows: there the KeyboardInterrupt ends asyncio.run

@@ -58,7 +58,7 @@ async def turns(rounds: Rounds, share: iiot.Share, count: int, *, storing: bool 
     """The rounds in which as many as want to go on at once may do so."""
 
     async def one() -> int:
-        await share.turn(PATIENCE, storing=storing)
+        await share.turn(iiot.for_seconds(PATIENCE), storing=storing)
         return rounds.number
 
     return await asyncio.gather(*(one() for _ in range(count)))
@@ -93,7 +93,7 @@ async def test_a_full_transaction_keeps_those_waiting_that_store_and_nobody_else
     shares, (share, _) = shared(2)
     share.add(LIMITS.pending_points)
     assert share.full
-    storing = asyncio.create_task(share.turn(PATIENCE))
+    storing = asyncio.create_task(share.turn(iiot.for_seconds(PATIENCE)))
     async with Rounds.counted() as rounds:
         await turns(rounds, share, 3, storing=False)
     assert not storing.done()
@@ -101,13 +101,13 @@ async def test_a_full_transaction_keeps_those_waiting_that_store_and_nobody_else
     await storing
     share.add(LIMITS.pending_points)
     with pytest.raises(TimeoutError):
-        await share.turn(0.01)
+        await share.turn(iiot.for_seconds(0.01))
 
 
 async def test_whoever_gives_up_is_passed_over() -> None:
     shares, (share, _) = shared(2)
     share.add(LIMITS.pending_points)
-    waiting = [asyncio.create_task(share.turn(PATIENCE)) for _ in range(3)]
+    waiting = [asyncio.create_task(share.turn(iiot.for_seconds(PATIENCE))) for _ in range(3)]
     await asyncio.sleep(0)
     waiting[0].cancel()
     await asyncio.gather(waiting[0], return_exceptions=True)
@@ -170,7 +170,7 @@ def long_frame(seq: int, samples: int, *, timed: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("timed", [True, False])
 async def test_a_long_frame_is_stored_in_order_with_those_around_it(tmp_path: Path, timed: bool) -> None:  # noqa: FBT001
-    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), long_frame_bytes=1_000, piece_samples=7)) as plant:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), piece_bytes=300)) as plant:
         device = await plant.device("press-1")
         for seq in (1, 2, 3):
             await device.send("telemetry", **long_frame(seq, 100 if seq == 2 else 1, timed=timed))
@@ -179,7 +179,7 @@ async def test_a_long_frame_is_stored_in_order_with_those_around_it(tmp_path: Pa
 
 
 async def test_nothing_of_a_long_frame_that_is_refused_is_stored(tmp_path: Path) -> None:
-    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), long_frame_bytes=1_000, piece_samples=7)) as plant:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), piece_bytes=300)) as plant:
         device = await plant.device("press-1")
         frame = long_frame(1, 100, timed=True)
         frame["samples"][95]["values"]["level"] = None
@@ -199,7 +199,7 @@ async def test_no_transaction_has_more_of_a_long_frame_than_its_share(tmp_path: 
         return write(batch, *arguments)
 
     monkeypatch.setattr(iiot.Batch, "write", noted)
-    limits = attrs.evolve(iiot.Limits(), piece_samples=50, transaction_seconds=1e-9, share_least=100)
+    limits = attrs.evolve(iiot.Limits(), piece_bytes=2_000, transaction_seconds=1e-9, share_least=100)
     async with two_tenants(tmp_path, limits) as (busy, quiet):
         device, other = await busy.device("press-1"), await quiet.device("press-1")
         await device.send("telemetry", **long_frame(1, 5_000, timed=True))
@@ -208,7 +208,7 @@ async def test_no_transaction_has_more_of_a_long_frame_than_its_share(tmp_path: 
             await other.store({"values": {"level": 1}})
         await acknowledged
         assert sum(batches) == 5_000 + other.seq
-        assert max(batches) <= limits.share_least + limits.piece_samples + 1
+        assert max(batches) <= limits.share_least + 50 + 1
 
 
 async def test_a_long_frame_that_a_kill_cut_is_sent_again_and_stored_once(process: Process) -> None:

@@ -285,7 +285,7 @@ def test_whatever_json_comes_is_a_frame_or_a_refusal_in_known_words(content: obj
         check_refusal(refusal)
 
 
-IN_PIECES = iiot.Codec(attrs.evolve(iiot.Limits(), piece_samples=2))
+IN_PIECES = iiot.Codec(attrs.evolve(iiot.Limits(), piece_bytes=30))
 BIG = '{"type":"telemetry","seq":1,"samples":[{"values":{}},{"values":{}},{"values":{"a":%s}}]}'
 
 
