@@ -3597,7 +3597,8 @@ class Store:
             (next_series,) = await connection.run(
                 lambda c: c.execute(
                     """select coalesce(max(id), 0) + 1 from (
-                           select id from series union all select id from removed_series union all select max(series_id) from telemetry)"""
+                           select max(id) id from series union all select max(id) from removed_series
+                           union all select max(series_id) from telemetry)"""
                 ).fetchone()
             )
             connections = []

@@ -257,8 +257,8 @@ def of_tenant(table: str, columns: list[str], tenant: str) -> str:
 
 
 @asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[Site]:
-    async with plants.plant(folder, LIMITS) as plant:
+async def opened(folder: Path, limits: iiot.Limits = LIMITS) -> AsyncIterator[Site]:
+    async with plants.plant(folder, limits) as plant:
         site = Site(plant, {"admin": plant.token, "platform": plants.admin_token(plant.database, "platform")})
         for role in ("viewer", "operator"):
             site.tokens[role] = (await site.mint(role)).text
