@@ -1205,7 +1205,7 @@ def network_of(address: str) -> str:
 # know: what the rows mean. Rows go in as one JSON text a statement and answers come out as one, because sqlite3 takes the
 # interpreter lock at every row.
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
 # A step for each version after the first: MIGRATIONS[n] leads from version n + 1 to n + 2.
 MIGRATIONS: Final[tuple[str, ...]] = (
@@ -1356,6 +1356,35 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         id     integer primary key check (id = 1),
         value  text not null
     ) strict;
+    """,
+    """
+    create index audit_by_name on audit (tenant_id, name, id);
+    create index audit_by_token on audit (tenant_id, token, id) where token is not null;
+    create index audit_by_action on audit (tenant_id, action, id);
+    create table hour (
+        kind   text not null check (kind in ('event', 'audit')),
+        hour   integer not null,
+        first  integer not null,
+        last   integer not null,
+        primary key (kind, hour)
+    ) strict, without rowid;
+    insert into hour select 'event', at / 3600000, min(id), max(id) from event group by at / 3600000;
+    insert into hour select 'audit', at / 3600000, min(id), max(id) from audit group by at / 3600000;
+    create trigger hour_of_event after insert on event
+    begin
+        insert into hour (kind, hour, first, last) values ('event', new.at / 3600000, new.id, new.id)
+        on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+    end;
+    create trigger hour_of_moved_event after update of at on event
+    begin
+        insert into hour (kind, hour, first, last) values ('event', new.at / 3600000, new.id, new.id)
+        on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+    end;
+    create trigger hour_of_audit after insert on audit
+    begin
+        insert into hour (kind, hour, first, last) values ('audit', new.at / 3600000, new.id, new.id)
+        on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+    end;
     """,
 )
 
@@ -1759,6 +1788,7 @@ class Readers:
         return None if row is None else shortened(row[0])
 
 
+HOUR: Final = 3_600_000
 PAGE_CHARACTERS: Final = 4 * 1024 * 1024  # of a list: an answer is in memory several times over
 
 
@@ -1788,6 +1818,21 @@ class Queries:
             limit=limit, **parameters,
         )  # fmt: skip
         return str(text)
+
+
+    async def _numbers(self, kind: str, tenant: int | None, start: int, stop: int) -> tuple[int, int]:
+        """Between which two numbers the entries of a range of times lie, among others; `kind` is event or audit."""
+        if start <= 0 and stop >= LATEST:
+            return 0, INTEGERS - 1
+        row = await self._readers.row(
+            f"""select min(first) - 1, max(last) + 1 from hour
+                where kind = :kind and hour >= :start / {HOUR} and hour <= (:stop - 1) / {HOUR}""",
+            {"kind": kind, "tenant": tenant, "start": start, "stop": stop},
+        )
+        low, high = row or (None, None)
+        if low is None or high is None:
+            return 0, 0  # nothing happened then
+        return low if start > 0 else 0, high if stop < LATEST else INTEGERS - 1
 
 
 class Bell:
@@ -2074,6 +2119,27 @@ class TokenReads:
         return None if row is None else ProvisioningKey(*row)
 
 
+ACTIONS_MOST: Final = 20  # that a filter looks for one by one; there are fewer
+LOOK: Final = 1_000  # entries that are counted to find out of what there are fewer
+
+
+@attrs.frozen
+class Way:
+    """How a part of a filter finds entries: each condition of `found` by the index before it, in the order of the entries' numbers. Left
+    to itself SQLite may take another index. And how the same is looked at in entries that are found another way."""
+
+    found: tuple[tuple[str, str], ...]
+    checked: str
+
+    def entries(self, columns: str, *checked: str) -> str:
+        """SQL for them, between the numbers :low and :high."""
+        rest = " and ".join(["id > :low and id < :high and at >= :start and at < :stop", *checked])
+        return " union all ".join(
+            f"select {columns} from audit indexed by {index} where tenant_id is :tenant and {condition} and {rest}"
+            for index, condition in self.found
+        )
+
+
 @attrs.frozen
 class AuditFilter:
     """Which entries of the audit: `actor` a token's name or id, `start` up to but without `stop` in milliseconds."""
@@ -2084,22 +2150,26 @@ class AuditFilter:
     start: int
     stop: int
 
-    @property
-    def where(self) -> str:
-        """Only what is asked for, so that an index can serve it."""
-        conditions = ["tenant_id is :tenant and at >= :start and at < :stop"]
-        if self.actor is not None:
-            conditions.append("(token = :actor or name = :actor)")
-        if self.actions is not None:
-            conditions.append("action in (select value from json_each(:actions))")
+    def ways(self) -> list[Way]:
+        """One for each part that is asked for, those first that mostly pick out fewer entries; or the one to all entries."""
+        ways = []
         if self.device is not None:
-            conditions.append("device = :device")
-        return " and ".join(conditions)
+            ways.append(Way((("audit_by_device", "device = :device"),), "device = :device"))
+        if self.actor is not None:
+            found = ("audit_by_name", "name = :actor"), ("audit_by_token", "token = :actor and name <> :actor")
+            ways.append(Way(found, "(name = :actor or token = :actor)"))
+        if self.actions is not None:
+            checked = "action in (select value from json_each(:actions))"
+            each = tuple(("audit_by_action", f"action = :action_{number}") for number in range(len(self.actions)))
+            ways.append(Way(each if len(each) <= ACTIONS_MOST else (("audit_by_tenant", checked),), checked))
+        return ways or [Way((("audit_by_tenant", "true"),), "true")]
 
     @property
     def parameters(self) -> dict[str, object]:
-        actions = None if self.actions is None else orjson.dumps(self.actions).decode()
-        return {"actor": self.actor, "actions": actions, "device": self.device, "start": self.start, "stop": self.stop}
+        actions = self.actions or ()
+        each = {f"action_{number}": action for number, action in enumerate(actions[:ACTIONS_MOST])}
+        asked = {"actor": self.actor, "device": self.device, "actions": orjson.dumps(actions).decode()}
+        return {**asked, **each, "start": self.start, "stop": self.stop}
 
 
 def tenant_lines(connection: sqlite3.Connection, defaults: Mapping[str, int]) -> list[str]:
@@ -2137,20 +2207,34 @@ class AccountReads(Queries):
 
     async def audit(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> str:
         """A page of the audit, newest first; `after` is the id of the last entry seen."""
-        return await self._list(
-            f"select id position, {AUDIT_JSON} item from audit where {wanted.where} and id < :after order by id desc",
-            limit, tenant=tenant, after=after, **wanted.parameters,
-        )  # fmt: skip
+        low, high = await self._numbers("audit", tenant, wanted.start, wanted.stop)
+        asked = {"tenant": tenant, "low": low, "high": min(high, after), **wanted.parameters}
+        entries = await self._entries(f"id position, {AUDIT_JSON} item", wanted, asked)
+        return await self._list(f"{entries} order by position desc", limit, **asked)
 
     async def audit_lines(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> tuple[str, int | None]:
         """So many entries after one, oldest first, a line of JSON each; and the last one's id, None at the end."""
+        low, high = await self._numbers("audit", tenant, wanted.start, wanted.stop)
+        asked = {"tenant": tenant, "low": max(low, after), "high": high, **wanted.parameters}
+        entries = await self._entries(f"id, {AUDIT_JSON} item", wanted, asked)
         text = await self._json(
             f"""select json_array(group_concat(item, char(10)), iif(count(*) = :limit, max(id), null)) from (
-                select id, {AUDIT_JSON} item from audit where {wanted.where} and id > :after order by id limit :limit)""",
-            tenant=tenant, limit=limit, after=after, **wanted.parameters,
+                {entries} order by id limit :limit)""",
+            limit=limit, **asked,
         )  # fmt: skip
         lines, last = orjson.loads(text or "[null, null]")
         return "" if lines is None else f"{lines}\n", last
+
+    async def _entries(self, columns: str, wanted: AuditFilter, asked: Mapping[str, object]) -> str:
+        """SQL for the entries that are wanted. They are found by the part of the filter that picks out the fewest, as far as a short
+        look tells."""
+        ways = wanted.ways()
+        best = 0
+        if len(ways) > 1:
+            counts = (f"(select count(*) from ({way.entries('1')} limit {LOOK}))" for way in ways)
+            found = orjson.loads(await self._json(f"select json_array({', '.join(counts)})", **asked) or "[0]")
+            best = found.index(min(found))
+        return ways[best].entries(columns, *(way.checked for number, way in enumerate(ways) if number != best))
 
 
 # ==== Devices ====
@@ -3480,11 +3564,12 @@ class Reads(Queries):
         device_id = await self.device_id(tenant, device)
         if device_id is None:
             return None
+        low, high = await self._numbers("event", tenant, start, stop)
         return await self._list(
             f"""select id position, json_patch(json_object('id', id, 'kind', kind, 'at', {time_sql("at")}), detail) item from event
-                where +tenant_id = :tenant and device_id = :device_id and id < :after and at >= :start and at < :stop
+                where +tenant_id = :tenant and device_id = :device_id and id > :low and id < :high and at >= :start and at < :stop
                 and (:kinds is null or kind in (select value from json_each(:kinds))) order by id desc""",
-            limit, tenant=tenant, device_id=device_id, after=after, start=start, stop=stop,
+            limit, tenant=tenant, device_id=device_id, low=low, high=min(high, after), start=start, stop=stop,
             kinds=None if kinds is None else orjson.dumps(kinds).decode(),
         )  # fmt: skip
 
