@@ -1139,25 +1139,36 @@ def same(one: object, other: object) -> bool:
     return canonical(one) == canonical(other)
 
 
-def place_of(path: str, name: str) -> str:
-    """A pointer to a member of what `path` points to (RFC 6901)."""
-    return f"{path}/{name.replace('~', '~0').replace('/', '~1')}"
+Place = tuple[str, ...]  # where in a document: the names that lead there, none for the document itself
 
 
-def merge_into(target: dict[str, Any], patch: Mapping[str, Any], path: str = "") -> Iterator[dict[str, Any]]:
+def pointer(place: Place) -> str:
+    """As RFC 6901 writes it."""
+    text = "/".join(("", *place))
+    if "~" in text or text.count("/") > len(place):
+        text = "".join(f"/{name.replace('~', '~0').replace('/', '~1')}" for name in place)
+    return text
+
+
+def place_of(text: str) -> Place:
+    """What a pointer points to (RFC 6901)."""
+    return tuple(name.replace("~1", "/").replace("~0", "~") for name in text.split("/")[1:])
+
+
+def merge_into(target: dict[str, Any], patch: Mapping[str, Any], place: Place = ()) -> Iterator[dict[str, Any]]:
     """Apply a merge patch to `target` itself; what it changes, as `changes_between` tells it."""
     for name in sorted(patch):
-        value, place = patch[name], place_of(path, name)
+        value, here = patch[name], (*place, name)
         if value is None:
             if name in target:
-                yield {"path": place, "from": target.pop(name)}
+                yield {"path": here, "from": target.pop(name)}
         elif name not in target:
             target[name] = merge_patch(None, value)
-            yield {"path": place, "to": target[name]}
+            yield {"path": here, "to": target[name]}
         elif isinstance(value, dict) and isinstance(target[name], dict):
-            yield from merge_into(target[name], value, place)
+            yield from merge_into(target[name], value, here)
         elif not same(target[name], after := merge_patch(None, value)):
-            yield {"path": place, "from": target[name], "to": after}
+            yield {"path": here, "from": target[name], "to": after}
             target[name] = after
 
 
@@ -1165,29 +1176,54 @@ def apply_changes(document: dict[str, Any], changes: Iterable[Mapping[str, Any]]
     """Make a document what it was after changes that `changes_between` tells, or before them."""
     side = "from" if back else "to"
     for change in changes:
-        *parents, name = [step.replace("~1", "/").replace("~0", "~") for step in change["path"].split("/")[1:]]
-        place: Any = document
+        if not change["path"]:
+            document.clear()
+            document.update(change[side])
+            continue
+        *parents, name = change["path"]
+        inner: Any = document
         for parent in parents:
-            place = place[parent]
+            inner = inner[parent]
         if side in change:
-            place[name] = change[side]
+            inner[name] = change[side]
         else:
-            place.pop(name, None)
+            inner.pop(name, None)
 
 
-def changes_between(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[dict[str, Any]]:
-    """What differs between two documents: {path (RFC 6901), from?, to?}; an array is one value."""
+def changes_between(old: Mapping[str, Any], new: Mapping[str, Any], place: Place = ()) -> Iterator[dict[str, Any]]:
+    """What differs between two documents: {path: Place, from?, to?}; an array is one value."""
     for name in sorted({*old, *new}):
-        place = place_of(path, name)
+        here = (*place, name)
         before, after = old.get(name), new.get(name)
         if name in old and name in new and isinstance(before, dict) and isinstance(after, dict):
-            yield from changes_between(before, after, place)
+            yield from changes_between(before, after, here)
         elif name not in old:
-            yield {"path": place, "to": after}
+            yield {"path": here, "to": after}
         elif name not in new:
-            yield {"path": place, "from": before}
+            yield {"path": here, "from": before}
         elif not same(before, after):
-            yield {"path": place, "from": before, "to": after}
+            yield {"path": here, "from": before, "to": after}
+
+
+def read_changes(told: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Changes as `changes_text` tells them."""
+    return ({**change, "path": place_of(change["path"])} for change in told)
+
+
+def changes_text(changes: list[dict[str, Any]], document: Mapping[str, Any], most: int) -> bytes:
+    """The changes that led to a document, as JSON: [{path (RFC 6901), from?, to?}]. Where that would be longer than `most` bytes they
+    are told as one, of the whole document: a long name stands in the path of all that it holds, and so 64 KiB could make 180 MB.
+    The changes are used up."""
+    if sum([len(name) for change in changes for name in change["path"]]) <= most:
+        for change in changes:
+            change["path"] = pointer(change["path"])
+        text = orjson.dumps(changes)
+        if len(text) <= most:
+            return text
+        changes = list(read_changes(changes))
+    old = orjson.loads(orjson.dumps(document))
+    apply_changes(old, changes, back=True)
+    return orjson.dumps([{"path": "", "from": old, "to": document}])
 
 
 def entity_tags(text: str) -> frozenset[str]:
@@ -1486,7 +1522,7 @@ class Shares:
 # know: what the rows mean. Rows go in as one JSON text a statement and answers come out as one, because sqlite3 takes the
 # interpreter lock at every row.
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
 # A step for each version after the first: MIGRATIONS[n] leads from version n + 1 to n + 2.
 MIGRATIONS: Final[tuple[str, ...]] = (
@@ -1637,6 +1673,35 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         id     integer primary key check (id = 1),
         value  text not null
     ) strict;
+    """,
+    """
+    create index audit_by_name on audit (tenant_id, name, id);
+    create index audit_by_token on audit (tenant_id, token, id) where token is not null;
+    create index audit_by_action on audit (tenant_id, action, id);
+    create table hour (
+        kind   text not null check (kind in ('event', 'audit')),
+        hour   integer not null,
+        first  integer not null,
+        last   integer not null,
+        primary key (kind, hour)
+    ) strict, without rowid;
+    insert into hour select 'event', at / 3600000, min(id), max(id) from event group by at / 3600000;
+    insert into hour select 'audit', at / 3600000, min(id), max(id) from audit group by at / 3600000;
+    create trigger hour_of_event after insert on event
+    begin
+        insert into hour (kind, hour, first, last) values ('event', new.at / 3600000, new.id, new.id)
+        on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+    end;
+    create trigger hour_of_moved_event after update of at on event
+    begin
+        insert into hour (kind, hour, first, last) values ('event', new.at / 3600000, new.id, new.id)
+        on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+    end;
+    create trigger hour_of_audit after insert on audit
+    begin
+        insert into hour (kind, hour, first, last) values ('audit', new.at / 3600000, new.id, new.id)
+        on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+    end;
     """,
 )
 
@@ -1892,6 +1957,24 @@ def bind(rows: object) -> tuple[str]:
     return (orjson.dumps(rows).decode(),)
 
 
+TEXT_BYTES: Final = 4 * 1024 * 1024  # that one statement binds of rows that may be long: such a text is in memory several times over
+
+
+def bind_in_parts(rows: Iterable[object]) -> Iterator[tuple[str]]:
+    """Rows as JSON texts of bounded length, in order, each for one run of a statement: SQLite takes no text of a gigabyte. Every part
+    has one row at least."""
+    part, size = list[bytes](), 0
+    for row in rows:
+        text = orjson.dumps(row)
+        if part and size + len(text) > TEXT_BYTES:
+            yield (b"[%b]" % b",".join(part)).decode(),
+            part, size = [], 0
+        part.append(text)
+        size += len(text)
+    if part:
+        yield (b"[%b]" % b",".join(part)).decode(),
+
+
 class Connection(aiosqlite.Connection):
     """An aiosqlite connection that also runs a whole function on its thread: one hop for a transaction or a query."""
 
@@ -2040,6 +2123,7 @@ class Readers:
         return None if row is None else shortened(row[0])
 
 
+HOUR: Final = 3_600_000
 PAGE_CHARACTERS: Final = 4 * 1024 * 1024  # of a list: an answer is in memory several times over
 
 
@@ -2069,6 +2153,21 @@ class Queries:
             limit=limit, **parameters,
         )  # fmt: skip
         return str(text)
+
+
+    async def _numbers(self, kind: str, tenant: int | None, start: int, stop: int) -> tuple[int, int]:
+        """Between which two numbers the entries of a range of times lie, among others; `kind` is event or audit."""
+        if start <= 0 and stop >= LATEST:
+            return 0, INTEGERS - 1
+        row = await self._readers.row(
+            f"""select min(first) - 1, max(last) + 1 from hour
+                where kind = :kind and hour >= :start / {HOUR} and hour <= (:stop - 1) / {HOUR}""",
+            {"kind": kind, "tenant": tenant, "start": start, "stop": stop},
+        )
+        low, high = row or (None, None)
+        if low is None or high is None:
+            return 0, 0  # nothing happened then
+        return low if start > 0 else 0, high if stop < LATEST else INTEGERS - 1
 
 
 class Bell:
@@ -2355,6 +2454,27 @@ class TokenReads:
         return None if row is None else ProvisioningKey(*row)
 
 
+ACTIONS_MOST: Final = 20  # that a filter looks for one by one; there are fewer
+LOOK: Final = 1_000  # entries that are counted to find out of what there are fewer
+
+
+@attrs.frozen
+class Way:
+    """How a part of a filter finds entries: each condition of `found` by the index before it, in the order of the entries' numbers. Left
+    to itself SQLite may take another index. And how the same is looked at in entries that are found another way."""
+
+    found: tuple[tuple[str, str], ...]
+    checked: str
+
+    def entries(self, columns: str, *checked: str) -> str:
+        """SQL for them, between the numbers :low and :high."""
+        rest = " and ".join(["id > :low and id < :high and at >= :start and at < :stop", *checked])
+        return " union all ".join(
+            f"select {columns} from audit indexed by {index} where tenant_id is :tenant and {condition} and {rest}"
+            for index, condition in self.found
+        )
+
+
 @attrs.frozen
 class AuditFilter:
     """Which entries of the audit: `actor` a token's name or id, `start` up to but without `stop` in milliseconds."""
@@ -2365,22 +2485,26 @@ class AuditFilter:
     start: int
     stop: int
 
-    @property
-    def where(self) -> str:
-        """Only what is asked for, so that an index can serve it."""
-        conditions = ["tenant_id is :tenant and at >= :start and at < :stop"]
-        if self.actor is not None:
-            conditions.append("(token = :actor or name = :actor)")
-        if self.actions is not None:
-            conditions.append("action in (select value from json_each(:actions))")
+    def ways(self) -> list[Way]:
+        """One for each part that is asked for, those first that mostly pick out fewer entries; or the one to all entries."""
+        ways = []
         if self.device is not None:
-            conditions.append("device = :device")
-        return " and ".join(conditions)
+            ways.append(Way((("audit_by_device", "device = :device"),), "device = :device"))
+        if self.actor is not None:
+            found = ("audit_by_name", "name = :actor"), ("audit_by_token", "token = :actor and name <> :actor")
+            ways.append(Way(found, "(name = :actor or token = :actor)"))
+        if self.actions is not None:
+            checked = "action in (select value from json_each(:actions))"
+            each = tuple(("audit_by_action", f"action = :action_{number}") for number in range(len(self.actions)))
+            ways.append(Way(each if len(each) <= ACTIONS_MOST else (("audit_by_tenant", checked),), checked))
+        return ways or [Way((("audit_by_tenant", "true"),), "true")]
 
     @property
     def parameters(self) -> dict[str, object]:
-        actions = None if self.actions is None else orjson.dumps(self.actions).decode()
-        return {"actor": self.actor, "actions": actions, "device": self.device, "start": self.start, "stop": self.stop}
+        actions = self.actions or ()
+        each = {f"action_{number}": action for number, action in enumerate(actions[:ACTIONS_MOST])}
+        asked = {"actor": self.actor, "device": self.device, "actions": orjson.dumps(actions).decode()}
+        return {**asked, **each, "start": self.start, "stop": self.stop}
 
 
 def tenant_lines(connection: sqlite3.Connection, defaults: Mapping[str, int]) -> list[str]:
@@ -2418,20 +2542,34 @@ class AccountReads(Queries):
 
     async def audit(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> str:
         """A page of the audit, newest first; `after` is the id of the last entry seen."""
-        return await self._list(
-            f"select id position, {AUDIT_JSON} item from audit where {wanted.where} and id < :after order by id desc",
-            limit, tenant=tenant, after=after, **wanted.parameters,
-        )  # fmt: skip
+        low, high = await self._numbers("audit", tenant, wanted.start, wanted.stop)
+        asked = {"tenant": tenant, "low": low, "high": min(high, after), **wanted.parameters}
+        entries = await self._entries(f"id position, {AUDIT_JSON} item", wanted, asked)
+        return await self._list(f"{entries} order by position desc", limit, **asked)
 
     async def audit_lines(self, tenant: int | None, wanted: AuditFilter, limit: int, after: int) -> tuple[str, int | None]:
         """So many entries after one, oldest first, a line of JSON each; and the last one's id, None at the end."""
+        low, high = await self._numbers("audit", tenant, wanted.start, wanted.stop)
+        asked = {"tenant": tenant, "low": max(low, after), "high": high, **wanted.parameters}
+        entries = await self._entries(f"id, {AUDIT_JSON} item", wanted, asked)
         text = await self._json(
             f"""select json_array(group_concat(item, char(10)), iif(count(*) = :limit, max(id), null)) from (
-                select id, {AUDIT_JSON} item from audit where {wanted.where} and id > :after order by id limit :limit)""",
-            tenant=tenant, limit=limit, after=after, **wanted.parameters,
+                {entries} order by id limit :limit)""",
+            limit=limit, **asked,
         )  # fmt: skip
         lines, last = orjson.loads(text or "[null, null]")
         return "" if lines is None else f"{lines}\n", last
+
+    async def _entries(self, columns: str, wanted: AuditFilter, asked: Mapping[str, object]) -> str:
+        """SQL for the entries that are wanted. They are found by the part of the filter that picks out the fewest, as far as a short
+        look tells."""
+        ways = wanted.ways()
+        best = 0
+        if len(ways) > 1:
+            counts = (f"(select count(*) from ({way.entries('1')} limit {LOOK}))" for way in ways)
+            found = orjson.loads(await self._json(f"select json_array({', '.join(counts)})", **asked) or "[0]")
+            best = found.index(min(found))
+        return ways[best].entries(columns, *(way.checked for number, way in enumerate(ways) if number != best))
 
 
 # ==== Devices ====
@@ -2507,13 +2645,13 @@ class Parting:
 
 def insert_events(connection: sqlite3.Connection, events: list[Happened]) -> None:
     """Entries of timelines, in the order in which things came."""
-    if events:
-        rows = [(event.device_id, event.at, event.kind, event.detail) for event in sorted(events, key=lambda event: event.arrival)]
+    in_order = sorted(events, key=lambda event: event.arrival)
+    for part in bind_in_parts((event.device_id, event.at, event.kind, event.detail) for event in in_order):
         connection.execute(
             """insert into event (tenant_id, device_id, at, kind, detail)
                select tenant_id, device.id, new.value ->> 1, new.value ->> 2, json(new.value ->> 3)
                from json_each(?) new join device on device.id = new.value ->> 0 order by new.key""",
-            bind(rows),
+            part,
         )
 
 
@@ -2714,20 +2852,22 @@ def close_crashed_sessions(connection: sqlite3.Connection) -> int:
     ).rowcount
 
 
-def insert_states(connection: sqlite3.Connection, rows: tuple[str], characters: int) -> None:
+def insert_states(connection: sqlite3.Connection, rows: Iterable[tuple[object, ...]], characters: int) -> None:
     """Rows of (device, version, at, session, document, changes, software version), in order; so many characters of the last are shown."""
-    connection.execute(
-        """insert into state (device_id, version, at, session, document, changes)
-           select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 from json_each(?)""",
-        rows,
-    )
-    connection.execute(
-        """update presence set software_version = new.software
-           from (select value ->> 0 device_id, iif(json_type(value, '$[6]') = 'text', substr(value ->> 6, 1, ?2), null) software, max(key)
-                 from json_each(?1) group by 1) new
-           where presence.device_id = new.device_id""",
-        (*rows, characters),
-    )
+    for part in bind_in_parts(rows):
+        connection.execute(
+            """insert into state (device_id, version, at, session, document, changes)
+               select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 from json_each(?)""",
+            part,
+        )
+        connection.execute(
+            """update presence set software_version = new.software
+               from (select value ->> 0 device_id, iif(json_type(value, '$[6]') = 'text', substr(value ->> 6, 1, ?2), null) software,
+                            max(key)
+                     from json_each(?1) group by 1) new
+               where presence.device_id = new.device_id""",
+            (*part, characters),
+        )
 
 
 @attrs.define
@@ -2774,21 +2914,13 @@ def shorten_states(connection: sqlite3.Connection, versions: list[tuple[int, int
     )
 
 
-def write_states(
-    connection: sqlite3.Connection, reports: list[tuple[int, StateReport]], events: list[Happened], limits: Limits
-) -> list[tuple[Committed, str, int]]:
-    """What devices report, in order of arrival: a version for every actual change; which reports are refused, as (owner, code, seq).
-
-    The newest version has the whole document, and so has one now and then; the others have what changed.
-    """
-    if not reports:
-        return []
-    known = reported_by(connection, (report.device_id for _, report in reports))
-    before = {device_id: reported.version for device_id, reported in known.items()}
-    rows: dict[tuple[int, int], list[object]] = {}
-    refused: list[tuple[Committed, str, int]] = []
+def new_versions(
+    reported: Reported, reports: list[tuple[int, StateReport]], events: list[Happened], refused: list[tuple[Committed, str, int]],
+    limits: Limits,
+) -> Iterator[tuple[object, ...]]:
+    """What one device reports, as rows for `insert_states`."""
+    row: tuple[object, ...] | None = None
     for arrival, report in reports:
-        reported = known.setdefault(report.device_id, Reported(0, {}))
         try:
             changes = reported.take(report, limits)
         except Refusal as refusal:
@@ -2796,20 +2928,44 @@ def write_states(
             continue
         if not changes and reported.version:
             continue
+        if row is not None:
+            yield row
         reported.version += 1
         events.append(Happened(arrival, report.device_id, report.at, "state", {"version": reported.version}))
         whole = canonical(reported.document).decode() if reported.version % limits.state_versions == 1 else ""
-        told = orjson.dumps(changes).decode()
-        key = report.device_id, reported.version
-        rows[key] = [*key, report.at, report.session, whole, told, reported.document.get("software_version")]
-    for device_id, reported in known.items():
-        if row := rows.get((device_id, reported.version)):
-            row[4] = canonical(reported.document).decode()
-    if rows:
-        insert_states(connection, bind(list(rows.values())), limits.shown_characters)
-        changed = {device_id for device_id, _ in rows}
-        often = limits.state_versions
-        shorten_states(connection, [(device, last) for device, last in before.items() if device in changed and last % often != 1])
+        told = changes_text(changes, reported.document, 4 * limits.document_bytes).decode()
+        shown = reported.document.get("software_version")
+        row = (report.device_id, reported.version, report.at, report.session, whole, told, shown)
+    if row is not None:
+        yield (*row[:4], canonical(reported.document).decode(), *row[5:])
+
+
+REPORTING: Final = 64  # devices whose documents are in memory at one time
+
+
+def write_states(
+    connection: sqlite3.Connection, reports: list[tuple[int, StateReport]], events: list[Happened], limits: Limits
+) -> list[tuple[Committed, str, int]]:
+    """What devices report, each in order of arrival: a version for every actual change; which reports are refused, as (owner, code, seq).
+
+    The newest version has the whole document, and so has one now and then; the others have what changed.
+    """
+    by_device: dict[int, list[tuple[int, StateReport]]] = {}
+    for arrival, report in reports:
+        by_device.setdefault(report.device_id, []).append((arrival, report))
+    refused: list[tuple[Committed, str, int]] = []
+    waiting = iter(by_device)
+    while devices := list(islice(waiting, REPORTING)):
+        known = reported_by(connection, devices)
+        before = {device_id: reported.version for device_id, reported in known.items()}
+        rows = (
+            row
+            for device_id in devices
+            for row in new_versions(known.setdefault(device_id, Reported(0, {})), by_device[device_id], events, refused, limits)
+        )
+        insert_states(connection, rows, limits.shown_characters)
+        older = [(device_id, last) for device_id, last in before.items() if last % limits.state_versions != 1]
+        shorten_states(connection, [(device_id, last) for device_id, last in older if known[device_id].version > last])
     return refused
 
 
@@ -2834,19 +2990,10 @@ def write_configs_sent(connection: sqlite3.Connection, sent: list[tuple[int, int
     return [(device_id, version, timeout) for device_id, version, timeout in orjson.loads(awaited)]
 
 
-def write_verdicts(
-    connection: sqlite3.Connection, verdicts: list[tuple[int, VerdictReport]], events: list[Happened]
-) -> list[tuple[Committed, str, int]]:
-    """What devices say of their configurations, in order of arrival; which of it is refused, as (owner, code, seq).
-
-    The last verdict on a version is the one it has. A version that was superseded, or timed out, is changed by a final verdict
-    alone: that the device is still at work on it says nothing new.
-    """
-    if not verdicts:
-        return []
-    rows = bind([[v.device_id, v.version, v.status, v.message, v.errors, v.at] for _, v in verdicts])
+def update_verdicts(connection: sqlite3.Connection, rows: tuple[str]) -> set[int]:
+    """Rows of (device, version, status, message, errors, at, index), in order; the indexes of those on versions that were never sent."""
     (unknown,) = connection.execute(
-        """select json_group_array(said.key) from json_each(?) said
+        """select json_group_array(said.value ->> 6) from json_each(?) said
            left join config on device_id = said.value ->> 0 and version = said.value ->> 1 where sent_at is null""",
         rows,
     ).fetchone()
@@ -2866,7 +3013,21 @@ def write_verdicts(
            where presence.device_id = new.device_id""",
         rows,
     )
-    refused = set(orjson.loads(unknown))
+    return set(orjson.loads(unknown))
+
+
+def write_verdicts(
+    connection: sqlite3.Connection, verdicts: list[tuple[int, VerdictReport]], events: list[Happened]
+) -> list[tuple[Committed, str, int]]:
+    """What devices say of their configurations, in order of arrival; which of it is refused, as (owner, code, seq).
+
+    The last verdict on a version is the one it has. A version that was superseded, or timed out, is changed by a final verdict
+    alone: that the device is still at work on it says nothing new.
+    """
+    refused: set[int] = set()
+    rows = ([v.device_id, v.version, v.status, v.message, v.errors, v.at, index] for index, (_, v) in enumerate(verdicts))
+    for part in bind_in_parts(rows):
+        refused |= update_verdicts(connection, part)
     for index, (arrival, said) in enumerate(verdicts):
         if index not in refused:
             detail = {"version": said.version, "status": said.status}
@@ -3409,6 +3570,18 @@ class Outcome:
     seconds: float
 
 
+def parts_of_points(points: dict[str, dict[str, Value]], most: int) -> Iterator[dict[str, dict[str, Value]]]:
+    """So many points, or one series, for each run of a statement; mostly all of them. Devices that were held back may let go of more at
+    once than the writer lets others send."""
+    if len(points) > 1 and sum(map(len, points.values())) > most:
+        series = list(points.items())
+        middle = len(series) // 2
+        yield from parts_of_points(dict(series[:middle]), most)
+        yield from parts_of_points(dict(series[middle:]), most)
+    elif points:
+        yield points
+
+
 class Batch:
     """What the next transaction stores. Points lie by series and time, so the last write wins before SQL sees it."""
 
@@ -3445,14 +3618,14 @@ class Batch:
         with transaction(connection):
             began = time.perf_counter()
             awaited = write_configs_sent(connection, self.configs_sent) if self.configs_sent else []
-            self._write_rows(connection)
+            self._write_rows(connection, limits)
             events = self.events + [parting.event(arrival) for arrival, parting in self.partings]
             refused = write_states(connection, self.states, events, limits) + write_verdicts(connection, self.verdicts, events)
             insert_events(connection, events)
             results = [self._attempt(connection, change) for change in self.changes]
             return Outcome(results, refused, awaited, time.perf_counter() - began)
 
-    def _write_rows(self, connection: sqlite3.Connection) -> None:
+    def _write_rows(self, connection: sqlite3.Connection, limits: Limits) -> None:
         if self.series:
             rows = bind(self.series)
             connection.execute(
@@ -3465,13 +3638,13 @@ class Batch:
                    where value ->> 1 not in (select id from device)""",
                 rows,
             )
-        if self.points:
+        for points in parts_of_points(self.points, 2 * limits.pending_points):
             connection.execute(
                 """insert into telemetry (series_id, ts, value)
                    select cast(series.key as integer), cast(point.key as integer), point.value
                    from json_each(?) series, json_each(series.value) point
                    where true on conflict do update set value = excluded.value""",
-                bind(self.points),
+                bind(points),
             )
         if self.progress:
             connection.execute(
@@ -3764,11 +3937,12 @@ class Reads(Queries):
         device_id = await self.device_id(tenant, device)
         if device_id is None:
             return None
+        low, high = await self._numbers("event", tenant, start, stop)
         return await self._list(
             f"""select id position, json_patch(json_object('id', id, 'kind', kind, 'at', {time_sql("at")}), detail) item from event
-                where +tenant_id = :tenant and device_id = :device_id and id < :after and at >= :start and at < :stop
+                where +tenant_id = :tenant and device_id = :device_id and id > :low and id < :high and at >= :start and at < :stop
                 and (:kinds is null or kind in (select value from json_each(:kinds))) order by id desc""",
-            limit, tenant=tenant, device_id=device_id, after=after, start=start, stop=stop,
+            limit, tenant=tenant, device_id=device_id, low=low, high=min(high, after), start=start, stop=stop,
             kinds=None if kinds is None else orjson.dumps(kinds).decode(),
         )  # fmt: skip
 
@@ -3799,8 +3973,8 @@ class Reads(Queries):
         if text is None:
             return None
         shown, document, changes = orjson.loads(text)
-        for change in changes:
-            apply_changes(document, change)
+        for told in changes:
+            apply_changes(document, read_changes(told))
         return orjson.dumps({**shown, "reported": orjson.Fragment(canonical(document))})
 
     async def state_history(self, tenant: int, device: str, limit: int, after: int) -> str | None:
@@ -3882,7 +4056,8 @@ class Store:
             (next_series,) = await connection.run(
                 lambda c: c.execute(
                     """select coalesce(max(id), 0) + 1 from (
-                           select id from series union all select id from removed_series union all select max(series_id) from telemetry)"""
+                           select max(id) id from series union all select max(id) from removed_series
+                           union all select max(series_id) from telemetry)"""
                 ).fetchone()
             )
             connections = []

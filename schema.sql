@@ -189,6 +189,9 @@ create table audit (
 ) strict;
 create index audit_by_tenant on audit (tenant_id, id);
 create index audit_by_device on audit (tenant_id, device, id) where device is not null;
+create index audit_by_name on audit (tenant_id, name, id);
+create index audit_by_token on audit (tenant_id, token, id) where token is not null;
+create index audit_by_action on audit (tenant_id, action, id);
 create trigger removed_tenant_stays_removed before update of name on tenant
 when old.name is null
 begin
@@ -207,6 +210,32 @@ create trigger audit_is_not_replaced before insert on audit
 when exists (select 1 from audit where id = new.id)
 begin
     select raise(abort, 'the audit is append-only');
+end;
+
+-- Which numbers the entries of an hour have, in the timelines and in the audit, those of all tenants together: by it a range of times is
+-- found among the entries of a device or a tenant, which lie in the order of their numbers. Times need not rise with numbers: the
+-- clock may be set. Triggers keep it, and no row goes.
+create table hour (
+    kind   text not null check (kind in ('event', 'audit')),
+    hour   integer not null,                      -- since 1970-01-01 00:00 UTC
+    first  integer not null,                      -- the lowest number, and the highest
+    last   integer not null,
+    primary key (kind, hour)
+) strict, without rowid;
+create trigger hour_of_event after insert on event
+begin
+    insert into hour (kind, hour, first, last) values ('event', new.at / 3600000, new.id, new.id)
+    on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+end;
+create trigger hour_of_moved_event after update of at on event
+begin
+    insert into hour (kind, hour, first, last) values ('event', new.at / 3600000, new.id, new.id)
+    on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+end;
+create trigger hour_of_audit after insert on audit
+begin
+    insert into hour (kind, hour, first, last) values ('audit', new.at / 3600000, new.id, new.id)
+    on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
 end;
 
 -- A random text, new at every start and every five minutes. It stands in the file beside the database too, so that a write-ahead log

@@ -227,11 +227,12 @@ class Site:
                     await asyncio.sleep(0.01)
 
     def snapshot(self, tenant: str | None = None) -> dict[str, list[str]]:
-        """Every row but the audit's, of all or of one tenant; without the times at which tokens and devices were last heard."""
+        """Every row but the audit's and where in it an hour is, of all or of one tenant; without the times at which tokens and devices
+        were last heard."""
         with closing(sqlite3.connect(self.plant.database)) as connection:
             tables = connection.execute("select name from sqlite_master where type = 'table' and name not like 'sqlite_%'").fetchall()
             rows = {}
-            for table in {name for (name,) in tables} - {"audit"}:
+            for table in {name for (name,) in tables} - {"audit", "hour"}:
                 columns = [row[1] for row in connection.execute(f"select * from pragma_table_info('{table}')")]
                 shown = ", ".join(column for column in columns if column not in ("used_at", "seen_at"))
                 where = "true" if tenant is None else of_tenant(table, columns, f"(select id from tenant where name = '{tenant}')")
@@ -257,8 +258,8 @@ def of_tenant(table: str, columns: list[str], tenant: str) -> str:
 
 
 @asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[Site]:
-    async with plants.plant(folder, LIMITS) as plant:
+async def opened(folder: Path, limits: iiot.Limits = LIMITS) -> AsyncIterator[Site]:
+    async with plants.plant(folder, limits) as plant:
         site = Site(plant, {"admin": plant.token, "platform": plants.admin_token(plant.database, "platform")})
         for role in ("viewer", "operator"):
             site.tokens[role] = (await site.mint(role)).text

@@ -230,6 +230,30 @@ async def test_a_token_used_while_the_clock_was_ahead_shows_its_later_uses(clock
         await plant.until("/tokens", used)
 
 
+async def test_what_was_done_while_the_clock_was_wrong_is_found_by_its_time_and_what_came_after_by_its_own(clocked: Clocked) -> None:
+    plant = clocked.plant
+    now, hour = iiot.now_ms(), 3_600_000
+    for step, version in ((0, 1), (YEAR, 2), (-YEAR, 3), (0, 4)):
+        clocked.set(step)
+        device = f"press-{version}"
+        await plant.register(device)
+        _, pushed = await plant.ask("POST", "/iiot/press-1", {"n": version})
+        assert pushed["version"] == version
+
+    async def found(query: str) -> list[int]:
+        entries = (await plant.get(f"/audit?action=config.push{query}"))["items"]
+        events = (await plant.get(f"/iiot/press-1/events?kind=config{query}"))["items"]
+        versions = [entry["detail"]["version"] for entry in entries]
+        assert [event["version"] for event in events if event["status"] == "pending"] == versions
+        return versions
+
+    assert await found("") == [4, 3, 2, 1], "in the order in which it was done"
+    for step, versions in ((0, [4, 1]), (YEAR, [2]), (-YEAR, [3]), (YEAR // 2, [])):
+        assert await found(f"&from={now + step - hour}&to={now + step + hour}") == versions
+    assert await found(f"&from={now - hour}") == [4, 2, 1]
+    assert await found(f"&to={now + hour}") == [4, 3, 1]
+
+
 # ---- the way out of wrong times
 
 

@@ -213,6 +213,11 @@ def asked_entries(world: World, side: Side) -> tuple[object, ...]:
         attrs.evolve(everything, actions=("config.push", "device.provision", "tenant.create", "token.create")),
         *(attrs.evolve(everything, actor=actor) for actor in actors),
         *(attrs.evolve(everything, device=device) for device in devices),
+        attrs.evolve(everything, start=1),
+        attrs.evolve(everything, stop=iiot.LATEST - 1),
+        *(attrs.evolve(everything, actor=actor, actions=("config.push",), device="press-1", start=1) for actor in actors),
+        *(attrs.evolve(everything, actor=actor, actions=("config.push", "device.report")) for actor in actors),
+        attrs.evolve(everything, actions=(*map(str, range(iiot.ACTIONS_MOST)), "config.push")),
     )
 
 
@@ -234,8 +239,8 @@ ARGUMENTS: Mapping[str, Asked] = {
     "match: str | None": lambda world, side: (None, "*", *(f"{each.word}*" for each in world.all)),
     "connected: bool | None": the_same(None, True, False),
     "kinds: tuple[str, ...] | None": the_same(None, ("connected", "disconnected", "credentials", "state", "config")),
-    "start: int": the_same(0),
-    "stop: int": the_same(iiot.LATEST),
+    "start: int": the_same(0, 1),
+    "stop: int": the_same(iiot.LATEST, iiot.LATEST - 1),
     "at: int | None": the_same(None, iiot.LATEST),
     "version: int": the_same(1, 2, 3),
     "version: int | None": the_same(None, 1, 2),

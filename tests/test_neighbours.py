@@ -6,10 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
-import sqlite3
 import struct
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -325,55 +322,6 @@ async def test_a_bucket_has_a_bounded_number_of_values(plant: Plant) -> None:
     many = ",".join(["sum"] * 9)
     status, body = await plant.ask("GET", f"/iiot/press-1/telemetry?every=1m&agg={many}")
     assert (status, body["error"]["details"]) == (400, [{"path": "agg", "message": "names more than 8"}])
-
-
-def plan(database: Path, sql: str, parameters: Any) -> str:
-    with closing(sqlite3.connect(database)) as connection:
-        return " / ".join(row[3] for row in connection.execute(f"explain query plan {sql}", parameters))
-
-
-class Noted:
-    """Stands where the readers stand, and notes what they are asked."""
-
-    def __init__(self, readers: iiot.Readers, asked: list[tuple[str, Any]]) -> None:
-        self._readers, self._asked = readers, asked
-
-    async def row(self, sql: str, parameters: Any) -> Any:
-        self._asked.append((sql, parameters))
-        return await self._readers.row(sql, parameters)
-
-    async def exact(self, sql: str, parameters: Any) -> Any:
-        self._asked.append((sql, parameters))
-        return await self._readers.exact(sql, parameters)
-
-
-GROWING = ("event", "telemetry", "state", "config", "audit")
-
-
-def scans(plan_text: str) -> Iterator[str]:
-    """Tables that grow for ever, walked from end to end."""
-    for step in plan_text.split(" / "):
-        words = step.split()
-        if words[0] == "SCAN" and words[1] in GROWING:
-            yield step
-
-
-async def test_a_timeline_is_found_by_its_device(tmp_path: Path) -> None:
-    asked: list[tuple[str, Any]] = []
-    database = tmp_path / "iiot.db"
-    async with iiot.Store.open(database, iiot.Limits()) as store:
-        await store.writer.change(lambda connection: iiot.insert_device(connection, 1, "press-1", iiot.mint("dev").stored, {}))
-        reads = iiot.Reads(Noted(store.read._readers, asked), Noted(store.read._readers, asked), iiot.Limits())  # type: ignore[arg-type]
-        assert await reads.events(1, "press-1", 10, iiot.LATEST, None, 0, iiot.LATEST)
-        assert await reads.device(1, "press-1")
-        assert await reads.config(1, "press-1")
-        assert await reads.state_history(1, "press-1", 10, 5)
-        assert await reads.telemetry.points(1, "press-1", iiot.TelemetryRange(None, 0, iiot.LATEST), 10)
-        assert await reads.feed(1, 0, 10)
-    plans = [plan(database, sql, parameters) for sql, parameters in asked]
-    assert [step for text in plans for step in scans(text)] == []
-    (timeline,) = (text for (sql, _), text in zip(asked, plans, strict=True) if ":kinds" in sql)
-    assert "event_by_device" in timeline
 
 
 async def test_a_device_is_not_kept_from_its_welcome_by_a_stop(process: Process) -> None:

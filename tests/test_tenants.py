@@ -95,11 +95,11 @@ def query(database: Path, sql: str, *parameters: object) -> list[tuple[Any, ...]
 
 
 def tables(database: Path) -> dict[str, list[Any]]:
-    """Every row of every table, but for what is the platform's own and the numbers that were given out."""
+    """Every row of every table, but for what is the platform's own, the numbers that were given out, and in which hours."""
     found = {}
     with closing(sqlite3.connect(database)) as connection:
         connection.row_factory = sqlite3.Row
-        others = "('sqlite_sequence', 'salt')"
+        others = "('sqlite_sequence', 'salt', 'hour')"
         names = connection.execute(f"select name from sqlite_schema where type = 'table' and name not in {others}").fetchall()
         for (name,) in names:
             rows = [dict(row) for row in connection.execute(f"select * from {name}")]

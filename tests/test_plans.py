@@ -1,0 +1,491 @@
+"""How the database finds what a statement asks for: no statement of the server walks a table that grows.
+
+A server is run with everything that devices, operators, the command line and the clocks can make it do, and every read is asked
+with all the arguments that `test_isolation` knows. Each statement is noted with what it binds, and explained by SQLite itself
+(https://www.sqlite.org/eqp.html). A statement that is new is among them by itself; one that nothing here runs fails the test.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import itertools
+import re
+import sqlite3
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import test_isolation as isolation
+from plant import Device, Plant
+from test_access import EXAMPLES, LIMITS, MAY, Site, bearer, check_allowed, opened
+
+import iiot
+
+Parameters = Mapping[str, object] | tuple[object, ...]
+QUICK = attrs.evolve(LIMITS, resume_seconds=0.0, clock_seconds=0.05, refusals=5, seen_seconds=0.1)
+
+# Tables whose rows can be counted by hand: the customers, and one row for each table or for the file.
+SMALL = {"tenant", "salt", "sqlite_sequence"}
+# What never ends: a tenant has a bounded number of devices, tokens and keys, and any number of these.
+HISTORIES = {"event", "audit"}
+# What a statement makes for itself, and how much that is at most.
+BOUNDED = {"shown": "a page of a list", "bucket": "a page of buckets", "wanted": "the metrics of one device"}
+EXPLAINED = ("select", "with", "insert", "update", "delete")
+
+
+@attrs.frozen
+class Allowed:
+    """A step of a plan that would be wrong elsewhere: part of its statement, the step, and why it is right there."""
+
+    sql: str
+    step: str
+    why: str
+
+
+ALLOWED = (
+    # Once, at a start.
+    Allowed("'reason', 'crashed'", "SCAN presence", "once at a start: the sessions that a crash left open"),
+    Allowed("update presence set connected = 0, disconnected_at = coalesce", "SCAN presence", "once at a start: likewise"),
+    Allowed("from config where status in ('sent', 'in_progress')", "SCAN config USING INDEX config_awaited",
+            "once at a start: an index of those alone whose verdict is awaited"),
+    Allowed("not exists (select 1 from operator_token)", "SCAN operator_token USING COVERING INDEX operator_token_by_tenant",
+            "once at a start, and ends with the first"),
+    # The first of them, up to a limit.
+    Allowed("select id from removed_series order by id limit ?", "SCAN removed_series", "ends with its limit"),
+    Allowed("exists (select 1 from removed_series)", "SCAN removed_series", "ends with the first"),
+    Allowed("exists (select 1 from removed_range)", "SCAN removed_range", "ends with the first"),
+    Allowed("from removed_range order by id limit ?", "SCAN removed_range", "ends with its limit"),
+    Allowed("select id from audit where tenant_id = ? limit ?", "SEARCH audit USING COVERING INDEX audit_by_tenant (tenant_id=?)",
+            "ends with its limit"),
+    Allowed("where event.id > :last and coalesce(name, old_name) is not null", "SEARCH event USING INTEGER PRIMARY KEY (rowid>?)",
+            "ends with its limit, and follows on from the last look: what happened since, in all tenants"),
+    Allowed("select coalesce(max(id), 0) from event where tenant_id = :tenant",
+            "SEARCH event USING COVERING INDEX event_by_tenant (tenant_id=?)", "the last of them alone"),
+    # What a push goes to, in the order of names.
+    Allowed("by', ?3)", "SORT presence", "the devices of one push"),
+    Allowed("select id, name, config_version from device join presence", "SORT presence", "the devices of one push"),
+)  # fmt: skip
+
+# Indexes without which a plan looks as good.
+UNSEEN = {"device_by_folded_name": "the walk is over a tenant's devices, of which there is a bounded number"}
+
+# Functions whose statements are not explained.
+NOT_RUN = {
+    "migrate": "once in the life of a database, and it has to walk what it changes",
+    "salt_of_file": "once at a start, on the file without its log; one row",
+}
+
+
+class Notes:
+    """The statements that the program ran, with what one run of each bound, and the lines of the program that ran them."""
+
+    def __init__(self) -> None:
+        self.statements: dict[str, Parameters] = {}
+        self.lines: set[int] = set()
+
+    def connect(self, *arguments: Any, **named: Any) -> sqlite3.Connection:
+        """Stands where `sqlite3.connect` stands. What tests run is not noted."""
+        notes = self
+
+        class Noted(sqlite3.Connection):
+            def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+                caller = sys._getframe(1)
+                if caller.f_code.co_filename == iiot.__file__:
+                    notes.statements.setdefault(sql, parameters)
+                    notes.lines.add(caller.f_lineno)
+                return super().execute(sql, parameters)
+
+        return CONNECT(*arguments, factory=Noted, **named)
+
+
+CONNECT = sqlite3.connect
+
+
+@attrs.frozen
+class Step:
+    """One step of a plan: a line of it, and the lines that stand beside it."""
+
+    text: str
+    beside: tuple[str, ...]
+    made: frozenset[str]  # what the statement makes for itself: parts of it that are named, and inner selects
+
+    @property
+    def name(self) -> str:
+        return self.text.split()[1]
+
+    def is_wrong(self) -> bool:
+        """A table from end to end, or from one end on, or all that a tenant has; or an index that is made for this one statement."""
+        if self.text.startswith("SCAN"):
+            return not ("VIRTUAL TABLE" in self.text or "CONSTANT ROW" in self.text or self.name in self.made | SMALL)
+        if self.text.startswith("SEARCH"):
+            bounds = re.search(r"\((\w+[=<>].*)\)", self.text)
+            if "AUTOMATIC" in self.text:
+                return True
+            if bounds is None or self.name in self.made | SMALL:  # without bounds it is the first or the last of all
+                return False
+            return "=?" not in bounds[1] or (self.name in HISTORIES and bounds[1] == "tenant_id=?")
+        return self.text.startswith("BLOOM FILTER")
+
+    def sorts(self) -> str | None:
+        """What is sorted, unless it is a JSON text that came with the statement, or is bounded."""
+        if not self.text.startswith("USE TEMP B-TREE"):
+            return None
+        first = next(text for text in self.beside if text.startswith(("SCAN", "SEARCH")))
+        return None if "VIRTUAL TABLE" in first or first.split()[1] in BOUNDED else f"SORT {first.split()[1]}"
+
+
+def plan(connection: sqlite3.Connection, sql: str, parameters: Parameters) -> Iterator[Step]:
+    rows = connection.execute(f"explain query plan {sql}", parameters).fetchall()
+    made = frozenset(text.split(" ", 1)[1] for _, _, _, text in rows if text.startswith(("MATERIALIZE", "CO-ROUTINE")))
+    for _, parent, _, text in rows:
+        yield Step(text, tuple(beside for _, other, _, beside in rows if other == parent), made)
+
+
+def wrong_steps(connection: sqlite3.Connection, statements: Mapping[str, Parameters]) -> Iterator[tuple[str, str]]:
+    """Steps that cost more as tables grow: the statement, and the step."""
+    for sql, parameters in statements.items():
+        for step in plan(connection, sql, parameters):
+            wrong = step.text if step.is_wrong() else step.sorts()
+            if wrong is not None:
+                yield sql, wrong
+
+
+def allowing(sql: str, step: str) -> list[Allowed]:
+    return [allowed for allowed in ALLOWED if allowed.sql in " ".join(sql.split()) and allowed.step == step]
+
+
+# ---- everything that the program does
+
+
+async def use_routes(site: Site) -> None:
+    """Every route, by somebody who may."""
+    for route in iiot.ROUTES:
+        for example in EXAMPLES[route.method, route.path]:
+            role = next(role for role in ("admin", "platform") if role in MAY[route.role])
+            answer = await site.ask(route, example, await site.subject(route), bearer(site.tokens[role]))
+            check_allowed(answer, example)
+
+
+async def provision(plant: Plant) -> None:
+    """A device that lost the answer, and a hardware address that another device has in other letters."""
+    _, key = await plant.ask("POST", "/provisioning-keys", {"uses": 1})
+    for _ in range(2):
+        device = await plant.connect()
+        await device.send("provision", key=key["key"], device="0a:1b:2c:3d:4e:5f", secret="s" * 43)
+        token = (await device.expect("credentials"))["token"]
+    await (await device.hello(token)).close()
+    assert (await plant.ask("PUT", "/iiot/0A-1B-2C-3D-4E-5F"))[0] == 201
+    assert (await plant.ask("PUT", "/iiot/0A:1B:2C:3D:4E:5F"))[0] == 409
+
+
+async def live_in_the_field(plant: Plant) -> Device:
+    """A device that runs ahead of its clock, gets a new token, sends what cannot be taken, and never says what became of its
+    configuration."""
+    token = await plant.register("pump-1")
+    device = await (await plant.connect()).hello(token, agent="pump/1")
+    await device.store(*({"values": {"level": number}} for number in range(30_000)))  # half a minute ahead
+    _, new = await plant.ask("POST", "/iiot/pump-1/token", {})
+    device = await (await plant.connect()).hello(new["token"])
+    for number in range(60):
+        await device.send("state", seq=device.seq + 1 + number, reported={"n": number, "software_version": "1"})
+    await device.send("config_status", seq=device.seq + 61, version=7, status="applied")
+    assert (await device.expect("error"))["code"] == "unknown_version"
+    assert (await plant.ask("POST", "/iiot/pump-1?timeout=1ms&wait=20", {"n": 1}))[1]["status"] == "timed_out"
+    for _ in range(10):
+        assert (await plant.ask("DELETE", "/iiot/nobody"))[0] == 404
+    await plant.ask("GET", "/iiot/pump-1/state/history?limit=1")
+    return device
+
+
+def use_command_line(database: Path) -> None:
+    for words in ("token --role viewer", "provisioning-key", "tenant add acme", "tenant list", "tenant remove acme --confirm acme"):
+        iiot.main([*words.split(), "--db", str(database)])
+
+
+MORE_ARGUMENTS: Mapping[str, tuple[object, ...]] = {
+    "token_id: str": ("0123456789abcdef",),
+    "key_id: str": ("0123456789abcdef",),
+    "limits: Limits": (QUICK,),
+    "last: int": (0,),
+    "marks: list[int]": ([1, 2],),
+}
+
+
+async def ask_everything(store: iiot.Store, database: Path) -> None:
+    """Every read, with every combination of the arguments that are known."""
+    side = isolation.Side("quartz", 1.5, "127.0.0.1", 5, 1, id=1)
+    world = isolation.World((side, side), side, database, "")
+    for title, read in isolation.reads_of(store):
+        values = []
+        for name, parameter in inspect.signature(read).parameters.items():
+            typed = f"{name}: {parameter.annotation}"
+            asked = isolation.ARGUMENTS.get(typed)
+            if asked is None and typed not in MORE_ARGUMENTS:
+                isolation.unknown_parameter(title, typed)
+            given = MORE_ARGUMENTS[typed] if asked is None else asked(world, side)
+            values.append([(name, value, parameter.kind is parameter.KEYWORD_ONLY) for value in given])
+        for combination in itertools.product(*values):
+            by_name = {name: value for name, value, named in combination if named}
+            await read(*(value for _, value, named in combination if not named), **by_name)
+
+
+async def live(folder: Path) -> Path:
+    """Everything once; the database that it leaves."""
+    database = folder / "iiot.db"
+    iiot.prepare_database(database)
+    assert iiot.first_credentials(database) is not None
+    async with opened(folder, QUICK) as site:
+        await use_routes(site)
+        await provision(site.plant)
+        device = await live_in_the_field(site.plant)
+        use_command_line(database)
+        await site.cleaned()
+        await device.close()
+    async with iiot.Store.open(database, QUICK) as store:
+        await ask_everything(store, database)
+    return database
+
+
+@attrs.frozen
+class Lived:
+    """What was noted, and a database like the one that it was noted on."""
+
+    notes: Notes
+    database: Path
+
+    @property
+    def explained(self) -> dict[str, Parameters]:
+        return {sql: bound for sql, bound in self.notes.statements.items() if sql.split(None, 1)[0].lower() in EXPLAINED}
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: pytest.TempPathFactory) -> Lived:
+    notes = Notes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", notes.connect)
+        database = asyncio.run(live(tmp_path_factory.mktemp("plans")))
+    return Lived(notes, database)
+
+
+# ---- the statements that there are
+
+
+def begins(argument: ast.expr) -> str:
+    """The text of a statement up to the first part that is put in; empty where it is made elsewhere."""
+    if isinstance(argument, ast.JoinedStr):
+        argument = argument.values[0]
+    return str(argument.value) if isinstance(argument, ast.Constant) else ""
+
+
+def runs(tree: ast.AST, function: str = "") -> Iterator[tuple[int, str]]:
+    """Where the program runs a statement that can be explained, and in which function."""
+    for node in ast.iter_child_nodes(tree):
+        inside = node.name if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else function
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "execute":
+            text = begins(node.args[0]).split(None, 1)
+            if not text or text[0].lower() in EXPLAINED:
+                yield node.func.end_lineno or 0, inside
+        yield from runs(node, inside)
+
+
+def test_every_statement_of_the_program_is_run_here(lived: Lived) -> None:
+    """Reads are run by one function; `ask_everything` finds them all, or says which arguments are missing."""
+    found = list(runs(ast.parse(Path(iiot.__file__).read_text(encoding="utf-8"))))
+    assert len(found) > 80
+    missing = [f"iiot.py:{line}: {function}" for line, function in found if line not in lived.notes.lines and function not in NOT_RUN]
+    assert not missing, "\n".join(["run these in `live`:", *missing])
+    assert set(NOT_RUN) <= {function for _, function in found}
+
+
+# ---- how they are found
+
+
+def told(steps: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(["", *(f"{step}\n    in: {' '.join(sql.split())}" for sql, step in steps)])
+
+
+def test_no_statement_costs_more_as_tables_grow(lived: Lived) -> None:
+    with closing(sqlite3.connect(lived.database)) as connection:
+        wrong = [(sql, step) for sql, step in wrong_steps(connection, lived.explained) if not allowing(sql, step)]
+    assert not wrong, told(wrong)
+
+
+def test_what_is_allowed_is_there(lived: Lived) -> None:
+    with closing(sqlite3.connect(lived.database)) as connection:
+        needed = [allowed for sql, step in wrong_steps(connection, lived.explained) for allowed in allowing(sql, step)]
+    assert [allowed for allowed in ALLOWED if allowed not in needed] == []
+
+
+def test_a_timeline_is_found_by_its_device(lived: Lived) -> None:
+    """Not among all that happened in its tenant."""
+    (asked,) = ((sql, bound) for sql, bound in lived.explained.items() if "from event" in sql and ":kinds" in sql)
+    with closing(sqlite3.connect(lived.database)) as connection:
+        assert any(step.text.startswith("SEARCH event USING INDEX event_by_device (device_id=?") for step in plan(connection, *asked))
+
+
+def indexes(database: Path) -> list[str]:
+    with closing(sqlite3.connect(database)) as connection:
+        return [name for (name,) in connection.execute("select name from sqlite_schema where type = 'index' and sql is not null")]
+
+
+def test_every_index_is_used(lived: Lived) -> None:
+    with closing(sqlite3.connect(lived.database)) as connection:
+        steps = [step.text for sql, bound in lived.explained.items() for step in plan(connection, sql, bound)]
+    assert [name for name in indexes(lived.database) if not any(name in step.split() for step in steps)] == []
+
+
+def test_without_an_index_some_statement_costs_more(lived: Lived) -> None:
+    """So what is to be seen is seen."""
+    unseen = set()
+    for name in indexes(lived.database):
+        with closing(sqlite3.connect(lived.database, isolation_level=None)) as connection:
+            connection.execute("begin")
+            connection.execute(f"drop index {name}")
+            with suppress(sqlite3.OperationalError):  # it is asked for by its name
+                if all(allowing(sql, step) for sql, step in wrong_steps(connection, lived.explained)):
+                    unseen.add(name)
+            connection.execute("rollback")
+    assert unseen == set(UNSEEN)
+
+
+def test_what_refers_to_a_row_is_found_by_an_index_when_the_row_is_deleted(lived: Lived) -> None:
+    """SQLite looks for it at every deletion, and does not tell in a plan."""
+    with closing(sqlite3.connect(lived.database)) as connection:
+
+        def names(sql: str) -> list[str]:
+            return [name for (name,) in connection.execute(sql)]
+
+        for table in names("select name from sqlite_schema where type = 'table'"):
+            whole = names(f"select name from pragma_index_list('{table}') where not partial")
+            keys = [names(f"select name from pragma_index_info('{index}')") for index in whole]
+            keys.append(names(f"select name from pragma_table_info('{table}') where pk > 0 order by pk"))
+            for column in names(f"select \"from\" from pragma_foreign_key_list('{table}')"):
+                assert column in [key[0] for key in keys if key], f"{table}.{column}"
+
+
+# ---- what is looked for among many
+
+
+START = 1_767_225_600_000  # 2026-01-01T00:00:00Z
+MINUTE = 60_000
+FEW, MANY = 2_000, 20_000
+
+
+def history(database: Path, entries: int) -> None:
+    """So many entries of the audit and of a timeline, one a minute, all but a few alike. One is later than the rest: the clock was
+    a year ahead when it was made."""
+    iiot.prepare_database(database)
+
+    def add(connection: sqlite3.Connection) -> None:
+        iiot.insert_device(connection, 1, "press-1", iiot.mint("dev").stored, {})
+        count = f"with recursive n (i) as (values (0) union all select i + 1 from n where i < {entries - 1})"
+        at = f"{START} + i * {MINUTE} + case when i = 500 then {365 * iiot.DAY} else 0 end"
+        connection.execute(
+            f"""insert into audit (tenant_id, at, token, name, role, action, device, outcome) {count}
+                select 1, {at}, iif(rare, 'another', 'token'), iif(rare, 'somebody', 'robot'), 'admin',
+                       iif(rare, 'token.revoke', 'config.push'), iif(rare, 'press-2', 'press-1'), 'ok'
+                from (select i, i in (100, 700, 1500) rare from n)"""
+        )
+        connection.execute(
+            f"insert into event (tenant_id, device_id, at, kind, detail) {count} select 1, 1, {at}, 'state', '{{}}' from n"
+        )
+
+    iiot.change_database(database, add)
+
+
+class Steps:
+    """Counts what SQLite does, one step of its machine after the other."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def connect(self, *arguments: Any, **named: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = CONNECT(*arguments, **named)
+        connection.set_progress_handler(self.step, 1)
+        return connection
+
+    def step(self) -> int:
+        self.count += 1
+        return 0
+
+
+def audit(**wanted: Any) -> Callable[[iiot.Store], Awaitable[object]]:
+    chosen = attrs.evolve(iiot.AuditFilter(None, None, None, 0, iiot.LATEST), **wanted)
+    return lambda store: store.read.accounts.audit(1, chosen, 10, iiot.INTEGERS - 1)
+
+
+def export(**wanted: Any) -> Callable[[iiot.Store], Awaitable[object]]:
+    chosen = attrs.evolve(iiot.AuditFilter(None, None, None, 0, iiot.LATEST), **wanted)
+    return lambda store: store.read.accounts.audit_lines(1, chosen, 10, 0)
+
+
+def timeline(start: int, stop: int) -> Callable[[iiot.Store], Awaitable[object]]:
+    return lambda store: store.read.events(1, "press-1", 10, iiot.INTEGERS - 1, None, start, stop)
+
+
+LONG_AGO = {"start": START + 10 * MINUTE, "stop": START + 20 * MINUTE}
+AFTER_ALL = {"start": START + 400 * iiot.DAY}
+LOOKED_FOR: Mapping[str, Callable[[iiot.Store], Awaitable[object]]] = {
+    "the newest": audit(),
+    "a name": audit(actor="somebody"),
+    "a token": audit(actor="another"),
+    "nobody": audit(actor="nobody"),
+    "an action": audit(actions=("token.revoke",)),
+    "no action": audit(actions=("key.create",)),
+    "two actions": audit(actions=("token.revoke", "key.create")),
+    "a device": audit(device="press-2"),
+    "no device": audit(device="press-9"),
+    "a common name and a rare action": audit(actor="robot", actions=("token.revoke",)),
+    "a rare name and a common action": audit(actor="somebody", actions=("config.push",)),
+    "a common device, a common name and a rare action": audit(device="press-1", actor="robot", actions=("token.revoke",)),
+    "a time": audit(**LONG_AGO),
+    "up to a time": audit(stop=START + 20 * MINUTE),
+    "no time": audit(**AFTER_ALL),
+    "a time and a common name": audit(actor="robot", **LONG_AGO),
+    "a time and a rare name": audit(actor="somebody", **LONG_AGO),
+    "a time and a common action": audit(actions=("config.push",), **LONG_AGO),
+    "no time, and a common name": audit(actor="robot", **AFTER_ALL),
+    "the export of a name": export(actor="somebody"),
+    "the export of nobody": export(actor="nobody"),
+    "the export of an action": export(actions=("token.revoke",)),
+    "the export of a time": export(**LONG_AGO),
+    "the export of no time": export(**AFTER_ALL),
+    "what happened": timeline(0, iiot.LATEST),
+    "what happened at a time": timeline(LONG_AGO["start"], LONG_AGO["stop"]),
+    "what happened up to a time": timeline(0, START + 20 * MINUTE),
+    "what happened at no time": timeline(AFTER_ALL["start"], iiot.LATEST),
+}
+
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A short one, and a long one."""
+    folder = tmp_path_factory.mktemp("histories")
+    for entries in (FEW, MANY):
+        history(folder / f"{entries}.db", entries)
+    return folder / f"{FEW}.db", folder / f"{MANY}.db"
+
+
+@pytest.mark.parametrize("looked_for", LOOKED_FOR)
+async def test_what_is_looked_for_costs_no_more_among_many(
+    histories: tuple[Path, Path], looked_for: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured in steps of SQLite's machine, which are the same at every run."""
+    steps = Steps()
+    monkeypatch.setattr(sqlite3, "connect", steps.connect)
+    answers, costs = [], []
+    for database in histories:
+        async with iiot.Store.open(database, LIMITS) as store:
+            before = steps.count
+            answers.append(await LOOKED_FOR[looked_for](store))
+            costs.append(steps.count - before)
+    few, many = costs
+    assert many <= few * 1.1 + 100
+    if "newest" not in looked_for and looked_for != "what happened":
+        assert answers[0] == answers[1]
