@@ -28,6 +28,7 @@ import iiot
 
 LIMITS = iiot.Limits()
 DOCUMENT = LIMITS.document_bytes
+PENDING_BYTES = LIMITS.pending_points * LIMITS.point_bytes
 CONNECT = sqlite3.connect
 # A part, and the row that fills it: a document and what changed in it, both as texts within a text, where quotes are written twice.
 LONGEST = iiot.TEXT_BYTES + 2 * (DOCUMENT + 4 * DOCUMENT) + 1_000
@@ -111,7 +112,7 @@ async def test_the_most_reports_of_state_that_can_wait_are_stored(bound: Bound, 
             (json.dumps(document),),
         )
     await wait_in_the_writer(plant, devices, bound, {"type": "state", "reported": {"n": 1}})
-    assert bound.most(lambda batch: len(batch.states)) >= LIMITS.pending_bytes // DOCUMENT
+    assert bound.most(lambda batch: len(batch.states)) >= PENDING_BYTES // DOCUMENT
     assert iiot.TEXT_BYTES / 2 < bound.longest <= LONGEST
     for name in ("press-0000", "press-0300", "press-0599"):
         assert (await plant.get(f"/iiot/{name}/state"))["reported"] == {**document, "n": 1}
@@ -131,7 +132,7 @@ async def test_a_long_name_does_not_stand_in_each_of_the_changes_below_it(bound:
     devices = await connected(plant, 40)
     for value in (1, 2):
         await wait_in_the_writer(plant, devices, bound, {"type": "state", "mode": mode, "reported": long_name(value)})
-        assert bound.most(lambda batch: len(batch.states)) >= LIMITS.pending_bytes // (DOCUMENT * LIMITS.state_weight)
+        assert bound.most(lambda batch: len(batch.states)) >= PENDING_BYTES // (DOCUMENT * LIMITS.state_weight)
     assert bound.longest <= LONGEST
     ((longest,),) = plants.rows(plant.database, "select max(length(cast(changes as blob))) from state")
     assert longest <= 2 * DOCUMENT + 100
@@ -149,9 +150,9 @@ async def test_the_most_verdicts_that_can_wait_are_stored(bound: Bound, plant: P
     await device.expect("config")
     errors = [{"path": '"' * 1_000, "code": "x", "message": "\\" * 1_000} for _ in range(14)]
     verdict = {"type": "config_status", "version": 1, "status": "rejected", "errors": errors}
-    frames = LIMITS.pending_bytes // len(json.dumps(verdict)) + 20
+    frames = PENDING_BYTES // len(json.dumps(verdict)) + 20
     await wait_in_the_writer(plant, [device], bound, *[verdict] * frames)
-    assert bound.most(lambda batch: batch.bytes_taken) >= LIMITS.pending_bytes
+    assert bound.most(lambda batch: batch.weight) >= LIMITS.pending_points
     assert iiot.TEXT_BYTES / 2 < bound.longest <= LONGEST
     assert (await plant.get("/iiot/press-0000/config"))["errors"] == errors
     assert plants.rows(plant.database, "select count(*) from event where kind = 'config' and detail like '%rejected%'") == [(frames,)]
