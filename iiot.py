@@ -209,6 +209,9 @@ class Limits:
     turn_seconds: float = 0.005
     turns_alone: int = 8
     piece_bytes: int = 32 * 1024
+    # A push to many devices is made in parts of so many: what one transaction makes of it takes as long as it may.
+    push_devices: int = 200
+    device_points: int = 15
     # Requests of a tenant that wait for their turn, and for how long each does.
     requests_waiting: int = 500
     request_seconds: float = 10.0
@@ -291,10 +294,10 @@ class Limits:
     resume_seconds: float = 86_400.0
     # What one transaction deletes of removed devices and tenants, between those of devices that are there: devices that it
     # looks at, series likewise, small rows, and documents of up to `document_bytes`.
-    removed_devices: int = 20
+    removed_devices: int = 5
     removed_series: int = 500
-    removed_rows: int = 5_000
-    removed_documents: int = 500
+    removed_rows: int = 1_000
+    removed_documents: int = 100
     # Frames of a device whose tenant may store no more points for now: those that were under way when it was told. After so
     # many bytes of them its socket is not read.
     held_bytes: int = 16 * 1024
@@ -1675,6 +1678,18 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     ) strict;
     """,
     """
+    create table push (
+        id           integer primary key autoincrement,
+        tenant_id    integer not null references tenant on delete cascade,
+        match        text not null,
+        document_id  integer not null references document,
+        timeout      integer not null,
+        newest       integer not null,
+        done         text not null,
+        actor        text not null check (json_valid(actor))
+    ) strict;
+    create index push_by_tenant on push (tenant_id, id);
+    create index push_by_document on push (document_id);
     create index audit_by_name on audit (tenant_id, name, id);
     create index audit_by_token on audit (tenant_id, token, id) where token is not null;
     create index audit_by_action on audit (tenant_id, action, id);
@@ -2643,24 +2658,29 @@ class Parting:
         return Happened(arrival, self.device_id, self.at, "disconnected", detail)
 
 
+def add_events(connection: sqlite3.Connection, rows: str, parameters: tuple[object, ...] = ()) -> None:
+    """Entries of timelines: `rows` is SQL that yields (device_id, at, kind, detail, position), and they are added in that order."""
+    connection.execute(
+        f"""insert into event (tenant_id, device_id, at, kind, detail)
+            select tenant_id, device.id, at, kind, detail from ({rows}) new join device on device.id = new.device_id order by position""",
+        parameters,
+    )
+
+
 def insert_events(connection: sqlite3.Connection, events: list[Happened]) -> None:
     """Entries of timelines, in the order in which things came."""
     in_order = sorted(events, key=lambda event: event.arrival)
     for part in bind_in_parts((event.device_id, event.at, event.kind, event.detail) for event in in_order):
-        connection.execute(
-            """insert into event (tenant_id, device_id, at, kind, detail)
-               select tenant_id, device.id, new.value ->> 1, new.value ->> 2, json(new.value ->> 3)
-               from json_each(?) new join device on device.id = new.value ->> 0 order by new.key""",
+        add_events(
+            connection,
+            "select value ->> 0 device_id, value ->> 1 at, value ->> 2 kind, json(value ->> 3) detail, key position from json_each(?)",
             part,
         )
 
 
 def add_event(connection: sqlite3.Connection, device_id: int, at: int, kind: str, detail: Mapping[str, object]) -> None:
     """One entry of a device's timeline."""
-    connection.execute(
-        "insert into event (tenant_id, device_id, at, kind, detail) select tenant_id, id, ?, ?, ? from device where id = ?",
-        (at, kind, orjson.dumps(detail).decode(), device_id),
-    )
+    insert_events(connection, [Happened(0, device_id, at, kind, detail)])
 
 
 def insert_device_token(
@@ -2841,11 +2861,11 @@ def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str, by:
 
 def close_crashed_sessions(connection: sqlite3.Connection) -> int:
     """Close the sessions that a crash left open, at the last moment at which they are known to have lived."""
-    connection.execute(
-        """insert into event (tenant_id, device_id, at, kind, detail)
-           select tenant_id, device_id, coalesce(seen_at, connected_at), 'disconnected',
-                  json_object('session', session, 'reason', 'crashed', 'address', address)
-           from presence join device on device.id = device_id where connected"""
+    add_events(
+        connection,
+        """select device_id, coalesce(seen_at, connected_at) at, 'disconnected' kind,
+                  json_object('session', session, 'reason', 'crashed', 'address', address) detail, device_id position
+           from presence where connected""",
     )
     return connection.execute(
         "update presence set connected = 0, disconnected_at = coalesce(seen_at, connected_at) where connected"
@@ -3058,7 +3078,7 @@ class NewConfig:
 
 
 def push_config(connection: sqlite3.Connection, devices: list[int], new: NewConfig) -> list[Pushed]:
-    """A new version of the wanted configuration for every device; what it supersedes, and is not final, says so."""
+    """A new version of the wanted configuration for every device, in their order; what it supersedes, and is not final, says so."""
     if not devices:
         return []
     now, ids, document_id = now_ms(), bind(devices), new.document_id
@@ -3077,39 +3097,117 @@ def push_config(connection: sqlite3.Connection, devices: list[int], new: NewConf
            from presence where device_id in (select value from json_each(?1))""",
         (*ids, document_id, now, new.author, new.timeout),
     )
-    connection.execute(
-        """insert into event (tenant_id, device_id, at, kind, detail)
-           select tenant_id, device.id, ?2, 'config', json_object('version', config_version, 'status', 'pending', 'by', ?3)
-           from device join presence on device_id = device.id where device.id in (select value from json_each(?1)) order by name""",
+    add_events(
+        connection,
+        """select device_id, ?2 at, 'config' kind, json_object('version', config_version, 'status', 'pending', 'by', ?3) detail,
+                  wanted.key position
+           from json_each(?1) wanted join presence on device_id = wanted.value""",
         (*ids, now, new.author),
     )
     (rows,) = connection.execute(
         """select json_group_array(json_array(id, name, config_version)) from (
-               select id, name, config_version from device join presence on device_id = id
-               where id in (select value from json_each(?)) order by name)""",
+               select device.id, name, config_version from json_each(?) wanted join device on device.id = wanted.value
+               join presence on device_id = device.id order by wanted.key)""",
         ids,
     ).fetchone()
     return [Pushed(*row) for row in orjson.loads(rows)]
+
+
+def pushed_to(rows: Iterable[Pushed], **detail: object) -> list[Affected]:
+    """What a push did, for the audit."""
+    return [Affected(row.device, row.device, {"version": row.version, **detail}) for row in rows]
+
+
+def begin_push(connection: sqlite3.Connection, actor: Actor, match: str, new: NewConfig) -> int | None:
+    """Enter a push to every device whose name matches, which `make_part_of_push` makes; the number of its document, None where there
+    is no such device."""
+    some = "select 1 from device where tenant_id = ? and name glob ? limit 1"
+    if connection.execute(some, (actor.tenant_id, match)).fetchone() is None:
+        return None
+    (document_id,) = connection.execute("insert into document (text) values (?) returning id", (new.document,)).fetchone()
+    connection.execute(
+        """insert into push (tenant_id, match, document_id, timeout, newest, done, actor)
+           select ?, ?, ?, ?, max(id), '', ? from device""",
+        (actor.tenant_id, match, document_id, new.timeout, orjson.dumps(attrs.asdict(actor)).decode()),
+    )
+    return int(document_id)
+
+
+@attrs.frozen
+class PushPart:
+    """A part of a push to many devices: what it pushed, as JSON text and to whom; and whether it was the last."""
+
+    document_id: int
+    document: str
+    rows: list[Pushed]
+    last: bool
+
+
+PUSH_SQL: Final = """select push.id, match, document_id, text, timeout, newest, done, actor
+    from push join document on document.id = document_id where tenant_id = ?1"""
+
+
+def delete_unused_documents(connection: sqlite3.Connection, documents: list[int]) -> None:
+    """Those of them that no configuration has."""
+    connection.execute(
+        """delete from document where id in (select value from json_each(?))
+           and not exists (select 1 from config where document_id = document.id)
+           and not exists (select 1 from push where document_id = document.id)""",
+        bind(documents),
+    )
+
+
+def push_on_behalf(connection: sqlite3.Connection, push: tuple[Any, ...], devices: list[int]) -> list[Pushed]:
+    """Give the configuration of a push to some of its devices."""
+    _, match, document_id, text, timeout, _, _, actor = push
+    who = Actor(**orjson.loads(actor))
+    rows = push_config(connection, devices, NewConfig(text, who.name, timeout, document_id))
+    add_entries(connection, who, "config.push", "ok", pushed_to(rows, match=match))
+    return rows
+
+
+def make_part_of_push(connection: sqlite3.Connection, tenant_id: int, most: int) -> PushPart | None:
+    """Give the oldest push of a tenant to so many more of its devices, in the order of their names. A device that has it already was
+    pushed to meanwhile (`make_pushes_to`), and is left out."""
+    push = connection.execute(f"{PUSH_SQL} order by push.id limit 1", (tenant_id,)).fetchone()
+    if push is None:
+        return None
+    number, match, document_id, text, _, newest, done, _ = push
+    (found,) = connection.execute(
+        """select json_group_array(json_array(name, id, exists (
+               select 1 from config where document_id = :document_id and device_id = device.id)))
+           from (select name, id from device where tenant_id = :tenant_id and name > :done and name glob :match and id <= :newest
+                 order by name limit :most) device""",
+        {"tenant_id": tenant_id, "done": done, "match": match, "newest": newest, "document_id": document_id, "most": most},
+    ).fetchone()
+    devices = orjson.loads(found)
+    rows = push_on_behalf(connection, push, [device_id for _, device_id, has_it in devices if not has_it])
+    if len(devices) < most:
+        connection.execute("delete from push where id = ?", (number,))
+        delete_unused_documents(connection, [document_id])
+    else:
+        connection.execute("update push set done = ? where id = ?", (devices[-1][0], number))
+    return PushPart(document_id, text, rows, len(devices) < most)
+
+
+def make_pushes_to(connection: sqlite3.Connection, tenant_id: int, device_id: int, name: str) -> None:
+    """Give a device what it was to be given by pushes that are under way: what comes now is newer."""
+    owed = f"""{PUSH_SQL} and done < ?2 and ?2 glob match and newest >= ?3
+        and not exists (select 1 from config where config.document_id = push.document_id and device_id = ?3) order by push.id"""
+    for push in connection.execute(owed, (tenant_id, name, device_id)).fetchall():
+        push_on_behalf(connection, push, [device_id])
 
 
 def push_to_one(
     connection: sqlite3.Connection, tenant_id: int, device: str, new: NewConfig, require: Callable[[int], None] = lambda _: None
 ) -> Pushed:
     """Refusal: not_found, and what `require` says to the version that is wanted so far."""
-    row = connection.execute(
-        "select id, config_version from device join presence on device_id = id where tenant_id = ? and name = ?", (tenant_id, device)
-    ).fetchone()
+    row = connection.execute("select id from device where tenant_id = ? and name = ?", (tenant_id, device)).fetchone()
     if row is None:
         raise Refusal("not_found")
-    require(row[1])
+    make_pushes_to(connection, tenant_id, row[0], device)
+    require(*connection.execute("select config_version from presence where device_id = ?", (row[0],)).fetchone())
     return push_config(connection, [row[0]], new)[0]
-
-
-def push_to_matching(connection: sqlite3.Connection, tenant_id: int, match: str, new: NewConfig) -> list[Pushed]:
-    (ids,) = connection.execute(
-        "select json_group_array(id) from device where tenant_id = ? and name glob ?", (tenant_id, match)
-    ).fetchone()
-    return push_config(connection, orjson.loads(ids), new)
 
 
 def roll_back(
@@ -3132,10 +3230,10 @@ def time_out_configs(connection: sqlite3.Connection, late: list[tuple[int, int]]
     rows = (*bind(late), now_ms())
     no_verdict = """status in ('sent', 'in_progress')
         and (device_id, version) in (select value ->> 0, value ->> 1 from json_each(?1))"""
-    connection.execute(
-        f"""insert into event (tenant_id, device_id, at, kind, detail)
-            select tenant_id, device_id, ?2, 'config', json_object('version', version, 'status', 'timed_out')
-            from config join device on device.id = device_id where {no_verdict}""",
+    add_events(
+        connection,
+        f"""select device_id, ?2 at, 'config' kind, json_object('version', version, 'status', 'timed_out') detail, device_id position
+            from config where {no_verdict}""",
         rows,
     )
     return connection.execute(f"update config set status = 'timed_out', status_at = ?2 where {no_verdict}", rows).rowcount
@@ -3168,6 +3266,21 @@ STATE_JSON: Final = f"""json_array(
 CONFIG_JSON: Final = f"""json_object('version', config.version, 'status', status, 'status_at', {time_sql("status_at")},
     'at', {time_sql("config.at")}, 'by', author, 'sent_at', {time_sql("sent_at")}, 'timeout', timeout / 1000.0,
     'message', message, 'errors', json(errors), 'document', json((select text from document where document.id = document_id)))"""
+
+
+class PushReads:
+    """Which pushes to many devices are under way. These are short, and share the readers of the tokens."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def tenants(self) -> list[int]:
+        """Numbers of the tenants that have some."""
+        row = await self._readers.row("select json_group_array(tenant_id) from (select distinct tenant_id from push)", {})
+        return cast("list[int]", orjson.loads(row[0])) if row else []
+
+    async def is_under_way(self, document_id: int) -> bool:
+        return await self._readers.row("select 1 from push where document_id = :document_id", {"document_id": document_id}) is not None
 
 
 class NewsReads:
@@ -3480,11 +3593,7 @@ def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], l
         f"delete from config where {some.format('config')} returning document_id", (*ids, limits.removed_documents)
     ).fetchall()
     if deleted:
-        connection.execute(
-            """delete from document where id in (select value from json_each(?))
-               and not exists (select 1 from config where document_id = document.id)""",
-            bind([document_id for (document_id,) in deleted]),
-        )
+        delete_unused_documents(connection, [document_id for (document_id,) in deleted])
         return
     connection.execute(f"insert into removed_series select id from series where {of_them}", ids)
     connection.execute(f"delete from series where {of_them}", ids)
@@ -3799,15 +3908,15 @@ class Writer:
         self._pending.partings.append((self._pending.arrival(), parting))
         self._work.set()
 
-    async def change(self, function: Callable[[sqlite3.Connection], T], share: Share | None = None) -> T:
-        """Run a control operation in the next transaction; returns after the commit. `share`: of the tenant whose operation it is.
-        Refusal: storage_unavailable, or its own."""
+    async def change(self, function: Callable[[sqlite3.Connection], T], share: Share | None = None, weight: int | None = None) -> T:
+        """Run a control operation in the next transaction; returns after the commit. `share`: of the tenant whose operation it is;
+        `weight`: if it is known to be more than that of others. Refusal: storage_unavailable, or its own."""
         if self._stopping:
             raise Refusal("storage_unavailable")
         change = Change(function, asyncio.get_running_loop().create_future())
         change.future.add_done_callback(lambda future: future.cancelled() or future.exception())  # its caller may be gone
         self._pending.changes.append(change)
-        self.weigh(share or self._shares.of(None), self._limits.change_points)
+        self.weigh(share or self._shares.of(None), weight or self._limits.change_points)
         await asyncio.wait((change.future,), timeout=self._limits.storage_seconds)
         if not change.future.done() and change in self._pending.changes:
             self._pending.changes.remove(change)
@@ -3909,6 +4018,7 @@ class Reads(Queries):
         self.tokens = TokenReads(keys)
         self.removal = RemovalReads(keys)
         self.news = NewsReads(keys)
+        self.pushes = PushReads(keys)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
@@ -4005,6 +4115,16 @@ class Reads(Queries):
             tenant=tenant, rows=bind([(row.device_id, row.version) for row in rows])[0],
         )  # fmt: skip
         return cast("list[dict[str, Any]]", orjson.loads(text or "[]"))
+
+    async def pushed_with(self, tenant: int, document_id: int) -> list[Pushed]:
+        """The devices to which a document was pushed, each with the first version that has it."""
+        text = await self._json(
+            """select json_group_array(json_array(id, name, version)) from (
+                select id, name, min(version) version from config join device on id = device_id
+                where document_id = :document_id and tenant_id = :tenant and name is not null group by id order by name)""",
+            tenant=tenant, document_id=document_id,
+        )  # fmt: skip
+        return [Pushed(*row) for row in orjson.loads(text or "[]")]
 
     async def config_history(self, tenant: int, device: str, limit: int, after: int) -> str | None:
         """Every configuration that was pushed to a device, newest first."""
@@ -4945,7 +5065,58 @@ class Cleaner:
                 self._registry.end_tenant(tenant_id)
             for device_id in removed.devices:
                 self._registry.end(device_id, "device_removed")
-            await self._store.writer.change(functools.partial(delete_removed, removed=removed, limits=self._limits))
+            delete = functools.partial(delete_removed, removed=removed, limits=self._limits)
+            await self._store.writer.change(delete, weight=self._limits.removed_rows)
+
+
+class Pusher:
+    """Makes pushes to many devices a part at a time, of all tenants in turn; those, too, that were under way at the last stop."""
+
+    def __init__(self, store: Store, registry: Registry, limits: Limits) -> None:
+        self._store = store
+        self._registry = registry
+        self._limits = limits
+        self._wanted = asyncio.Event()
+        self._wanted.set()
+        self._awaited: dict[int, asyncio.Future[None]] = {}  # by document
+
+    async def made(self, document_id: int) -> None:
+        """Until a push is made. Refusal: storage_unavailable, when nothing can be stored for now; it is made later."""
+        made = self._awaited[document_id] = asyncio.get_running_loop().create_future()
+        self._wanted.set()
+        try:
+            if await self._store.read.pushes.is_under_way(document_id):
+                await wait_patiently(made, self._store.writer.patience())
+        except TimeoutError:
+            raise Refusal("storage_unavailable") from None
+        finally:
+            del self._awaited[document_id]
+
+    async def run(self) -> None:
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            try:
+                while tenants := await self._store.read.pushes.tenants():
+                    for tenant_id in tenants:
+                        await self._make_part(tenant_id)
+            except (Refusal, sqlite3.Error) as error:
+                log.warning("cannot go on with a push: %s", error)
+                await asyncio.sleep(self._limits.retry_seconds)
+                self._wanted.set()
+
+    async def _make_part(self, tenant_id: int) -> None:
+        limits, share = self._limits, self._store.shares.of(tenant_id)
+        make = functools.partial(make_part_of_push, tenant_id=tenant_id, most=limits.push_devices)
+        part = await self._store.writer.change(make, share, limits.push_devices * limits.device_points)
+        if part is None:
+            return
+        document = part.document.encode()
+        for row in part.rows:
+            self._registry.send_config(row.device_id, row.version, document)
+        made = self._awaited.get(part.document_id)
+        if part.last and made is not None and not made.done():
+            made.set_result(None)
 
 
 # ==== Sessions ====
@@ -4962,6 +5133,7 @@ class Platform:
     identity: Identity
     registry: Registry
     cleaner: Cleaner
+    pusher: Pusher
     supervisor: Supervisor
     news: News
     trusted: Networks
@@ -5479,9 +5651,9 @@ class Session:
         return enter_notice(self._platform, self._device_id, kind, **detail)
 
     def send_config(self, version: int, document: bytes) -> bool:
-        """Send a configuration, unless a newer one went out."""
+        """Send a configuration, unless it went out, or a newer one did; whether it is the last that went out."""
         if self.link.ended or version <= self._config_sent:
-            return False
+            return version == self._config_sent and not self.link.ended
         self._config_sent = version
         self.link.send(b'{"type":"config","version":%d,"document":%b}' % (version, document))
         self._platform.store.writer.config_sent(self._device_id, version)
@@ -6217,15 +6389,12 @@ def require_version(call: Call) -> Callable[[int], None]:
     return lambda version: call.require(version_tag(version), exists=version > 0)
 
 
-def pushed_to(*rows: Pushed, **detail: object) -> list[Affected]:
-    """What a push did, for the audit."""
-    return [Affected(row.device, row.device, {"version": row.version, **detail}) for row in rows]
-
-
 async def push_one(call: Call) -> web.StreamResponse:
     tenant, document = call.tenant, canonical(call.platform.codec.document(await call.content()))
     new, seconds = new_config(call, document.decode()), wait_seconds(call)
-    pushed = await call.change(lambda connection: push_to_one(connection, tenant, call.device, new, require_version(call)), pushed_to)
+    pushed = await call.change(
+        lambda connection: push_to_one(connection, tenant, call.device, new, require_version(call)), lambda row: pushed_to([row])
+    )
     return await answer_one(call, pushed, document, seconds)
 
 
@@ -6233,7 +6402,7 @@ async def push_back(call: Call) -> web.StreamResponse:
     tenant, body, new, seconds = call.tenant, await call.body(Rollback), new_config(call, ""), wait_seconds(call)
     pushed, document = await call.change(
         lambda connection: roll_back(connection, tenant, call.device, body.version, new, require_version(call)),
-        lambda outcome: pushed_to(outcome[0], document_of=body.version),
+        lambda outcome: pushed_to([outcome[0]], document_of=body.version),
     )
     return await answer_one(call, pushed, document.encode(), seconds)
 
@@ -6245,10 +6414,15 @@ async def push_many(call: Call) -> web.StreamResponse:
     call.subject = body.match
     document = canonical(body.config)
     new, seconds = new_config(call, document.decode()), wait_seconds(call)
-    rows = await call.change(
-        lambda connection: push_to_matching(connection, tenant, body.match, new),
-        lambda rows: pushed_to(*rows, match=body.match) or [Affected(body.match)],
+    actor, pusher = call.principal.actor(call.address), call.platform.pusher
+    document_id = await call.change(
+        lambda connection: begin_push(connection, actor, body.match, new),
+        lambda begun: [] if begun else [Affected(body.match)],  # each part of it is entered with what it does
     )
+    if document_id is None:
+        return answer({"items": []}, 202)
+    await pusher.made(document_id)
+    rows = await call.platform.store.read.pushed_with(tenant, document_id)
     return answer({"items": await answer_push(call, rows, document, seconds, MANY_PAUSE_SECONDS if seconds else 0.0)}, 202)
 
 
@@ -6739,14 +6913,15 @@ async def run_platform(app: web.Application, settings: Settings, limits: Limits)
     """Open the store, then what stands on it; close them the other way round."""
     async with Store.open(Path(settings.db), limits, settings.query_seconds) as store:
         registry = Registry(limits)
-        cleaner = Cleaner(store, registry, limits)
+        cleaner, pusher = Cleaner(store, registry, limits), Pusher(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
         supervisor, news, trusted = Supervisor(), News(store, limits), networks(settings.trusted_proxy)
-        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, supervisor, news, trusted)
+        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted)
         supervisor.watch(store.writer.task)
         supervisor.start("heartbeat", Heartbeat(registry, store.writer, limits, settings.heartbeat).run())
         supervisor.start("config clock", ConfigClock(store.writer, limits).run())
         supervisor.start("cleaner", cleaner.run())
+        supervisor.start("pusher", pusher.run())
         supervisor.start("news", news.run())
         shorten = functools.partial(store.keep_log_short, limits.log_bytes)
         supervisor.start("log keeper", every(limits.log_look_seconds, "start the write-ahead log over", shorten))

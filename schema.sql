@@ -168,6 +168,20 @@ create table config (
     primary key (device_id, version)
 ) strict, without rowid;
 create index config_by_document on config (document_id);
+
+-- A configuration for many devices that some of them still have to be given: a part of them in each transaction, by their names.
+create table push (
+    id           integer primary key autoincrement,
+    tenant_id    integer not null references tenant on delete cascade,
+    match        text not null,                   -- glob of the names
+    document_id  integer not null references document,
+    timeout      integer not null,                -- as in `config`
+    newest       integer not null,                -- the newest device of that time: later ones are not meant
+    done         text not null,                   -- devices up to this name have it
+    actor        text not null check (json_valid(actor))  -- JSON: who answers for it, as the audit shows it
+) strict;
+create index push_by_tenant on push (tenant_id, id);
+create index push_by_document on push (document_id);
 -- For a start, after which the verdicts that are awaited have their whole time again.
 create index config_awaited on config (device_id, version) where status in ('sent', 'in_progress');
 

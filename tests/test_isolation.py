@@ -226,6 +226,7 @@ def the_same(*values: object) -> Asked:
 
 
 ARGUMENTS: Mapping[str, Asked] = {
+    "document_id: int": the_same(*range(1, 20)),
     "tenant: int": lambda world, side: (side.id,),
     "tenant: int | None": lambda world, side: (side.id,),
     "device: str": asked_devices,
@@ -313,6 +314,16 @@ async def check_range_left(world: World, read: Read) -> None:
     assert await read([1, 2, 3]) is False
 
 
+async def check_pushes(world: World, read: Read) -> None:
+    """For the task that makes pushes: numbers of tenants, which nobody sees."""
+    assert await read() == []
+
+
+async def check_push(world: World, read: Read) -> None:
+    """For who has just begun one: whether it is made."""
+    assert await read(1) is False
+
+
 async def check_health(world: World, read: Read) -> None:
     """Whether the store can write, of the process as a whole."""
     assert await read(LIMITS) is True
@@ -329,6 +340,8 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "NewsReads.highest": check_newest,
     "NewsReads.after": check_news,
     "RemovalReads.is_range_left": check_range_left,
+    "PushReads.tenants": check_pushes,
+    "PushReads.is_under_way": check_push,
     "Store.healthy": check_health,
 }
 
