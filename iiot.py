@@ -6127,11 +6127,18 @@ async def ask_report(call: Call) -> web.StreamResponse:
     device_id = await call.platform.store.read.device_id(tenant, name)
     if device_id is None:
         raise Refusal("not_found")
-    if not call.platform.registry.is_live(device_id):
+    registry = call.platform.registry
+
+    def ask(connection: sqlite3.Connection) -> None:
+        """In the transaction that enters it, so that the audit says what is answered: the device may have gone while that waited."""
+        device_row(connection, tenant, name)
+        if not registry.is_live(device_id):
+            raise Refusal("device_offline")
+
+    if not registry.is_live(device_id):
         raise Refusal("device_offline")
-    await call.change(lambda connection: device_row(connection, tenant, name), what=body.what)
-    if not call.platform.registry.send(device_id, encode(Report(body.what))):
-        raise Refusal("device_offline")
+    await call.change(ask, what=body.what)
+    registry.send(device_id, encode(Report(body.what)))  # to one that goes just now in vain, as to one whose link is broken
     return answer({"device": name, "what": body.what}, 202)
 
 
@@ -6633,17 +6640,34 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
         return error_response(Refusal("server_fault"))
 
 
+# Of files and sockets: tried in this order where a system names no limit, for it has one all the same (macOS).
+DESCRIPTORS: Final = (1_048_576, 262_144, 65_536, 24_576, 10_240)
+
+
 def descriptors() -> int:
     """How many files and sockets this process may have open."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if sys.platform != "win32" else 8_192
+    if sys.platform == "win32":
+        return 8_192
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def higher_limits(soft: int, hard: int, infinity: int) -> list[int]:
+    """The limits that a process may try to set itself, the highest first, from those it has."""
+    if soft == infinity:
+        return []
+    known = DESCRIPTORS if hard == infinity else (hard, *(number for number in DESCRIPTORS if number < hard))
+    return [number for number in known if number > soft]
 
 
 def raise_descriptors() -> None:
     """As many files and sockets as the system allows this process: every device holds one."""
     if sys.platform != "win32":
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for number in higher_limits(soft, hard, resource.RLIM_INFINITY):
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+                return
 
 
 class PlainRequestHandler(web.RequestHandler):
