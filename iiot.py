@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "aiohttp>=3.14",
-#     "aiosqlite>=0.22",
+#     "aiohttp>=3.14,<3.15",
+#     "aiosqlite>=0.22,<0.23",
 #     "attrs>=25.1",
 #     "cattrs[orjson]>=25.1",
 # ]
@@ -90,6 +90,30 @@ if sys.platform != "win32":
 
 T = TypeVar("T")
 VERSION: Final = "0.1.0"
+
+# What aiohttp and aiosqlite keep private and this program uses, each with what for: their next minor version may have it no more,
+# and need not say so. So the dependencies end below that, and a test looks for each of these. Raise the ends when it passes.
+PRIVATE: Final = MappingProxyType(
+    {
+        "aiohttp.base_protocol.BaseProtocol": "the connection of a WebSocket that is no longer aiohttp's",
+        "aiohttp.base_protocol.BaseProtocol._upgraded": "it holds the connection without a parser of HTTP",
+        "aiohttp.base_protocol.BaseProtocol._loop": "the clock by which a connection was last heard",
+        "aiohttp._websocket.reader.WebSocketDataQueue": "the messages that were read",
+        "aiohttp._websocket.reader.WebSocketDataQueue._buffer": "whether there is one more",
+        "aiohttp._websocket.reader.WebSocketReader": "reads messages out of bytes, in C",
+        "aiohttp.web.WebSocketResponse._post_start": "called when the handshake was answered: the connection is handed over",
+        "aiohttp.web.WebSocketResponse._eof_sent": "nothing more is written to it",
+        "aiohttp.web.RequestHandler._manager": "the server, which counts connections",
+        "aiohttp.web.RequestHandler._message_tail": "what came after the request",
+        "aiohttp.web.RequestHandler._buffer_paused": "whether reading was held meanwhile",
+        "aiohttp.web.Server._loop": "to make handlers of our own",
+        "aiohttp.web.Server._kwargs": "likewise",
+        "aiohttp.web.AppRunner._make_server": "to make a server of our own",
+        "aiohttp.web.AppRunner._kwargs": "likewise",
+        "aiosqlite.Connection._conn": "the connection itself, for a whole transaction on its thread",
+        "aiosqlite.Connection._execute": "to run one there",
+    }
+)
 
 log = logging.getLogger("iiot")
 
