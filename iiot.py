@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "aiohttp>=3.14",
-#     "aiosqlite>=0.22",
+#     "aiohttp>=3.14,<3.15",
+#     "aiosqlite>=0.22,<0.23",
 #     "attrs>=25.1",
 #     "cattrs[orjson]>=25.1",
 # ]
@@ -90,6 +90,30 @@ if sys.platform != "win32":
 
 T = TypeVar("T")
 VERSION: Final = "0.1.0"
+
+# What aiohttp and aiosqlite keep private and this program uses, each with what for: their next minor version may have it no more,
+# and need not say so. So the dependencies end below that, and a test looks for each of these. Raise the ends when it passes.
+PRIVATE: Final = MappingProxyType(
+    {
+        "aiohttp.base_protocol.BaseProtocol": "the connection of a WebSocket that is no longer aiohttp's",
+        "aiohttp.base_protocol.BaseProtocol._upgraded": "it holds the connection without a parser of HTTP",
+        "aiohttp.base_protocol.BaseProtocol._loop": "the clock by which a connection was last heard",
+        "aiohttp._websocket.reader.WebSocketDataQueue": "the messages that were read",
+        "aiohttp._websocket.reader.WebSocketDataQueue._buffer": "whether there is one more",
+        "aiohttp._websocket.reader.WebSocketReader": "reads messages out of bytes, in C",
+        "aiohttp.web.WebSocketResponse._post_start": "called when the handshake was answered: the connection is handed over",
+        "aiohttp.web.WebSocketResponse._eof_sent": "nothing more is written to it",
+        "aiohttp.web.RequestHandler._manager": "the server, which counts connections",
+        "aiohttp.web.RequestHandler._message_tail": "what came after the request",
+        "aiohttp.web.RequestHandler._buffer_paused": "whether reading was held meanwhile",
+        "aiohttp.web.Server._loop": "to make handlers of our own",
+        "aiohttp.web.Server._kwargs": "likewise",
+        "aiohttp.web.AppRunner._make_server": "to make a server of our own",
+        "aiohttp.web.AppRunner._kwargs": "likewise",
+        "aiosqlite.Connection._conn": "the connection itself, for a whole transaction on its thread",
+        "aiosqlite.Connection._execute": "to run one there",
+    }
+)
 
 log = logging.getLogger("iiot")
 
@@ -6299,11 +6323,18 @@ async def ask_report(call: Call) -> web.StreamResponse:
     device_id = await call.platform.store.read.device_id(tenant, name)
     if device_id is None:
         raise Refusal("not_found")
-    if not call.platform.registry.is_live(device_id):
+    registry = call.platform.registry
+
+    def ask(connection: sqlite3.Connection) -> None:
+        """In the transaction that enters it, so that the audit says what is answered: the device may have gone while that waited."""
+        device_row(connection, tenant, name)
+        if not registry.is_live(device_id):
+            raise Refusal("device_offline")
+
+    if not registry.is_live(device_id):
         raise Refusal("device_offline")
-    await call.change(lambda connection: device_row(connection, tenant, name), what=body.what)
-    if not call.platform.registry.send(device_id, encode(Report(body.what))):
-        raise Refusal("device_offline")
+    await call.change(ask, what=body.what)
+    registry.send(device_id, encode(Report(body.what)))  # to one that goes just now in vain, as to one whose link is broken
     return answer({"device": name, "what": body.what}, 202)
 
 
@@ -6807,17 +6838,34 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
         return error_response(Refusal("server_fault"))
 
 
+# Of files and sockets: tried in this order where a system names no limit, for it has one all the same (macOS).
+DESCRIPTORS: Final = (1_048_576, 262_144, 65_536, 24_576, 10_240)
+
+
 def descriptors() -> int:
     """How many files and sockets this process may have open."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if sys.platform != "win32" else 8_192
+    if sys.platform == "win32":
+        return 8_192
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def higher_limits(soft: int, hard: int, infinity: int) -> list[int]:
+    """The limits that a process may try to set itself, the highest first, from those it has."""
+    if soft == infinity:
+        return []
+    known = DESCRIPTORS if hard == infinity else (hard, *(number for number in DESCRIPTORS if number < hard))
+    return [number for number in known if number > soft]
 
 
 def raise_descriptors() -> None:
     """As many files and sockets as the system allows this process: every device holds one."""
     if sys.platform != "win32":
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for number in higher_limits(soft, hard, resource.RLIM_INFINITY):
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+                return
 
 
 class PlainRequestHandler(web.RequestHandler):

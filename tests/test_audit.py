@@ -409,6 +409,29 @@ async def test_a_push_to_many_leaves_an_entry_for_each_with_its_version(plant: P
     assert [told(entry)[:4] for entry in to_none] == [("config.push", "pump-*", None, "ok")]
 
 
+async def test_what_a_device_is_asked_for_while_it_goes_is_entered_as_it_is_answered(plant: Plant) -> None:
+    async def answers_and_outcomes(asking: list[asyncio.Task[tuple[int, Any]]]) -> tuple[list[int], list[str]]:
+        statuses = [status for status, _ in await asyncio.gather(*asking)]
+        return statuses, [entry["outcome"] for entry in await entries(plant, "&action=device.report")]
+
+    def ask(name: str) -> asyncio.Task[tuple[int, Any]]:
+        return asyncio.create_task(plant.ask("POST", f"/iiot/{name}/report", {"what": "state"}))
+
+    gone = await plant.device("press-1")
+    with locked(plant.database):
+        asking = [ask("press-1")]
+        for _ in range(5):
+            await plant.get("/iiot")
+        await gone.close()
+    assert await answers_and_outcomes(asking) == ([409], ["device_offline"])
+    devices = [await plant.device(f"pump-{number}") for number in range(30)]
+    closing_all = [asyncio.create_task(device.close()) for device in devices]
+    statuses, outcomes = await answers_and_outcomes([ask(f"pump-{number}") for number in range(30)])
+    assert statuses.count(202) == outcomes.count("ok")
+    assert statuses.count(409) == outcomes.count("device_offline") - 1
+    await asyncio.gather(*closing_all)
+
+
 async def test_a_read_leaves_no_entry(plant: Plant) -> None:
     world = World(plant)
     await world.furnish()

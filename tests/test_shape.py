@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import functools
+import pkgutil
 import re
 import symtable
 import sys
 import tomllib
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
 import pytest
+from aiohttp import web
+from aiohttp._websocket.reader import WebSocketDataQueue
+from aiohttp.base_protocol import BaseProtocol
 from plant import ROOT
 
 import agent
@@ -439,8 +444,53 @@ def test_the_script_header_asks_for_what_the_project_asks_for() -> None:
 
 
 def test_the_agents_script_header_asks_for_aiohttp_alone() -> None:
-    aiohttp = [name for name in project()["dependencies"] if name.startswith("aiohttp>")]
+    """From the same version on; it uses nothing that may go with the next."""
+    aiohttp = [name.partition(",")[0] for name in project()["dependencies"] if name.startswith("aiohttp>")]
     assert script_header(AGENT) == {"requires-python": project()["requires-python"], "dependencies": aiohttp}
+
+
+def foreign_private_names(program: Program) -> set[str]:
+    """Private attributes that the program uses and does not make itself, and what it imports from private modules."""
+    used, own = set[str](), set[str]()
+    for node in ast.walk(program.tree):
+        if isinstance(node, ast.Attribute) and re.match(r"_(?!_)", node.attr):
+            (own if isinstance(node.ctx, ast.Store) else used).add(node.attr)
+        elif isinstance(node, DEFINITIONS):
+            own.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and "._" in (node.module or ""):
+            used |= {alias.name for alias in node.names}
+    return used - own
+
+
+def test_private_names_of_packages_are_told_and_used() -> None:
+    told = {name.rpartition(".")[2] for name in iiot.PRIVATE}
+    assert foreign_private_names(SERVER) <= told
+    assert foreign_private_names(AGENT) == set()
+    assert [name for name in told if len(re.findall(rf"\b{name}\b", SERVER.source)) < 2] == [], "not used"
+
+
+async def test_private_names_are_there() -> None:
+    """Where one is gone, see what took its place before a newer version of the package is allowed."""
+
+    async def nothing(_: web.BaseRequest) -> web.StreamResponse:
+        return web.Response()
+
+    made: dict[str, Callable[[], Any]] = {
+        "aiohttp._websocket.reader.WebSocketDataQueue": lambda: WebSocketDataQueue(
+            BaseProtocol(asyncio.get_running_loop()), 1, loop=asyncio.get_running_loop()
+        ),
+        "aiohttp.web.Server": lambda: web.Server(nothing),
+        "aiohttp.web.AppRunner": lambda: web.AppRunner(web.Application()),
+    }
+    for name in iiot.PRIVATE:
+        owner, _, last = name.rpartition(".")
+        holder = made[owner]() if owner in made else pkgutil.resolve_name(owner)
+        assert hasattr(holder, last), name
+
+
+def test_a_package_whose_private_names_are_used_has_an_end() -> None:
+    with_end = {re.split(r"[^\w-]", name)[0] for name in project()["dependencies"] if "<" in name}
+    assert with_end == {name.partition(".")[0] for name in iiot.PRIVATE}
 
 
 @EVERY_PROGRAM

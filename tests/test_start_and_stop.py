@@ -372,3 +372,45 @@ async def test_the_salt_changes_and_stands_in_both(tmp_path: Path) -> None:
         await device.store({"values": {"level": 1}})
     kept = (tmp_path / "iiot.db.lock").read_text().split()
     assert rows(running.database, "select value from salt")[0][0] in kept
+
+
+# ---- open files
+
+
+INFINITIES = (-1, 2**63 - 1)  # as Linux and as macOS write it
+
+
+@pytest.mark.parametrize("infinity", INFINITIES)
+@pytest.mark.parametrize(
+    ("soft", "hard", "tried"),
+    [
+        (1_024, 524_288, [524_288, 262_144, 65_536, 24_576, 10_240]),
+        (1_024, 4_096, [4_096]),
+        (4_096, 4_096, []),
+        (256, None, [1_048_576, 262_144, 65_536, 24_576, 10_240]),  # macOS
+        (65_536, None, [1_048_576, 262_144]),
+        (2_000_000, None, []),
+        (None, None, []),
+    ],
+)
+def test_a_process_tries_finite_limits_of_open_files_the_highest_first(
+    infinity: int, soft: int | None, hard: int | None, tried: list[int]
+) -> None:
+    assert iiot.higher_limits(infinity if soft is None else soft, infinity if hard is None else hard, infinity) == tried
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="only Linux shows the limits of another process")
+async def test_a_server_raises_its_limit_of_open_files_as_far_as_it_may(tmp_path: Path) -> None:
+    started = await asyncio.create_subprocess_exec(
+        "/bin/sh", "-c", 'ulimit -Sn 256; ulimit -Hn 2000; exec "$0" "$@"', sys.executable, str(ROOT / "iiot.py"), "--port", "0",
+        cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert started.stdout is not None
+    try:
+        async with asyncio.timeout(PATIENCE):
+            assert (await started.stdout.readline()).startswith(b"listening on ")
+        limits = Path(f"/proc/{started.pid}/limits").read_text()
+        assert next(line.split()[3:5] for line in limits.splitlines() if line.startswith("Max open files")) == ["2000", "2000"]
+    finally:
+        started.kill()
+        await started.communicate()
