@@ -3142,19 +3142,20 @@ def pushed_to(rows: Iterable[Pushed], **detail: object) -> list[Affected]:
     return [Affected(row.device, row.device, {"version": row.version, **detail}) for row in rows]
 
 
-def begin_push(connection: sqlite3.Connection, actor: Actor, match: str, new: NewConfig) -> int | None:
-    """Enter a push to every device whose name matches, which `make_part_of_push` makes; the number of its document, None where there
-    is no such device."""
-    some = "select 1 from device where tenant_id = ? and name glob ? limit 1"
-    if connection.execute(some, (actor.tenant_id, match)).fetchone() is None:
-        return None
+def begin_push(connection: sqlite3.Connection, actor: Actor, match: str, new: NewConfig) -> tuple[int, int]:
+    """Enter a push to every device whose name matches, which `make_part_of_push` makes; how many there are, and the number of its
+    document, 0 without any."""
+    matching = "select count(*) from device where tenant_id = ? and name glob ?"
+    (count,) = connection.execute(matching, (actor.tenant_id, match)).fetchone()
+    if not count:
+        return 0, 0
     (document_id,) = connection.execute("insert into document (text) values (?) returning id", (new.document,)).fetchone()
     connection.execute(
         """insert into push (tenant_id, match, document_id, timeout, newest, done, actor)
            select ?, ?, ?, ?, max(id), '', ? from device""",
         (actor.tenant_id, match, document_id, new.timeout, orjson.dumps(attrs.asdict(actor)).decode()),
     )
-    return int(document_id)
+    return count, document_id
 
 
 @attrs.frozen
@@ -6446,11 +6447,11 @@ async def push_many(call: Call) -> web.StreamResponse:
     document = canonical(body.config)
     new, seconds = new_config(call, document.decode()), wait_seconds(call)
     actor, pusher = call.principal.actor(call.address), call.platform.pusher
-    document_id = await call.change(
+    count, document_id = await call.change(
         lambda connection: begin_push(connection, actor, body.match, new),
-        lambda begun: [] if begun else [Affected(body.match)],  # each part of it is entered with what it does
+        lambda begun: [Affected(body.match, None, {"devices": begun[0]})],  # and each of them when it is its turn
     )
-    if document_id is None:
+    if not count:
         return answer({"items": []}, 202)
     await pusher.made(document_id)
     rows = await call.platform.store.read.pushed_with(tenant, document_id)

@@ -211,7 +211,10 @@ NOBODY = "/iiot/nobody"
 CASES = {
     ("POST", "/iiot"): Case(
         "/iiot?timeout=5s", {"match": "press-*", "config": {"speed": 2}}, 202,
-        lambda _: [(f"press-{n}", f"press-{n}", {"version": n, "match": "press-*"}) for n in (1, 2)],
+        lambda _: [
+            ("press-*", None, {"devices": 2}),
+            *((f"press-{n}", f"press-{n}", {"version": n, "match": "press-*"}) for n in (1, 2)),
+        ],
         (
             Refused(422, "invalid", body={"match": "press-*"}), Refused(400, "not_an_object", body=[]),
             Refused(400, "bad_query", "/iiot?timeout=90000s", {"match": "*", "config": {}}, target="*"),
@@ -398,15 +401,16 @@ async def test_a_push_to_many_leaves_an_entry_for_each_with_its_version(plant: P
     before = len(await entries(plant))
     status, answer = await plant.ask("POST", "/iiot", {"match": "press-*", "config": {"speed": 2}})
     assert status == 202
-    new = (await entries(plant))[:-before]
+    *new, whole = (await entries(plant))[:-before]
+    assert told(whole) == ("config.push", "press-*", None, "ok", {"devices": 12})
     assert sorted((e["device"], e["detail"]["version"]) for e in new) == sorted((i["device"], i["version"]) for i in answer["items"])
     assert {(e["action"], e["outcome"], e["detail"]["match"], e["target"] == e["device"]) for e in new} == {
         ("config.push", "ok", "press-*", True)
     }
     assert len(new) == len(names)
     assert (await plant.ask("POST", "/iiot", {"match": "pump-*", "config": {}}))[0] == 202
-    to_none = (await entries(plant))[: -before - len(names)]
-    assert [told(entry)[:4] for entry in to_none] == [("config.push", "pump-*", None, "ok")]
+    to_none = (await entries(plant))[: -before - len(names) - 1]
+    assert [told(entry) for entry in to_none] == [("config.push", "pump-*", None, "ok", {"devices": 0})]
 
 
 async def test_what_a_device_is_asked_for_while_it_goes_is_entered_as_it_is_answered(plant: Plant) -> None:
