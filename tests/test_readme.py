@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shutil
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -64,6 +65,19 @@ async def test_the_first_start_prints_what_the_readme_shows(tmp_path: Path) -> N
     printed = process.printed.replace(process.url, "http://127.0.0.1:8080")
     printed = printed.replace(f"{sys.executable} {ROOT / 'agent.py'}", ".venv/bin/python agent.py")
     assert re.sub(r"_[\w…-]+", "_", shown) == re.sub(r"_[\w…-]+", "_", printed)
+
+
+async def test_a_start_at_a_taken_port_names_the_flag_and_leaves_nothing_that_harms(tmp_path: Path) -> None:
+    assert "`--port 8081`" in section("Run").text
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, out, err = await Terminal(tmp_path).attempt(f"{blocks('Run')[0].strip()} --port {taken.getsockname()[1]}")
+    assert (code, out) == (1, "")
+    assert "--port" in err
+    assert (tmp_path / "iiot.db").exists()
+    process = Process(tmp_path)
+    await process.start()
+    assert all(await process.read_first_start())
+    await process.stop()
 
 
 async def test_five_minutes_are_true(terminal: Terminal) -> None:
