@@ -1210,7 +1210,10 @@ class Replay:
         finally:
             progress.cancel()
             replayed = replayed or min(self.delivered, recording.rows - losses.rows)
-            print(f"\r{' ' * 40}\r{losses.report()}replayed {replayed} of {recording.rows} rows{recording.remarks()}", file=sys.stderr)
+            others = recording.rows - replayed
+            partly = f" completely; of the other {others} a part or nothing is stored" if others else ""
+            self._erase_progress()
+            print(f"{losses.report()}replayed {replayed} of {recording.rows} rows{partly}{recording.remarks()}", file=sys.stderr)
         if losses.count:
             raise AgentError(f"something is lost in {losses.rows} rows of {recording.path}")
 
@@ -1240,9 +1243,14 @@ class Replay:
             await self._spool.put({"type": "telemetry", "samples": list(samples)}, lines)
 
     async def _show_progress(self, rows: int) -> None:
-        while True:
-            print(f"\r{self.delivered} of {rows} rows acknowledged", end="", file=sys.stderr, flush=True)
+        """On a terminal, on a line that whatever is said next is written over."""
+        while sys.stderr.isatty():
+            print(f"{self.delivered} of {rows} rows acknowledged", end="\r", file=sys.stderr, flush=True)
             await asyncio.sleep(0.5)
+
+    def _erase_progress(self) -> None:
+        if sys.stderr.isatty():
+            print(" " * 40, end="\r", file=sys.stderr)
 
 
 class Refusals:

@@ -165,7 +165,10 @@ class Settings:
     port: int = setting(8080, "port to listen on; 0 uses any free port", lambda port: 0 <= port < 65_536, "between 0 and 65535")
     db: str = setting("iiot.db", "the database file, made at the first start")
     heartbeat: float = setting(
-        20.0, "seconds of silence before the server pings a device; the device is offline after half of this time more", positive, "above 0"
+        20.0,
+        "seconds of silence before the server pings a device; if no answer comes in half of this time, the device is offline",
+        positive,
+        "above 0",
     )
     tls_cert: str = setting("", "file of the server's certificate chain (PEM): serve HTTPS and WSS")
     tls_key: str = setting("", "file of the certificate's private key (PEM)")
@@ -7106,7 +7109,8 @@ async def serving(
             for listener in listen_on(settings.host, settings.port):
                 await web.SockSite(runner, listener, ssl_context=context, backlog=BACKLOG).start()
         except OSError as error:
-            raise OSError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}") from error
+            told = f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}"
+            raise OSError(f"{told}; choose another with --port or --host") from error
         if context is None:
             warn_of_plain_text(runner.addresses)
         host, port = runner.addresses[0][:2]
@@ -7315,7 +7319,7 @@ def agent_command() -> str:
     """How the reference device is started, for a line to paste into another terminal in the same folder."""
     program, python = Path(sys.argv[0]), Path(sys.executable)
     if program.suffix != ".py":
-        return "iiot-agent"  # both programs are installed
+        return shlex.quote(str(program.with_name("iiot-agent")))  # both programs are installed
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
     return shlex.join((str(python), str(program.with_name("agent.py"))))
@@ -7332,6 +7336,11 @@ def share_interpreter() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 10, 50)
+
+
+def address_to_use(url: str) -> str:
+    """The address for a client on this machine: a server that listens on every address has none of its own."""
+    return re.sub(r"//(0\.0\.0\.0|\[::\])(?=:)", "//localhost", url)
 
 
 async def serve(settings: Settings) -> None:
@@ -7351,10 +7360,11 @@ async def serve(settings: Settings) -> None:
         first = first_credentials(path)
         if first is not None:
             token, key = first
+            near = address_to_use(url)
             print(
                 f"\nFirst start. Shown once, keep them:\n  admin token       {token.text}\n  provisioning key  {key.text}\n"
-                f"\nThis machine as a device:\n  {agent_command()} --url {url} --key {key.text}\n"
-                f"The list of devices:\n  curl -H 'Authorization: Bearer {token.text}' {url}/iiot",
+                f"\nThis machine as a device:\n  {agent_command()} --url {near} --key {key.text}\n"
+                f"The list of devices:\n  curl -H 'Authorization: Bearer {token.text}' {near}/iiot",
                 flush=True,
             )
         await stop.wait()

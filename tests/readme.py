@@ -109,7 +109,8 @@ def answers(text: str) -> list[Any]:
 
 
 class Terminal:
-    """A shell in one folder. What one command exports, the next command has."""
+    """A shell in one folder. What one command exports, the next command has. Each leaves the folder and the umask as they were: whoever
+    reads the page goes on in the same shell."""
 
     def __init__(self, folder: Path, replace: dict[str, str] | None = None) -> None:
         """`replace`: what stands on the page, and what a test has in its place."""
@@ -129,7 +130,8 @@ class Terminal:
     async def attempt(self, text: str) -> tuple[int, str, str]:
         """Run commands; exit code, standard output, standard error."""
         exports = shlex.quote(str(self._exports))
-        script = f"source {exports}\nset -e\n{self.localized(text)}\nexport -p > {exports}\n"
+        same = 'test "$PWD $(umask)" = "$before" || { echo "left the folder or the umask changed" >&2; exit 99; }'
+        script = f'source {exports}\nset -e\nbefore="$PWD $(umask)"\n{self.localized(text)}\n{same}\nexport -p > {exports}\n'
         process = await asyncio.create_subprocess_exec(
             "bash", "-o", "pipefail", "-c", script, cwd=self.folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import os
+import pty
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +21,7 @@ from aiohttp import ClientSession
 from devices import SENSORS, frames_of, free_port, record, replay, started, stored
 from hypothesis import example, given
 from hypothesis import strategies as st
-from plant import Plant, Process
+from plant import ROOT, Plant, Process
 
 import agent
 import iiot
@@ -38,13 +42,38 @@ async def test_a_recording_arrives_whole_and_a_second_time_changes_nothing(plant
     assert await stored(plant, "press-1") == expected
 
 
-async def test_a_recording_shows_its_progress_on_standard_error(plant: Plant, tmp_path: Path) -> None:
+async def test_a_recording_shows_its_progress_on_a_terminal_and_nowhere_else(plant: Plant, tmp_path: Path) -> None:
+    """What is said next is written over the progress, or stands in a line of its own."""
     record(tmp_path / "run.csv", 1000)
-    _, err = await replay(plant, tmp_path, "press-1")
-    shown = [int(rows) for rows in re.findall(r"\r(\d+) of 1000 rows acknowledged", err)]
+    token = await plant.register("press-1")
+    ours, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(ROOT / "agent.py"), "--url", plant.url, "--token", token, "--replay", "run.csv", cwd=tmp_path, stderr=theirs
+    )
+    os.close(theirs)
+    assert await process.wait() == 0
+    printed = ""
+    with suppress(OSError):  # where the other side is closed and all is read
+        while True:
+            printed += os.read(ours, 4096).decode()
+    os.close(ours)
+    shown = [int(rows) for rows in re.findall(r"(\d+) of 1000 rows acknowledged\r", printed)]
     assert shown
     assert shown == sorted(shown)
-    assert err.endswith("\rreplayed 1000 of 1000 rows\n")
+    assert printed.count("acknowledged") == len(shown)
+    assert re.search(r" {40}\rreplayed 1000 of 1000 rows\r\n$", printed)
+    _, err = await replay(plant, tmp_path, "press-1")
+    assert "\r" not in err
+    assert "acknowledged" not in err
+    assert err.endswith("\nreplayed 1000 of 1000 rows\n")
+
+
+async def test_a_row_of_which_a_part_is_stored_is_not_called_replayed_and_not_called_lost(plant: Plant, tmp_path: Path) -> None:
+    (tmp_path / "run.csv").write_text(f"time,a,b\n2026-01-01T00:00:00Z,1,2\n2026-01-01T00:00:01Z,{2**64},3\nyesterday,1,4\n")
+    code, err = await replay(plant, tmp_path, "press-1")
+    assert code != 0
+    assert "replayed 1 of 3 rows completely; of the other 2 a part or nothing is stored\n" in err
+    assert {metric: len(points) for metric, points in (await stored(plant, "press-1")).items()} == {"a": 1, "b": 2}
 
 
 async def test_a_recording_may_hold_what_recordings_hold(plant: Plant, tmp_path: Path) -> None:

@@ -216,6 +216,20 @@ async def test_settings_come_from_variables_too(tmp_path: Path) -> None:
             assert device.welcome["heartbeat"] == 7.5
 
 
+@pytest.mark.parametrize(
+    ("url", "near"),
+    [
+        ("http://0.0.0.0:8080", "http://localhost:8080"),
+        ("https://[::]:8443", "https://localhost:8443"),
+        ("http://10.0.0.0:8080", "http://10.0.0.0:8080"),
+        ("http://[fd00::]:8080", "http://[fd00::]:8080"),
+        ("http://127.0.0.1:8080", "http://127.0.0.1:8080"),
+    ],
+)
+def test_a_client_is_told_an_address_that_it_can_use(url: str, near: str) -> None:
+    assert iiot.address_to_use(url) == near
+
+
 async def test_a_flag_wins_over_its_variable(tmp_path: Path) -> None:
     async with started("--port", "0", "--db", "chosen.db", folder=tmp_path, IIOT_PORT="1", IIOT_DB="other.db") as line:
         assert line.startswith("listening on http://127.0.0.1:")

@@ -62,12 +62,13 @@ def test_the_installed_program_starts_with_a_new_database(installed: Path, tmp_p
     finally:
         server.send_signal(signal.SIGTERM)
         try:
-            _, err = server.communicate(timeout=20)
+            out, err = server.communicate(timeout=20)
         except subprocess.TimeoutExpired:
             server.kill()
             raise
     assert server.returncode == 0
     assert "Traceback" not in err
+    assert f"\n  {installed / 'iiot-agent'} --url http://127.0.0.1:" in out
 
 
 def test_the_installed_module_is_not_the_source_tree(installed: Path, tmp_path: Path) -> None:

@@ -7,16 +7,18 @@ import dataclasses
 import json
 import re
 import shutil
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import attrs
+import plant as plants
 import pytest
 from aiohttp import ClientSession
 from aiohttp.test_utils import unused_port
-from plant import PATIENCE, ROOT, Device, Plant, Process, agent_command, command
+from plant import PATIENCE, ROOT, Device, Plant, Process, agent_command, command, rows
 from readme import README, RUNNABLE, SECTIONS, Section, Terminal, anchor, answers, blocks, part, section, shape, table
 
 import agent
@@ -66,6 +68,19 @@ async def test_the_first_start_prints_what_the_readme_shows(tmp_path: Path) -> N
     assert re.sub(r"_[\w…-]+", "_", shown) == re.sub(r"_[\w…-]+", "_", printed)
 
 
+async def test_a_start_at_a_taken_port_names_the_flag_and_leaves_nothing_that_harms(tmp_path: Path) -> None:
+    assert "`--port 8081`" in section("Run").text
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, out, err = await Terminal(tmp_path).attempt(f"{blocks('Run')[0].strip()} --port {taken.getsockname()[1]}")
+    assert (code, out) == (1, "")
+    assert "--port" in err
+    assert (tmp_path / "iiot.db").exists()
+    process = Process(tmp_path)
+    await process.start()
+    assert all(await process.read_first_start())
+    await process.stop()
+
+
 async def test_five_minutes_are_true(terminal: Terminal) -> None:
     _, start, listing, listed, latest, reading, buckets, charted, chart, drawn = blocks("Five minutes")
     await terminal.start(start)
@@ -85,9 +100,13 @@ async def test_five_minutes_are_true(terminal: Terminal) -> None:
 
 async def test_import_export_rotation_and_removal_are_true(terminal: Terminal) -> None:
     imported = await terminal.follow("Import a CSV file")
-    points = json.loads(imported[-1])["series"][0]["points"]
+    points, flags = (json.loads(answer)["series"][0]["points"] for answer in imported[-2:])
     assert points == [["2026-01-12T05:00:00.000Z", 7.25], ["2026-01-12T05:01:00.000Z", 7.5], ["2026-01-12T05:02:00.000Z", 7.125]]
+    assert [value for _, value in flags] == [1, 1, 0]
     await terminal.follow("Export a CSV file")
+    export, _, sheet, _ = blocks("Export a CSV file")
+    assert (await terminal.attempt(sheet))[0] == 23  # the file is there already
+    assert await terminal.run(export.replace("?", "?metric=Druk&")) == "time,metric,value\n"
     rotation = await terminal.follow("Rotate a stolen token")
     assert json.loads(rotation[0])["token"] not in (terminal.folder / "test-bed.token").read_text()
     tokens = await terminal.run('curl -s -H "Authorization: Bearer $TOKEN" "$IIOT_URL/tokens"')
@@ -115,18 +134,60 @@ async def test_configurations_the_timeline_and_the_feed_are_true(terminal: Termi
     feed, example, resumed = blocks("Read the live feed")
     live = await terminal.start(feed)
     assert live.stdout is not None
-    first = asyncio.create_task(live.stdout.readline())
+    shown = example.splitlines()
+    came = asyncio.create_task(event_with(live.stdout, shown[1]))
     async with asyncio.timeout(PATIENCE):
-        while not first.done():  # until the feed is open
+        while not came.done():  # the feed is open some time, and what is pushed and applied is in the state
             await terminal.run(PUSH)
-        event = [(await first).decode(), *[(await live.stdout.readline()).decode() for _ in range(3)]]
-    assert [line.partition(":")[0] for line in event] == [line.partition(":")[0] for line in [*example.splitlines(), "\n"]]
+    real = await came
+    assert [line.partition(":")[0] for line in real] == [line.partition(":")[0] for line in shown]
+    assert shape(json.loads(real[2].removeprefix("data: "))) == shape(json.loads(shown[2].removeprefix("data: ")))
     again = await terminal.start(resumed)
     assert again.stdout is not None
     async with asyncio.timeout(PATIENCE):
         assert await again.stdout.readline() == b"id: 3\n"
     await terminal.stop(running)
     await terminal.follow("Find out why a device was offline")
+
+
+async def event_with(feed: asyncio.StreamReader, line: str) -> list[str]:
+    """The lines of the next event of a feed among which this one is."""
+    lines: list[str] = []
+    while line not in lines:
+        lines.clear()
+        while read := (await feed.readline()).decode().strip():
+            lines.append(read)
+        assert not feed.at_eof()
+    return lines
+
+
+async def test_a_device_that_was_refused_comes_back_by_the_page_s_remedies(terminal: Terminal) -> None:
+    start = blocks("Five minutes")[1]
+    _, enable, forget, reset = blocks("Find out why a device was offline", "sh")
+    ask = 'curl -s -H "Authorization: Bearer $TOKEN" "$IIOT_URL/iiot/pump-house'
+
+    async def ends(running: asyncio.subprocess.Process) -> bool:
+        async with asyncio.timeout(PATIENCE):
+            return await running.wait() == 1
+
+    running = await terminal.start(start)
+    await seen(terminal)
+    await terminal.run(enable.replace("false", "true"))
+    assert await ends(running)
+    (left,) = (await terminal.until(f'{ask}/events?kind=disconnected"', lambda body: body["items"]))["items"]
+    assert left["reason"] == "device_disabled"
+    assert not json.loads(await terminal.run(enable))["disabled"]
+    running = await terminal.start(start)
+    await terminal.until(f'{ask}"', lambda body: body["connected"])
+    assert json.loads(await terminal.run(reset)) == {"device": "pump-house", "seq": 0}
+    await terminal.until(f'{ask}"', lambda body: body["connected"])
+    await terminal.run(f'{ask}" -X DELETE')
+    assert await ends(running)
+    assert json.loads(await terminal.run(f'{ask}/events"'))["error"]["code"] == "not_found"
+    assert await ends(await terminal.start(start))
+    await terminal.run(forget)
+    await terminal.start(start)
+    await seen(terminal)
 
 
 async def test_access_and_tenants_are_true(terminal: Terminal) -> None:
@@ -185,6 +246,42 @@ def test_kinds_of_the_timeline_are_the_schema_s() -> None:
     schema = re.search(r"kind +text not null, +-- (.*)", iiot.schema_text())
     assert schema is not None
     assert {row[0] for row in table(section("Timeline").text, "kind")} >= set(schema[1].split(", "))
+
+
+async def test_entries_of_the_timeline_have_the_fields_of_the_readme(tmp_path: Path) -> None:
+    """Everything that can happen to a device, and the fields of its entries: those of all are `id`, `device`, `kind` and `at`; those of
+    what an operator did are `by` and `address`."""
+    limits = attrs.evolve(iiot.Limits(), fights=1, conflict_seconds=0.0)
+    async with plants.plant(tmp_path, limits) as plant:
+        device = await plant.connect()
+        key = (await plant.ask("POST", "/provisioning-keys", {}))[1]["key"]
+        await device.send("provision", key=key, device="press-1")
+        plant.tokens["press-1"] = (await device.expect("credentials"))["token"]
+        await device.hello(plant.tokens["press-1"])
+        await device.send("state", seq=1000, reported={"serial": "A-17"})
+        await plant.ask("POST", "/iiot/press-1", {"interval": 5})
+        fault = {"path": "interval", "code": "range", "message": "too long"}
+        await device.send("config_status", seq=1001, version=1, status="rejected", message="no", errors=[fault])
+        await device.acknowledged(1001)
+        for seq in range(1, 12):
+            await device.telemetry({"values": {"level": 1}}, seq=seq)
+        await device.acknowledged(1001)
+        await plant.until("/iiot/press-1/events?kind=duplicates", lambda body: body["items"])
+        plant.tokens["press-1"] = (await plant.ask("POST", "/iiot/press-1/token", {}))[1]["token"]
+        await plant.device("press-1")
+        fighting = await plant.connect()
+        await fighting.send("hello", token=plant.tokens["press-1"])
+        assert (await fighting.closed()).code == 4429
+        await plant.ask("POST", "/iiot/press-1/seq", {"seq": 0})
+        await plant.ask("PATCH", "/iiot/press-1", {"disabled": True})
+        await plant.ask("DELETE", "/iiot/press-1")
+        entries = rows(plant.database, "select kind, detail from event")
+    listed = re.findall(r"^\| `(\w+)` \| (.*) \|$", section("Timeline").text, re.MULTILINE)
+    shown = {kind: set(re.findall(r"`(\w+)`", text)) for kind, text in listed}
+    real: dict[str, set[str]] = {kind: set() for kind in shown}
+    for kind, detail in entries:
+        real[kind] |= set(json.loads(detail))
+    assert {kind: fields - ({"by", "address"} if "by" in fields else set()) for kind, fields in real.items()} == shown
 
 
 def test_statuses_of_a_configuration_are_the_schema_s() -> None:

@@ -129,12 +129,19 @@ def test_an_update(machine: Path) -> None:
     assert restart == "sudo systemctl restart iiot"
 
 
-def test_the_install_line(tmp_path: Path) -> None:
-    (line,) = blocks("Install")
+def test_the_install_lines_with_and_without_internet(tmp_path: Path) -> None:
+    line, pack, unpack = blocks("Install")
     source = copy_sources(tmp_path / "source")
-    done = run("bash", "-c", line, folder=source)
+    for text in (line, pack):
+        done = run("bash", "-c", text, folder=source)
+        assert done.returncode == 0, done.stderr
+    there = copy_sources(tmp_path / "there")
+    shutil.copytree(source / "packages", there / "packages")
+    done = run("bash", "-c", unpack, folder=there)
     assert done.returncode == 0, done.stderr
-    assert run(source / ".venv/bin/python", "iiot.py", "--version", folder=source).stdout == f"{iiot.VERSION}\n"
+    for folder in (source, there):
+        assert run(folder / ".venv/bin/python", "iiot.py", "--version", folder=folder).stdout == f"{iiot.VERSION}\n"
+    assert run(there / ".venv/bin/iiot", "--version", folder=tmp_path).stdout == f"{iiot.VERSION}\n"
 
 
 async def test_a_backup_is_whole_and_comes_back(process: Process, tmp_path: Path) -> None:

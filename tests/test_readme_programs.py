@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from aiohttp import ClientSession
 from aiohttp.test_utils import unused_port
-from plant import ROOT, Plant, Process
+from plant import PATIENCE, ROOT, Plant, Process
 from readme import Terminal, answers, blocks, shape
 
 MODULES = ROOT / ".node" / "node_modules"  # .ci/run puts the package ws there, by the README's own line
@@ -48,8 +48,51 @@ async def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
         await running.stop()
 
 
+async def prepared(terminal: Terminal, name: str, url: str, key: str) -> str:
+    """The command that runs a program, after those of the page before it. The package of JavaScript is there already."""
+    (text,) = blocks(PAGES[DEVICES[name]], "sh")
+    (shown,) = re.findall(r"iiot_prov_\w+…", text)
+    terminal.replace |= {"http://127.0.0.1:8080": url, shown: key}
+    *before, start = text.splitlines()
+    await terminal.run("\n".join(line for line in before if not line.startswith("npm ")))
+    return start
+
+
+async def until_printed(program: asyncio.subprocess.Process, *words: str) -> None:
+    """Read what a program prints until all of these have come."""
+    assert program.stdout is not None
+    printed = ""
+    async with asyncio.timeout(PATIENCE):
+        while not all(word in printed for word in words):
+            line = await program.stdout.readline()
+            assert line, printed
+            printed += line.decode()
+
+
+@pytest.mark.parametrize("name", sorted(DEVICES))
+async def test_what_is_missing_and_what_is_refused_is_told_in_words(terminal: Terminal, process: Process, name: str) -> None:
+    await process.start()
+    token, key = await process.read_first_start()
+    start = await prepared(terminal, name, process.url, key)
+    for variable in ("IIOT_URL", "IIOT_KEY"):
+        assert await terminal.attempt(f"env -u {variable} {start}") == (1, "", f"The variable {variable} is not set.\n")
+    program = await terminal.start(f"env IIOT_KEY={key[:-1]} {start}")
+    await until_printed(program, "unauthorized", "A valid token is needed.")
+    await terminal.stop(program)
+    async with ClientSession() as client:
+        plant = process.plant(client, token)
+        await plant.register(name)
+        program = await terminal.start(start)
+        await until_printed(program, "device_exists", "A device of this name is registered already.")
+        assert (await plant.ask("DELETE", f"/iiot/{name}"))[0] == 204
+        await every_reading(plant, name, 1)
+        assert (await plant.ask("PATCH", f"/iiot/{name}", {"disabled": True}))[0] == 200
+        await until_printed(program, "device_disabled", "The device is disabled.")
+
+
 async def every_reading(plant: Plant, name: str, wanted: int) -> list[float]:
-    """The counted readings of a device in the order of their times, once so many are on disk."""
+    """The counted readings of a device in the order of their times, once it is there and so many are on disk."""
+    await plant.until("/iiot?limit=10", lambda body: name in [item["device"] for item in body["items"]])
     path = f"/iiot/{name}/telemetry?metric=temperature&limit=10000"
     body = await plant.until(path, lambda body: body["series"] and len(body["series"][0]["points"]) >= wanted)
     return [value for _, value in body["series"][0]["points"]]
@@ -59,15 +102,11 @@ async def test_both_programs_lose_nothing_and_apply_what_is_pushed(terminal: Ter
     process.arguments = ("--port", str(unused_port()))
     await process.start()
     token, key = await process.read_first_start()
-    await terminal.run(f"export IIOT_URL={process.url} IIOT_KEY={key} TOKEN={token}")
-    install, run = blocks("A device in Python", "sh")[0].splitlines()
-    await terminal.run(install)
-    _, run_js = blocks("A device in JavaScript", "sh")[0].splitlines()
-    programs = {"mixer-1": await terminal.start(run), "mixer-2": await terminal.start(run_js)}
+    await terminal.run(f"export TOKEN={token}")
+    programs = {name: await terminal.start(await prepared(terminal, name, process.url, key)) for name in DEVICES}
     async with ClientSession() as client:
         plant = process.plant(client, token)
         for name in DEVICES:
-            await plant.until("/iiot?limit=10", lambda body, name=name: name in [item["device"] for item in body["items"]])
             await every_reading(plant, name, 20)
         await process.stop(signal.SIGKILL)
         await process.start()

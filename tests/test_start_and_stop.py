@@ -157,6 +157,7 @@ async def test_a_taken_port_is_told_whatever_the_family(tmp_path: Path) -> None:
         code, _, err = await command("--port", str(port), "--host", "localhost", folder=tmp_path)
     assert code == 1
     assert f"cannot listen on localhost port {port}" in err
+    assert err.endswith("; choose another with --port or --host\n")
 
 
 # ---- SIGHUP
