@@ -178,8 +178,9 @@ class Limits:
     hello_bytes: int = 4 * 1024
     # A frame of a thousand samples of eight metrics is about 200 KiB; a whole frame is held in memory several times over.
     frame_bytes: int = 1024 * 1024
-    # Bodies of requests: documents, never bulk data.
+    # Bodies of requests: documents, never bulk data. The largest comes in time over a line of 20 kbit in a second.
     body_bytes: int = 256 * 1024
+    body_seconds: float = 120.0
     # Names appear in every answer, and string values are states ("running"), not documents.
     metric_characters: int = 128
     text_characters: int = 1024
@@ -5552,12 +5553,13 @@ class Call:
         return INTEGERS - 1 if self.query.after is None else cast(int, self.query.after)
 
     async def content(self) -> bytes:
-        """The body of the request. Refusal: too_large."""
+        """The body of the request. Refusal: too_large, bad_request."""
         try:
-            return await self.request.read()
+            async with asyncio.timeout(self.platform.limits.body_seconds):
+                return await self.request.read()
         except web.HTTPRequestEntityTooLarge:
             raise Refusal("too_large") from None
-        except web.RequestPayloadError as error:  # it is not encoded as it says, or breaks off
+        except (web.RequestPayloadError, TimeoutError) as error:  # it is not encoded as it says, breaks off, or does not come
             raise Refusal("bad_request") from error
 
     async def body(self, cls: type[T]) -> T:

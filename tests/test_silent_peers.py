@@ -26,7 +26,7 @@ UPGRADE = (
     b"GET /device HTTP/1.1\r\nHost: press\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
-QUICK = attrs.evolve(iiot.Limits(), hello_seconds=0.5, close_seconds=0.2)
+QUICK = attrs.evolve(iiot.Limits(), hello_seconds=0.5, close_seconds=0.2, body_seconds=PATIENCE)
 PATIENT = attrs.evolve(iiot.Limits(), hello_seconds=PATIENCE)
 KINDS = ("tcp", "hello-of-tls", "nothing", "half-a-head", "an-answer-before", "websocket")
 WITHOUT_TLS = KINDS[2:]
@@ -313,6 +313,13 @@ async def test_who_does_not_answer_the_end_of_tls_is_not_waited_for(tmp_path: Pa
             deaf.writer.write(HEAD[:-2] + b"Connection: close\r\n\r\n")
             deaf.writer.transport.pause_reading()  # type: ignore[attr-defined]
         await held(0)
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    async with quick(tmp_path, limits=attrs.evolve(QUICK, body_seconds=0.2)) as running, crowd(running.url) as others:
+        upload = await others.connect("nothing")
+        head = f"POST /tokens HTTP/1.1\r\nHost: press\r\nAuthorization: Bearer {running.token}\r\nContent-Length: 99\r\n\r\n"
+        assert b" 400 " in await upload.answer(head.encode() + b"{")
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system does not tell of peers that take nothing")
