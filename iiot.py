@@ -25,6 +25,7 @@ schema.sql the whole database.
     Writer                what waits to be stored, and the one task that stores it
     Store                 the open database
     Identity              tokens, roles, principals
+    Connections           sockets from their accept to their end, and who makes room
     Registry              the live sessions, their heartbeat
     Sessions              one device's WebSocket from hello to close
     HTTP API              the route table and its handlers
@@ -199,14 +200,16 @@ def default_quotas(settings: Settings) -> Mapping[str, int]:
 class Limits:
     """The bounds of the server, each with its reason. Tests lower them; an installation has no need to."""
 
-    # The handshake: a peer that has not proved who it is may cost little time. What it may cost in memory is one frame of
-    # `frame_bytes`, for aiohttp puts a frame together before it can be looked at.
+    # The handshake: a peer that has not proved who it is may cost little time. It has so long for its first request, the handshake
+    # of TLS included, and so long again for its `hello`, if that request opened a WebSocket. What it may cost in memory is one frame
+    # of `frame_bytes`, for aiohttp puts a frame together before it can be looked at.
     hello_seconds: float = 10.0
     hello_bytes: int = 4 * 1024
     # A frame of a thousand samples of eight metrics is about 200 KiB; a whole frame is held in memory several times over.
     frame_bytes: int = 1024 * 1024
-    # Bodies of requests: documents, never bulk data.
+    # Bodies of requests: documents, never bulk data. The largest comes in time over a line of 20 kbit in a second.
     body_bytes: int = 256 * 1024
+    body_seconds: float = 120.0
     # Names appear in every answer, and string values are states ("running"), not documents.
     metric_characters: int = 128
     text_characters: int = 1024
@@ -277,8 +280,10 @@ class Limits:
     # Labels are shown with every device of a list.
     labels: int = 32
     label_characters: int = 128
-    # File descriptors are finite (README: raise `ulimit -n` with the fleet).
+    # Of devices, and of peers that have not proved who they are. File descriptors are finite (README: raise `ulimit -n` with the
+    # fleet). That there are too few is logged so often at most.
     connections: int = 15_000
+    shortage_seconds: float = 60.0
     # How long a peer is given to answer a close frame; when the server stops, so that nobody waits for a peer that is deaf.
     close_seconds: float = 5.0
     stop_close_seconds: float = 1.0
@@ -292,7 +297,7 @@ class Limits:
     readers: int = 4
     # A piece of an export may take longer than a query that somebody looks at: it is as many rows as `csv_rows`.
     export_seconds: float = 30.0
-    # For so long a client may not read the stream that it asked for.
+    # For so long a client may not read what it asked for.
     stall_seconds: float = 30.0
     # The write-ahead log is started over when it is longer than this: readers that always overlap keep SQLite from doing so. And
     # between two looks at its length.
@@ -4422,6 +4427,212 @@ class Identity:
         return known
 
 
+# ==== Connections ====
+# Owns: sockets from their accept to their end, how many there are, who of them has not proved who it is, and who makes room. Must
+# not know: HTTP, devices.
+
+SPARE_DESCRIPTORS: Final = 64  # for the database, the log and what a library opens
+BACKLOG: Final = 512  # connections that wait to be accepted, when a fleet comes back at once; and are accepted at one time
+CLOSING_TURNS: Final = 8  # of the loop: a connection that is turned away is closed after three to five
+
+
+# Of files and sockets: tried in this order where a system names no limit, for it has one all the same (macOS).
+DESCRIPTORS: Final = (1_048_576, 262_144, 65_536, 24_576, 10_240)
+
+
+def descriptors() -> int:
+    """How many files and sockets this process may have open."""
+    if sys.platform == "win32":
+        return 8_192
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def higher_limits(soft: int, hard: int, infinity: int) -> list[int]:
+    """The limits that a process may try to set itself, the highest first, from those it has."""
+    if soft == infinity:
+        return []
+    known = DESCRIPTORS if hard == infinity else (hard, *(number for number in DESCRIPTORS if number < hard))
+    return [number for number in known if number > soft]
+
+
+def raise_descriptors() -> None:
+    """As many files and sockets as the system allows this process: every device holds one."""
+    if sys.platform != "win32":
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for number in higher_limits(soft, hard, resource.RLIM_INFINITY):
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+                return
+
+
+def give_up_after(connection: socket.socket, seconds: float) -> None:
+    """Let the system break a connection whose peer confirms nothing, or takes nothing, for so long (RFC 5482), where it can. What is
+    accepted on a socket that listens begins with the value of that one."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        with suppress(OSError):  # it has ended already
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(seconds * 1000))
+
+
+class Peers:
+    """The connections that were accepted and are not closed. Among them are the strangers: those that have not proved who they are, and
+    those with nothing under way for which they would have to. Where there is no room for more, strangers make it, the oldest first:
+    who is recognized stays, and who is new has the time that it takes to show a token."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.held = 0
+        # The one that has waited for longest is the first. One that has asked for nothing at all yet has a timer.
+        self._strangers: dict[socket.socket, asyncio.TimerHandle | None] = {}
+        self._limits = limits
+        self._told = -math.inf  # when a shortage was logged
+
+    def enter(self, peer: socket.socket) -> None:
+        """One was accepted. It has only so long for its first request, with the handshake of TLS before it."""
+        self.held += 1
+        self._strangers[peer] = asyncio.get_running_loop().call_later(self._limits.hello_seconds, self.turn_away, peer)
+
+    def leave(self, peer: socket.socket) -> None:
+        self.held -= 1
+        self.recognize(peer)
+
+    def recognize(self, peer: socket.socket) -> None:
+        timer = self._strangers.pop(peer, None)
+        if timer is not None:
+            timer.cancel()
+
+    def put_last(self, peer: socket.socket) -> None:
+        """It is the stranger that has waited least, if it is still there. How long it may wait is for its protocol to say."""
+        self.recognize(peer)
+        if peer.fileno() >= 0:
+            self._strangers[peer] = None
+
+    def turn_away(self, peer: socket.socket) -> None:
+        """Let a connection end: its protocol, whatever that is, reads the end of what comes, and closes it."""
+        self.recognize(peer)
+        with suppress(OSError):  # the peer has gone already
+            peer.shutdown(socket.SHUT_RDWR)
+
+    async def find_room(self) -> bool:
+        """Whether one more can come in. Where there is no room, some strangers make it, for those who come next as well."""
+        if self._is_full():
+            self._tell()
+            some = max(1, min(BACKLOG, len(self._strangers) // 8))  # few: the youngest are about to show a token
+            for peer in list(islice(self._strangers, some)):
+                self.turn_away(peer)
+            for _ in range(CLOSING_TURNS):
+                if not self._is_full():
+                    break
+                await asyncio.sleep(0)
+        return not self._is_full()
+
+    def _tell(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._told > self._limits.shortage_seconds:
+            self._told = now
+            log.warning(
+                "connections run short: %d are open. Of these %d have shown no valid token and make room for others", self.held,
+                len(self._strangers),
+            )  # fmt: skip
+
+    def _is_full(self) -> bool:
+        return self.held >= descriptors() - SPARE_DESCRIPTORS or len(self._strangers) >= self._limits.connections
+
+
+class Peer(socket.socket):
+    """A connection from its accept until it is closed, whatever transport and protocol it has meanwhile: asyncio tells a protocol
+    nothing of a connection whose handshake of TLS is not over."""
+
+    __slots__ = ("_peers",)
+
+    def __init__(self, peers: Peers, accepted: socket.socket) -> None:
+        super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        self._peers = peers
+        peers.enter(self)
+
+    def close(self) -> None:
+        if self.fileno() >= 0:
+            super().close()
+            self._peers.leave(self)
+
+    def asked(self) -> None:
+        """The head of a request is complete."""
+        self._peers.put_last(self)
+
+    def recognized(self) -> None:
+        """It has proved who it is."""
+        self._peers.recognize(self)
+
+    def answered(self) -> None:
+        """Nothing is under way any more."""
+        self._peers.put_last(self)
+
+
+class Door:
+    """Where connections are accepted. asyncio's own would take more at one time than there are descriptors, then accept nothing for a
+    second, and wait a minute for a handshake of TLS."""
+
+    def __init__(self, make: Callable[[Peer], asyncio.BaseProtocol], context: ssl.SSLContext | None, limits: Limits) -> None:
+        self._make = make
+        self._context = context
+        self._limits = limits
+        self._peers = Peers(limits)
+        self._listening: dict[asyncio.Task[None], socket.socket] = {}
+        self._beginning: dict[asyncio.Task[None], Peer] = {}
+
+    def open(self, listener: socket.socket) -> asyncio.Task[None]:
+        """Let in who connects to a socket that listens, until the door is closed."""
+        listener.setblocking(False)
+        give_up_after(listener, self._limits.stall_seconds)
+        task = asyncio.create_task(self._accept(listener), name="listener")
+        task.add_done_callback(lambda _: listener.close())
+        self._listening[task] = listener
+        return task
+
+    async def close(self) -> None:
+        """Accept nothing any more. Who has no protocol yet gets none."""
+        for task, listener in self._listening.items():
+            with suppress(NotImplementedError):  # Windows has none
+                asyncio.get_running_loop().remove_reader(listener)  # it would accept one more for a task that has ended
+            task.cancel()
+        await asyncio.gather(*self._listening, return_exceptions=True)
+        for peer in self._beginning.values():
+            self._peers.turn_away(peer)
+        await asyncio.gather(*self._beginning, return_exceptions=True)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            for _ in range(BACKLOG):
+                try:
+                    accepted, _ = await loop.sock_accept(listener)
+                except ConnectionAbortedError:  # by a client without patience
+                    continue
+                except OSError as error:  # descriptors went elsewhere, or the system has none
+                    log.warning("cannot accept connections: %s", error)
+                    await asyncio.sleep(self._limits.retry_seconds)
+                    continue
+                with accepted:  # closed, unless a peer takes it
+                    if await self._peers.find_room():
+                        self._let_in(Peer(self._peers, accepted))
+            await asyncio.sleep(0)
+
+    def _let_in(self, peer: Peer) -> None:
+        task = asyncio.create_task(self._begin(peer))
+        self._beginning[task] = peer
+        task.add_done_callback(self._beginning.pop)
+
+    async def _begin(self, peer: Peer) -> None:
+        """Give a connection its protocol, once its handshake of TLS is over."""
+        # Who closes in silence is not waited for. None where there is no TLS, as asyncio wants it.
+        patience = self._limits.close_seconds if self._context else None
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: self._make(peer), peer, ssl=self._context, ssl_shutdown_timeout=patience
+            )
+        except OSError as error:  # that of TLS is one, too
+            log.debug("a connection did not begin: %s", error)
+
+
 # ==== Registry ====
 # Owns: which sockets are open, which session speaks for which device, what every tenant uses, which requests are under way;
 # the heartbeat. Must not know: SQL.
@@ -4455,12 +4666,12 @@ class Link(BaseProtocol):
     """
 
     __slots__ = (
-        "_limits", "_lost", "_queue", "_reader", "_release", "_stopping", "address", "began", "ended", "heard", "phase", "pinged",
-        "reading", "use",
+        "_limits", "_lost", "_queue", "_reader", "_stopping", "address", "began", "ended", "heard", "peer", "phase", "pinged", "reading",
+        "use",
     )  # fmt: skip
 
     def __init__(
-        self, transport: asyncio.Transport, address: str, limits: Limits, stopping: asyncio.Event, release: Callable[[], None]
+        self, transport: asyncio.Transport, peer: Peer, address: str, limits: Limits, stopping: asyncio.Event
     ) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(loop)
@@ -4471,8 +4682,8 @@ class Link(BaseProtocol):
         self._reader = WebSocketReader(self._queue, limits.frame_bytes + 1, compress=False, decode_text=False)
         self._limits = limits
         self._stopping = stopping
-        self._release = release
         self._lost: asyncio.Future[None] | None = None  # made when it is waited for
+        self.peer = peer
         self.address = address
         self.ended = ""  # why, once it has
         self.phase: Phase | None = None
@@ -4486,7 +4697,6 @@ class Link(BaseProtocol):
         self._reader.feed_data(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._release()
         self._reader.feed_eof()
         super().connection_lost(exc)
         if self._lost is not None:
@@ -5760,6 +5970,7 @@ async def open_link(platform: Platform, link: Link) -> Session | None:
         raise Refusal("too_many_connections")
     async with asyncio.timeout(platform.limits.hello_seconds):
         token, hello = await handshake(platform, link)
+    link.peer.recognized()
     return await Opening(platform, link, token).open(hello)
 
 
@@ -5789,7 +6000,6 @@ Moment = NewType("Moment", int)
 Duration = NewType("Duration", int)
 Names = NewType("Names", tuple[str, ...])
 Aggregates = NewType("Aggregates", tuple[str, ...])
-SPARE_DESCRIPTORS: Final = 64  # for the database, the log and what a library opens
 PLATFORM: Final = web.AppKey("platform", Platform)
 JSON_TYPE: Final = "application/json"
 FUTURE: Final = Moment(LATEST)
@@ -6064,12 +6274,13 @@ class Call:
         return INTEGERS - 1 if self.query.after is None else cast(int, self.query.after)
 
     async def content(self) -> bytes:
-        """The body of the request. Refusal: too_large."""
+        """The body of the request. Refusal: too_large, bad_request."""
         try:
-            return await self.request.read()
+            async with asyncio.timeout(self.platform.limits.body_seconds):
+                return await self.request.read()
         except web.HTTPRequestEntityTooLarge:
             raise Refusal("too_large") from None
-        except web.RequestPayloadError as error:  # it is not encoded as it says, or breaks off
+        except (web.RequestPayloadError, TimeoutError) as error:  # it is not encoded as it says, breaks off, or does not come
             raise Refusal("bad_request") from error
 
     async def body(self, cls: type[T]) -> T:
@@ -6641,13 +6852,6 @@ async def show_health(call: Call) -> web.StreamResponse:
     return answer({"status": "ok", "version": VERSION})
 
 
-def give_up_after(transport: asyncio.Transport, seconds: float) -> None:
-    """Let the system break a connection whose peer confirms nothing for so long (RFC 5482), where it can."""
-    connection = transport.get_extra_info("socket")
-    if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(seconds * 1000))
-
-
 class Upgrade(web.WebSocketResponse):
     """The answer to a WebSocket's handshake. With it HTTP ends: the connection goes from aiohttp's handler of requests to a link."""
 
@@ -6659,9 +6863,9 @@ class Upgrade(web.WebSocketResponse):
     def _post_start(self, request: web.BaseRequest, protocol: str | None, writer: object) -> None:
         platform = self._platform
 
-        def begin(transport: asyncio.Transport, release: Callable[[], None]) -> Link:
-            give_up_after(transport, platform.settings.heartbeat * 1.5)
-            link = Link(transport, self._address, platform.limits, platform.registry.closing, release)
+        def begin(transport: asyncio.Transport, peer: Peer) -> Link:
+            give_up_after(peer, platform.settings.heartbeat * 1.5)
+            link = Link(transport, peer, self._address, platform.limits, platform.registry.closing)
             platform.registry.serve(link, serve_link(platform, link))
             return link
 
@@ -6792,8 +6996,10 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
         token, call = bearer_token(request), None
         try:
             async with platform.registry.request(token_id_of(token)) as running:
-                cast("PlainRequestHandler", request.protocol).running = running
+                line = cast("PlainRequestHandler", request.protocol)
+                line.running = running
                 who = await platform.identity.operator(token, address)
+                line.peer.recognized()
                 platform.registry.stands(running, who.tenant_id, None if who.expires_at is None else (who.expires_at - now_ms()) / 1000)
                 call = Call(request, platform, who, address, route.action, running)
                 if not who.may(route.role):
@@ -6842,42 +7048,13 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
         return error_response(Refusal("server_fault"))
 
 
-# Of files and sockets: tried in this order where a system names no limit, for it has one all the same (macOS).
-DESCRIPTORS: Final = (1_048_576, 262_144, 65_536, 24_576, 10_240)
-
-
-def descriptors() -> int:
-    """How many files and sockets this process may have open."""
-    if sys.platform == "win32":
-        return 8_192
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
-
-
-def higher_limits(soft: int, hard: int, infinity: int) -> list[int]:
-    """The limits that a process may try to set itself, the highest first, from those it has."""
-    if soft == infinity:
-        return []
-    known = DESCRIPTORS if hard == infinity else (hard, *(number for number in DESCRIPTORS if number < hard))
-    return [number for number in known if number > soft]
-
-
-def raise_descriptors() -> None:
-    """As many files and sockets as the system allows this process: every device holds one."""
-    if sys.platform != "win32":
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for number in higher_limits(soft, hard, resource.RLIM_INFINITY):
-            with suppress(ValueError, OSError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
-                return
-
-
 class PlainRequestHandler(web.RequestHandler):
     """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract, that a request whose client has
     gone ends, and that a WebSocket goes to a protocol of its own."""
 
-    __slots__ = ("running",)
+    __slots__ = ("peer", "running")
 
+    peer: Peer
     running: Running
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -6885,17 +7062,26 @@ class PlainRequestHandler(web.RequestHandler):
             self.running.client_left()
         super().connection_lost(exc)
 
-    def hand_over(self, begin: Callable[[asyncio.Transport, Callable[[], None]], BaseProtocol]) -> None:
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            if hasattr(self, "peer"):  # otherwise the connection is a link's
+                self.peer.answered()
+
+    def hand_over(self, begin: Callable[[asyncio.Transport, Peer], BaseProtocol]) -> None:
         """Give the connection, and what has come on it after the request, to the protocol that `begin` makes."""
-        transport, server = self.transport, cast("PlainServer | None", self._manager)
+        transport, server, peer = self.transport, self._manager, self.peer
         if transport is None or server is None:
             raise ConnectionResetError("the client has gone")
         self.keep_alive(False)
-        link, tail, self._message_tail = begin(transport, server.release), self._message_tail, b""
+        link, tail, self._message_tail = begin(transport, peer), self._message_tail, b""
         transport.set_protocol(link)
         self.transport = None
+        del self.peer
         server.connection_lost(self, None)
-        server.held += 1
         link.data_received(tail)
         if self._buffer_paused:
             link.resume_reading()
@@ -6915,32 +7101,23 @@ class PlainRequestHandler(web.RequestHandler):
 
 
 class PlainServer(web.Server):
-    """aiohttp's server, with a bound on connections: without descriptors it could not even say that it has none."""
+    """aiohttp's server, of handlers that know their peer."""
 
-    held = 0
-
-    def __call__(self) -> web.RequestHandler:
-        return PlainRequestHandler(self, loop=self._loop, **self._kwargs)
-
-    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        self.held += 1
-        if self.held > descriptors() - SPARE_DESCRIPTORS:
-            transport.abort()
-
-    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
-        super().connection_lost(handler, exc)
-        self.held -= 1
-
-    def release(self) -> None:
-        """A connection that went to another protocol is lost."""
-        self.held -= 1
+    def serve(self, peer: Peer) -> PlainRequestHandler:
+        handler = PlainRequestHandler(self, loop=self._loop, **self._kwargs)
+        handler.peer = peer
+        return handler
 
 
 class PlainRunner(web.AppRunner):
-    async def _make_server(self) -> web.Server:
+    async def _make_server(self) -> PlainServer:
         made = await super()._make_server()
-        return PlainServer(made.request_handler, request_factory=made.request_factory, **self._kwargs)
+
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            cast(PlainRequestHandler, request.protocol).peer.asked()
+            return await made.request_handler(request)
+
+        return PlainServer(handle, request_factory=made.request_factory, **self._kwargs)
 
 
 # ==== Application ====
@@ -6958,7 +7135,6 @@ HEADERS: Final = MappingProxyType(
 
 
 STOP_SECONDS: Final = 2.0  # for requests under way to be answered, when the server stops
-BACKLOG: Final = 512  # connections that wait to be accepted, when a fleet comes back at once
 
 
 async def run_platform(app: web.Application, settings: Settings, limits: Limits) -> AsyncIterator[None]:
@@ -7103,26 +7279,29 @@ async def serving(
     context = context or tls_context(settings)
     app = make_app(settings, limits)
     runner = PlainRunner(app, access_log=None, keepalive_timeout=20, shutdown_timeout=STOP_SECONDS)
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(runner.cleanup)
         await runner.setup()
+        platform = app[PLATFORM]
+        door = Door(cast(PlainServer, runner.server).serve, context, platform.limits)
+        stack.push_async_callback(door.close)
         try:
-            for listener in listen_on(settings.host, settings.port):
-                await web.SockSite(runner, listener, ssl_context=context, backlog=BACKLOG).start()
+            listeners = listen_on(settings.host, settings.port)
         except OSError as error:
             told = f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}"
             raise OSError(f"{told}; choose another with --port or --host") from error
+        addresses = [listener.getsockname() for listener in listeners]
+        for listener in listeners:
+            platform.supervisor.watch(door.open(listener))
         if context is None:
-            warn_of_plain_text(runner.addresses)
-        host, port = runner.addresses[0][:2]
+            warn_of_plain_text(addresses)
+        host, port = addresses[0][:2]
         shown = f"[{host}]" if ":" in host else host
-        supervisor = app[PLATFORM].supervisor
         if stop is not None:
-            supervisor.on_failure(stop.set)
+            platform.supervisor.on_failure(stop.set)
         yield f"{'https' if context else 'http'}://{shown}:{port}"
-        if supervisor.failed:
+        if platform.supervisor.failed:
             raise StoreError("the server could not go on; its log says why")
-    finally:
-        await runner.cleanup()
 
 
 # ==== Command line ====

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import sqlite3
 import sys
@@ -15,11 +17,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import attrs
-from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType
+import pytest
+from aiohttp import ClientSession, ClientWebSocketResponse, TCPConnector, WSMsgType
 
 import iiot
 
 ROOT = Path(iiot.__file__).parent
+OPENSSL = shutil.which("openssl")
 PATIENCE = 20.0  # seconds after which a test gives up waiting for something that ought to come at once
 
 
@@ -160,6 +164,24 @@ def admin_token(database: Path, role: str = "admin", tenant_name: str = "default
     return token.text
 
 
+async def certificate(folder: Path, name: str, *, passphrase: str = "") -> tuple[str, str]:
+    """Files of a certificate and its key."""
+    if OPENSSL is None:
+        pytest.skip("certificates are made by openssl")
+    secret = ["-passout", f"pass:{passphrase}"] if passphrase else ["-nodes"]
+    process = await asyncio.create_subprocess_exec(
+        OPENSSL, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", f"/CN={name}", *secret,
+        "-keyout", f"{name}.key", "-out", f"{name}.pem", cwd=folder, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    assert await process.wait() == 0
+    return f"{name}.pem", f"{name}.key"
+
+
+def client() -> ClientSession:
+    """An HTTP client that takes every certificate."""
+    return ClientSession(connector=TCPConnector(ssl=False))
+
+
 @contextmanager
 def writing(database: Path) -> Iterator[sqlite3.Connection]:
     """A transaction of the test's own, as a crash may have left it."""
@@ -197,17 +219,19 @@ async def plant(folder: Path, limits: iiot.Limits | None = None, **settings: Any
     iiot.prepare_database(database)
     token = admin_token(database)
     chosen = attrs.evolve(iiot.Settings(db=str(database), port=0), **settings)
-    async with iiot.serving(chosen, limits) as url, ClientSession() as client:
-        yield Plant(url, client, token, database)
+    async with iiot.serving(chosen, limits) as url, client() as operator:
+        yield Plant(url, operator, token, database)
 
 
 class Process:
     """The server as a process of its own, as people run it."""
 
-    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, descriptors: int = 0, **environment: str) -> None:
+        """`descriptors`: how many files and sockets it may have open, if not as many as the system allows."""
         self.folder = folder
         self.arguments = arguments
         self.environment = environment
+        self.descriptors = descriptors
         self.url = ""
         self.printed = ""
         self._process: asyncio.subprocess.Process | None = None
@@ -228,15 +252,19 @@ class Process:
                 sys.executable, str(ROOT / "iiot.py"), "--port", "0", "--db", str(self.database), *self.arguments,
                 stdout=asyncio.subprocess.PIPE, stderr=errors, cwd=self.folder,
                 env={**os.environ, "PYTHONWARNINGS": "error", **self.environment},
+                preexec_fn=self._lower if self.descriptors else None,
             )  # fmt: skip
         assert self._process.stdout is not None
         async with asyncio.timeout(PATIENCE):
             line = (await self._process.stdout.readline()).decode()
-        found = re.fullmatch(r"listening on (http://\S+)\n", line)
+        found = re.fullmatch(r"listening on (https?://\S+)\n", line)
         assert found is not None, (line, (self.folder / "stderr").read_text())
         self.url = found[1]
         self.printed = line
         return self
+
+    def _lower(self) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.descriptors, self.descriptors))
 
     async def read_first_start(self) -> tuple[str, str]:
         """The admin token and the provisioning key that the first start prints."""

@@ -19,11 +19,10 @@ import attrs
 import pytest
 from aiohttp import ClientSession
 from aiohttp.test_utils import unused_port
-from plant import PATIENCE, ROOT, Plant, Process, admin_token, command, plant, rows, writing
+from plant import PATIENCE, ROOT, Plant, Process, admin_token, certificate, command, plant, rows, writing
 
 import iiot
 
-OPENSSL = shutil.which("openssl")
 Started = asyncio.subprocess.Process
 
 
@@ -61,19 +60,6 @@ async def logged(process: Started, words: str) -> str:
             if words in line:
                 return line
     raise AssertionError(f"ended without {words!r}")
-
-
-async def certificate(folder: Path, name: str, *, passphrase: str = "") -> tuple[str, str]:
-    """Files of a certificate and its key."""
-    if OPENSSL is None:
-        pytest.skip("certificates are made by openssl")
-    secret = ["-passout", f"pass:{passphrase}"] if passphrase else ["-nodes"]
-    process = await asyncio.create_subprocess_exec(
-        OPENSSL, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-subj", f"/CN={name}", *secret,
-        "-keyout", f"{name}.key", "-out", f"{name}.pem", cwd=folder, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    assert await process.wait() == 0
-    return f"{name}.pem", f"{name}.key"
 
 
 # ---- settings
