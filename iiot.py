@@ -303,12 +303,13 @@ class Limits:
     # between two looks at its length.
     log_bytes: int = 64 * 1024 * 1024
     log_look_seconds: float = 0.5
-    # Lists: entries a page. Telemetry: points a series, and points of all series together.
+    # Lists: entries a page. Telemetry: points a series, and values of all series together: they are written in their fewest digits
+    # while everybody waits, which takes 15 ms for so many.
     page: int = 100
     page_most: int = 1_000
     points: int = 1_000
     points_most: int = 10_000
-    points_together: int = 200_000
+    values_together: int = 50_000
     # Rows of a streamed CSV that are in memory at one time.
     csv_rows: int = 10_000
     # A push may ask for its own time until `timed_out`, up to a day; an answer may be waited for by HTTP for so long.
@@ -2112,6 +2113,14 @@ class Turns:
         return None
 
 
+class AnswerTooLong(Exception):  # noqa: N818 - it is no error of the one who asked
+    """An answer would have so many characters."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(f"an answer of {length} characters")
+        self.length = length
+
+
 class Readers:
     """A few connections that can only read, each query with a deadline."""
 
@@ -2123,10 +2132,12 @@ class Readers:
         """The first row of a query, or None. Refusal: query_too_slow."""
         return await self._run(self._fetch, sql, parameters, self._seconds)
 
-    async def exact(self, sql: str, parameters: Mapping[str, object], seconds: float | None = None) -> bytes | None:
+    async def exact(
+        self, sql: str, parameters: Mapping[str, object], seconds: float | None = None, most: int | None = None
+    ) -> bytes | None:
         """The JSON text in the first column of the first row, its numbers shortened; or None. Refusal: query_too_slow, after so
-        many seconds."""
-        return await self._run(self._fetch_exact, sql, parameters, seconds or self._seconds)
+        many seconds. AnswerTooLong, when the text has more than `most` characters."""
+        return await self._run(functools.partial(self._fetch_exact, most), sql, parameters, seconds or self._seconds)
 
     def paused(self) -> AbstractAsyncContextManager[None]:
         """Queries under way end, and none begins."""
@@ -2165,13 +2176,19 @@ class Readers:
         return cast("tuple[Any, ...] | None", connection.execute(sql, parameters).fetchone())
 
     @classmethod
-    def _fetch_exact(cls, connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> bytes | None:
+    def _fetch_exact(
+        cls, most: int | None, connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]
+    ) -> bytes | None:
         row = cls._fetch(connection, sql, parameters)
-        return None if row is None else shortened(row[0])
+        if row is None:
+            return None
+        if most is not None and len(row[0]) > most:
+            raise AnswerTooLong(len(row[0]))
+        return shortened(row[0])
 
 
 HOUR: Final = 3_600_000
-PAGE_CHARACTERS: Final = 4 * 1024 * 1024  # of a list: an answer is in memory several times over
+PAGE_CHARACTERS: Final = 4 * 1024 * 1024  # of a page: an answer is in memory several times over
 
 
 class Queries:
@@ -3391,7 +3408,7 @@ class TelemetryReads:
             if wanted.descending
             else "ts >= :start and ts < coalesce((select ts from cut), :stop)"
         )
-        return await self._json(
+        return await self._page(
             f"""with {WANTED_SQL},
             cut as (select {most}(ts) ts from (
                 select (select ts from telemetry where series_id = wanted.id and ts >= :start and ts < :stop
@@ -3402,7 +3419,7 @@ class TelemetryReads:
                         select ts, value from telemetry where series_id = wanted.id and {within} order by ts {order})))))
                 from wanted), 'next', (select {time_sql("ts + 1" if wanted.descending else "ts")} from cut))
             from device_row""",
-            tenant, device, wanted, limit=limit,
+            tenant, device, wanted, limit,
         )  # fmt: skip
 
     async def buckets(
@@ -3423,7 +3440,7 @@ class TelemetryReads:
             " min(:stop, ts / :every * :every + :every * (select points from page_size)) high"
         )
         next_page = "low" if wanted.descending else "high"
-        return await self._json(
+        return await self._page(
             f"""with recursive {WANTED_SQL},
             first as (select {first}(ts) ts from (
                 select (select {first}(ts) from telemetry where series_id = wanted.id and ts >= :start and ts < :stop) ts from wanted)),
@@ -3439,7 +3456,7 @@ class TelemetryReads:
                     where point is not null)))) from wanted),
                 'next', (select {time_sql(next_page)} from span where exists (select 1 from wanted where {beyond})))
             from device_row""",
-            tenant, device, wanted, limit=limit, every=every,
+            tenant, device, wanted, limit, len(aggregates), every=every,
         )  # fmt: skip
 
     @staticmethod
@@ -3517,14 +3534,28 @@ class TelemetryReads:
         rows, _, following = text[1:-1].rpartition(b",")
         return rows, None if following == b"null" else int(following)
 
-    async def _json(self, sql: str, tenant: int, device: str, wanted: TelemetryRange, **more: object) -> bytes | None:
-        return await self._readers.exact(sql, self._parameters(tenant, device, wanted, **more))
+    async def _page(
+        self, sql: str, tenant: int, device: str, wanted: TelemetryRange, limit: int, values: int = 1, **more: object
+    ) -> bytes | None:
+        """A page of at most `limit` points of a series, each of so many values. Where they are long texts it has fewer of them."""
+        together = self._limits.values_together // values
+        while True:
+            try:
+                most = PAGE_CHARACTERS if limit > 1 else None  # of one point of each series it cannot be shorter
+                return await self._json(sql, tenant, device, wanted, most=most, limit=limit, together=together, **more)
+            except AnswerTooLong as error:
+                limit, together = (max(1, number * PAGE_CHARACTERS // error.length) for number in (limit, together))
+
+    async def _json(
+        self, sql: str, tenant: int, device: str, wanted: TelemetryRange, most: int | None = None, **more: object
+    ) -> bytes | None:
+        return await self._readers.exact(sql, self._parameters(tenant, device, wanted, **more), most=most)
 
     def _parameters(self, tenant: int, device: str, wanted: TelemetryRange, **more: object) -> dict[str, object]:
         metrics = None if wanted.metrics is None else orjson.dumps(wanted.metrics).decode()
         return {
             "tenant": tenant, "device": device, "device_id": wanted.device_id, "metrics": metrics,
-            "start": wanted.start, "stop": wanted.stop, "limit": 1, "together": self._limits.points_together, **more,
+            "start": wanted.start, "stop": wanted.stop, "limit": 1, "together": self._limits.values_together, **more,
         }  # fmt: skip
 
 

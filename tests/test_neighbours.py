@@ -106,7 +106,7 @@ def abandon(plant: Plant, path: str) -> None:
 
 
 async def test_a_question_whose_client_has_gone_ends(tmp_path: Path) -> None:
-    limits = attrs.evolve(iiot.Limits(), points_most=10**9, points_together=10**9, readers=1)
+    limits = attrs.evolve(iiot.Limits(), points_most=10**9, values_together=10**9, readers=1)
     async with plants.plant(tmp_path, limits, query_seconds=600.0) as plant:
         device = await plant.device("press-1")
         await device.store({"ts": iiot.EARLIEST, "values": {"level": 1}}, {"ts": iiot.now_ms(), "values": {"level": 2}})
@@ -116,7 +116,7 @@ async def test_a_question_whose_client_has_gone_ends(tmp_path: Path) -> None:
 
 
 async def test_slow_questions_of_one_tenant_leave_a_reader_to_another(tmp_path: Path) -> None:
-    limits = attrs.evolve(iiot.Limits(), points_most=10**9, points_together=10**9)
+    limits = attrs.evolve(iiot.Limits(), points_most=10**9, values_together=10**9)
     async with plants.plant(tmp_path, limits, query_seconds=600.0) as plant:
         platform = plants.admin_token(plant.database, "platform")
         other = (await plant.ask("POST", "/tenants", {"name": "other"}, token=platform))[1]["token"]

@@ -308,7 +308,7 @@ async def test_a_walk_over_sparse_series_is_short(plant: Plant, order: str, ever
 
 
 async def test_a_page_of_many_series_is_bounded_together(tmp_path: Path) -> None:
-    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), points_together=30)) as plant:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), values_together=30)) as plant:
         points: Points = {f"m{number}": {START + index: index for index in range(20)} for number in range(10)}
         await store(plant, points)
         body = await plant.get("/iiot/press-1/telemetry")
@@ -319,6 +319,21 @@ async def test_a_page_of_many_series_is_bounded_together(tmp_path: Path) -> None
         assert (await walk(plant, "limit=1000&every=2ms&agg=count"))[0] == {
             metric: [[time(index), 2] for index in range(0, 20, 2)] for metric in points
         }
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+@pytest.mark.parametrize("every", ["", "&every=1s&agg=last"])
+async def test_a_page_of_long_texts_has_fewer_of_them(plant: Plant, monkeypatch: pytest.MonkeyPatch, order: str, every: str) -> None:
+    monkeypatch.setattr(iiot, "PAGE_CHARACTERS", 10_000)
+    points: Points = {metric: {START + index * 1000: f"{index:04}" * 100 for index in range(60)} for metric in ("a", "b")}
+    await store(plant, points)
+    body = await plant.get(f"/iiot/press-1/telemetry?limit=1000&order={order}{every}")
+    assert 1_000 < len(json.dumps(body)) <= 11_000
+    series, pages = await walk(plant, f"limit=1000&order={order}{every}")
+    assert {metric: sorted(value for _, value in shown) for metric, shown in series.items()} == {
+        metric: list(texts.values()) for metric, texts in points.items()
+    }
+    assert pages < 20
 
 
 # ---- buckets
