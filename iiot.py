@@ -2043,15 +2043,17 @@ class Connection(aiosqlite.Connection):
 
 class Turns:
     """Who reads next. A tenant never has all readers, so that another one's short question finds one free; and tenants that wait
-    take turns, whatever each of them asks. While paused, nobody begins to read."""
+    take turns, whatever each of them asks. While paused, nobody begins to read; and before that, those who read at that moment do
+    not begin again: a long question makes its own tenant wait."""
 
     def __init__(self, readers: Iterable[Connection]) -> None:
         self._free = list(readers)
         self._most = max(1, len(self._free) - 1)  # for one tenant
         self._held: dict[object, int] = {}
         self._waiting: dict[object, deque[asyncio.Future[Connection]]] = {}  # who has waited longest for a turn stands first
+        self._busy: set[Connection] = set()
+        self._barred: set[object] = set()  # tenants that may not begin to read
         self._paused = False
-        self._all = len(self._free)
         self._returned = asyncio.Event()
 
     async def take(self, tenant: object) -> Connection:
@@ -2069,6 +2071,7 @@ class Turns:
         self._held[tenant] -= 1
         if not self._held[tenant]:
             del self._held[tenant]
+        self._busy.discard(reader)
         self._free.append(reader)
         self._returned.set()
         self._grant()
@@ -2076,24 +2079,33 @@ class Turns:
     @asynccontextmanager
     async def paused(self, seconds: float) -> AsyncIterator[None]:
         """Until all have been given back, or so many seconds are over; nobody takes one meanwhile."""
-        self._paused = True
+        busy, self._barred = set(self._busy), set(self._held)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    while len(self._free) < self._all:
-                        self._returned.clear()
-                        await self._returned.wait()
+                    await self._until(lambda: not busy & self._busy)
+                    self._paused = True
+                    await self._until(lambda: not self._busy)
+            self._paused = True
             yield
         finally:
             self._paused = False
+            self._barred.clear()
             self._grant()
+
+    async def _until(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            self._returned.clear()
+            await self._returned.wait()
 
     def _grant(self) -> None:
         while self._free and not self._paused:
             turn = self._next()
             if turn is None:
                 return
-            turn.set_result(self._free.pop())
+            reader = self._free.pop()
+            self._busy.add(reader)
+            turn.set_result(reader)
 
     def _next(self) -> asyncio.Future[Connection] | None:
         """The first that waits of the first tenant that may have one more reader; the tenant stands last from then on."""
@@ -2103,7 +2115,7 @@ class Turns:
                 turns.popleft()
             if not turns:
                 del self._waiting[tenant]
-            elif self._held.get(tenant, 0) < self._most:
+            elif self._held.get(tenant, 0) < self._most and tenant not in self._barred:
                 del self._waiting[tenant]
                 turn = turns.popleft()
                 if turns:

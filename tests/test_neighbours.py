@@ -8,7 +8,7 @@ import json
 import socket
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import plant as plants
@@ -161,6 +161,24 @@ async def test_readers_take_turns_between_tenants() -> None:
         assert len(order) == 7
     await late
     assert len(order) == 8
+
+
+async def test_before_a_pause_a_long_question_makes_its_own_tenant_wait_alone() -> None:
+    turns = iiot.Turns([cast(iiot.Connection, object()) for _ in range(4)])
+    long = await turns.take("a")
+    paused = turns.paused(PATIENCE)
+    pausing = asyncio.create_task(paused.__aenter__())
+    again = asyncio.create_task(turns.take("a"))
+    for _ in range(3):
+        short = await turns.take("b")
+        turns.give("b", short)
+    assert not again.done()
+    assert not pausing.done()
+    turns.give("a", long)
+    await pausing
+    assert not again.done()
+    await paused.__aexit__(None, None, None)
+    turns.give("a", await again)
 
 
 async def test_the_log_stays_short_under_readers_that_always_overlap(tmp_path: Path) -> None:
