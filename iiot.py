@@ -321,8 +321,10 @@ class Limits:
     # A live feed sends a comment after so long without an event, so that both ends notice a broken connection.
     feed_seconds: float = 15.0
     feed_events: int = 500
-    # Live feeds that a tenant may have open: each has a socket, and what it has not read yet.
+    # Live feeds that a tenant may have open: each has a socket, and what it has not read yet. And its pushes that wait for a verdict:
+    # whatever happens in the tenant makes each of them look.
     feeds: int = 200
+    waiting_pushes: int = 100
     # For so long after its removal a device's events stay in the live feed, so that a client that was away misses nothing.
     resume_seconds: float = 86_400.0
     # What one transaction deletes of removed devices and tenants, between those of devices that are there: devices that it
@@ -1441,7 +1443,7 @@ class Share:
     last among them: in each round of the event loop one of them goes on. What is to be stored waits apart from what is not: when
     nothing more can be stored, it alone must wait."""
 
-    __slots__ = ("_asked", "_asking", "_pace", "_storing", "_taken", "long_work", "used", "weight")
+    __slots__ = ("_asked", "_asking", "_pace", "_storing", "_taken", "long_work", "used", "waiting_pushes", "weight")
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
@@ -1451,6 +1453,7 @@ class Share:
         self._taken = 0  # turns, in this round
         self.weight = 0  # of what it has in the next transaction
         self.used = False  # since the last transaction began
+        self.waiting_pushes = 0
         self.long_work = asyncio.Lock()  # what is long, and holds much memory, is done one after the other
 
     @property
@@ -6301,6 +6304,21 @@ class Call:
         if self.action and not self.accounted:
             await self.platform.identity.refused.enter(self.principal.actor(self.address), self.action, [self.affected], refusal)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A push that is to wait for its verdict counts while it does. Refusal: too_many_requests."""
+        if not isinstance(self.query, PushQuery) or self.query.wait is None:
+            yield
+            return
+        share = self.platform.store.shares.of(self.tenant)
+        if share.waiting_pushes >= self.platform.limits.waiting_pushes:
+            raise Refusal("too_many_requests", retry_after=1)
+        share.waiting_pushes += 1
+        try:
+            yield
+        finally:
+            share.waiting_pushes -= 1
+
     def page(self) -> int:
         """Entries of a page. Refusal: bad_query."""
         limits = self.platform.limits
@@ -7064,7 +7082,8 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
         except Exception as error:
             wrong = islice(field_errors(error), call.platform.limits.field_errors)
             raise Refusal("bad_query", *(attrs.evolve(field, path=field.path.rstrip("_")) for field in wrong)) from error
-        return await route.handler(call)
+        with call.waiting():
+            return await route.handler(call)
 
     return handle
 

@@ -163,6 +163,26 @@ async def test_requests_that_wait_are_bounded_in_number_and_in_time(tmp_path: Pa
         assert (await plant.ask("GET", "/healthz"))[0] == 200
 
 
+async def test_pushes_that_wait_for_a_verdict_are_bounded(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), waiting_pushes=2)) as plant:
+        for name in ("press-1", "press-2"):
+            await plant.register(name)
+        waiting = [asyncio.create_task(plant.ask("POST", f"/iiot/{name}?wait=60", {"n": 1})) for name in plant.tokens]
+        await plant.until("/iiot", lambda body: all(item["config"] for item in body["items"]))
+        status, body = await plant.ask("POST", "/iiot/press-1?wait=60", {"n": 3})
+        assert (status, body["error"]["code"]) == (429, "too_many_requests")
+        assert (await plant.get("/iiot/press-1/config"))["version"] == 1, "what is refused is not pushed"
+        assert (await plant.ask("POST", "/iiot/press-1", {"n": 3}))[0] == 202
+        assert (await waiting[0])[1]["status"] == "superseded"
+        waiting[1].cancel()
+        await asyncio.gather(waiting[1], return_exceptions=True)
+        async with asyncio.timeout(PATIENCE):
+            accepted = False
+            while not accepted:  # both at once, when the one that has gone does not count any more
+                both = await asyncio.gather(*(plant.ask("POST", f"/iiot/{name}?wait=300ms", {"n": 5}) for name in plant.tokens))
+                accepted = [status for status, _ in both] == [202, 202]
+
+
 def long_frame(seq: int, samples: int, *, timed: bool) -> dict[str, Any]:
     times = [{"ts": iiot.EARLIEST + n} for n in range(samples)] if timed else [{}] * samples
     return {"seq": seq, "samples": [{**times[n], "values": {"level": n}} for n in range(samples)]}

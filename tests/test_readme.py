@@ -315,6 +315,8 @@ def test_limits_are_the_readme_s() -> None:
         "wrong tokens of an address in a minute": f"{limits.guesses}",
         "sessions that a device opens at once": f"{limits.sessions}, then one in a second",
         "live feeds of a tenant": f"{limits.feeds}",
+        "pushes of a tenant that wait for an answer (wait)": f"{limits.waiting_pushes}",
+        "requests of a tenant that wait for their turn": f"{limits.requests_waiting}",
     }
     assert {row[0]: row[1] for row in table(section("Limits").text, "limit")} == expected
 
