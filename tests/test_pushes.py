@@ -192,6 +192,25 @@ async def test_a_push_to_devices_that_are_all_removed_leaves_nothing(tmp_path: P
         assert rows(plant.database, "select count(*), (select count(*) from push) from document") == [(0, 0)]
 
 
+async def test_a_push_of_a_tenant_that_is_removed_leaves_nothing(tmp_path: Path, gate: Gate) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(IN_PARTS, resume_seconds=0.0)) as plant:
+        platform = plants.admin_token(plant.database, "platform")
+        assert (await plant.ask("POST", "/tenants", {"name": "acme"}, token=platform))[0] == 201
+        acme = Plant(plant.url, plant.client, plants.admin_token(plant.database, tenant_name="acme"), plant.database)
+        await registered(acme, 8)
+        many = asyncio.create_task(acme.ask("POST", "/iiot", ALL))
+        await gate.reached()
+        gate.let(1)
+        await gate.reached()
+        assert (await plant.ask("DELETE", "/tenants/acme?confirm=acme", token=platform))[0] == 204
+        gate.let(100)
+        assert (await many)[0] == 401
+        async with asyncio.timeout(PATIENCE):
+            while rows(plant.database, "select 1 from tenant where name is null union all select 1 from push"):
+                await asyncio.sleep(0.01)
+        assert rows(plant.database, "select (select count(*) from document), (select count(*) from config)") == [(0, 0)]
+
+
 def until_some(database: Path, sql: str) -> Callable[[], bool]:
     return lambda: bool(rows(database, sql))
 

@@ -457,7 +457,7 @@ async def test_a_removed_tenant_leaves_nothing_behind_and_others_lose_nothing(tm
         acme = await site.add()
         sessions = await populate(acme, 2)
         full = tables(database)
-        assert [name for name, rows in full.items() if len(rows) <= len(before[name])] == ["removed_series", "removed_range"]
+        assert [name for name, rows in full.items() if len(rows) <= len(before[name])] == ["removed_series", "removed_range", "push"]
         await site.remove()
         for device in sessions:
             closed = await device.closed()
