@@ -327,12 +327,14 @@ class Limits:
     waiting_pushes: int = 100
     # For so long after its removal a device's events stay in the live feed, so that a client that was away misses nothing.
     resume_seconds: float = 86_400.0
-    # What one transaction deletes of removed devices and tenants, between those of devices that are there: devices that it
-    # looks at, series likewise, small rows, and documents of up to `document_bytes`.
+    # What one transaction deletes of removed devices and tenants, between those of devices that are there: devices that it looks at,
+    # series likewise, small rows, documents of up to `document_bytes`, and versions of states, which are as many bytes at most.
     removed_devices: int = 5
     removed_series: int = 500
     removed_rows: int = 1_000
-    removed_documents: int = 100
+    removed_documents: int = 20
+    removed_versions: int = 100
+    removed_bytes: int = 1024 * 1024
     # Frames of a device whose tenant may store no more points for now: those that were under way when it was told. After so
     # many bytes of them its socket is not read.
     held_bytes: int = 16 * 1024
@@ -343,7 +345,8 @@ class Limits:
     # Samples without a time get one millisecond each, so a burst of one metric runs ahead of the clock. A frame holds about
     # 55,000 samples: one frame always fits. A stamp further ahead comes from a clock that was wrong, and binds nothing.
     stamp_ahead_seconds: float = 60.0
-    # The write-ahead log is copied into the database file whenever it has grown by so many pages (4 KiB each).
+    # The write-ahead log is copied into the database file whenever it has grown by so many pages (4 KiB each). While several tenants
+    # use the server, by a quarter of them: a commit does it, and others wait for it.
     checkpoint_pages: int = 4_000
     # A healthy idle server proves at most this long ago that it can commit.
     healthy_seconds: float = 10.0
@@ -1526,6 +1529,7 @@ class Shares:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._pace = Pace(limits.pending_points, limits.turns_alone)
+        self.checkpoint_pages = limits.checkpoint_pages  # the log is copied by a commit, for which everybody waits
         self._shares: dict[int | None, Share] = {}
         self._lately: dict[Share, float] = {}  # those that were used within a moment, and when
         self._seconds = 2e-6  # for a weight of one; measured from the first transaction on
@@ -1547,6 +1551,7 @@ class Shares:
         together = limits.pending_points if tenants < 2 else min(limits.pending_points, round(limits.transaction_seconds / self._seconds))
         self._pace.each = max(limits.share_least, together // max(1, tenants))
         self._pace.turns = limits.turns_alone if tenants < 2 else 1
+        self.checkpoint_pages = limits.checkpoint_pages if tenants < 2 else limits.checkpoint_pages // 4
         for share in self._lately:
             share.go_on()
 
@@ -1769,6 +1774,11 @@ def schema_text() -> str:
     raise StoreError("schema.sql is neither beside iiot.py nor installed with it")
 
 
+def set_checkpoint_pages(connection: sqlite3.Connection, pages: int) -> None:
+    """Let a commit copy the write-ahead log into the database file whenever it has grown by so many pages."""
+    connection.execute(f"pragma wal_autocheckpoint = {pages}").fetchone()
+
+
 def connect(path: Path, *, query_only: bool = False, checkpoint_pages: int = 1_000, busy_seconds: float = 5.0) -> sqlite3.Connection:
     """One connection with everything set that a connection must set for itself."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
@@ -1777,7 +1787,7 @@ def connect(path: Path, *, query_only: bool = False, checkpoint_pages: int = 1_0
     connection.execute("pragma synchronous = full")
     connection.execute("pragma foreign_keys = on")
     connection.execute(f"pragma cache_size = -{8_000 if query_only else 64_000}")
-    connection.execute(f"pragma wal_autocheckpoint = {checkpoint_pages}")
+    set_checkpoint_pages(connection, checkpoint_pages)
     connection.execute(f"pragma query_only = {int(query_only)}")
     return connection
 
@@ -1965,6 +1975,11 @@ class LockFile:
             )
 
 
+def copy_log(connection: sqlite3.Connection) -> None:
+    """Copy the write-ahead log into the database file as far as nobody reads from it; nobody waits for that."""
+    connection.execute("pragma wal_checkpoint(passive)").fetchone()
+
+
 def start_log_over(connection: sqlite3.Connection) -> None:
     """Copy the write-ahead log into the database file, and cut it. Where somebody still reads from it, a later try may do it."""
     connection.execute("pragma wal_checkpoint(truncate)").fetchone()
@@ -2080,13 +2095,16 @@ class Turns:
         self._grant()
 
     @asynccontextmanager
-    async def paused(self, seconds: float) -> AsyncIterator[None]:
-        """Until all have been given back, or so many seconds are over; nobody takes one meanwhile."""
+    async def paused(self, seconds: float, before: Callable[[], Awaitable[object]] | None = None) -> AsyncIterator[None]:
+        """Until all have been given back, or so many seconds are over; nobody takes one meanwhile. `before` is done first, once those
+        who read now are ready."""
         busy, self._barred = set(self._busy), set(self._held)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self._until(lambda: not busy & self._busy)
+                    if before is not None:
+                        await before()
                     self._paused = True
                     await self._until(lambda: not self._busy)
             self._paused = True
@@ -2154,9 +2172,9 @@ class Readers:
         many seconds. AnswerTooLong, when the text has more than `most` characters."""
         return await self._run(functools.partial(self._fetch_exact, most), sql, parameters, seconds or self._seconds)
 
-    def paused(self) -> AbstractAsyncContextManager[None]:
-        """Queries under way end, and none begins."""
-        return self._turns.paused(self._seconds)
+    def paused(self, before: Callable[[], Awaitable[object]]) -> AbstractAsyncContextManager[None]:
+        """Queries under way end, and none begins; `before` is done while short ones still do."""
+        return self._turns.paused(self._seconds, before)
 
     async def _run(self, fetch: Callable[..., T], sql: str, parameters: Mapping[str, object], seconds: float) -> T:
         tenant = parameters.get("tenant")
@@ -3665,11 +3683,20 @@ def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], l
     for those whose events are still in the live feed."""
     ids = bind(devices)
     of_them = "device_id in (select value from json_each(?))"
-    some = "(device_id, version) in (select device_id, version from {} where device_id in (select value from json_each(?)) limit ?)"
-    if connection.execute(f"delete from state where {some.format('state')}", (*ids, limits.removed_documents)).rowcount:
+    versions = """select device_id, version, sum(length(document) + length(changes)) over (rows unbounded preceding) size,
+        row_number() over () number from (select * from state where device_id in (select value from json_each(?)) limit ?)"""
+    deleted_versions = connection.execute(
+        f"""delete from state where (device_id, version) in (
+            select device_id, version from ({versions}) where size <= ? or number = 1)""",
+        (*ids, limits.removed_versions, limits.removed_bytes),
+    ).rowcount
+    if deleted_versions:
         return
     deleted = connection.execute(
-        f"delete from config where {some.format('config')} returning document_id", (*ids, limits.removed_documents)
+        """delete from config where (device_id, version) in (
+               select device_id, version from config where device_id in (select value from json_each(?)) limit ?)
+           returning document_id""",
+        (*ids, limits.removed_documents),
     ).fetchall()
     if deleted:
         delete_unused_documents(connection, [document_id for (document_id,) in deleted])
@@ -3914,6 +3941,7 @@ class Writer:
         self._connection = connection
         self._limits = limits
         self._shares = shares
+        self._checkpoint_pages = limits.checkpoint_pages
         self._next_series = next_series
         self._pending = Batch()
         self._work = asyncio.Event()
@@ -4033,12 +4061,18 @@ class Writer:
             self._not_stored(batch, error)
             raise
 
+    def _write(self, connection: sqlite3.Connection, batch: Batch) -> Outcome:
+        if self._checkpoint_pages != self._shares.checkpoint_pages:
+            self._checkpoint_pages = self._shares.checkpoint_pages
+            set_checkpoint_pages(connection, self._checkpoint_pages)
+        return batch.write(connection, self._limits)
+
     async def _store(self, batch: Batch) -> None:
         """Commit a batch, however often it takes."""
         patience = time.monotonic() + self._limits.storage_seconds
         while batch:
             try:
-                outcome = await self._connection.run(batch.write, self._limits)
+                outcome = await self._connection.run(self._write, batch)
             except Exception as error:  # noqa: BLE001 - whatever failed, nothing was stored, and those who wait must hear it
                 if is_held_by_another(error) and time.monotonic() < patience:
                     continue
@@ -4221,13 +4255,16 @@ class Reads(Queries):
 class Store:
     """The open database: `writer` for everything that changes, `read` for everything that is asked."""
 
-    def __init__(self, path: Path, writer: Writer, read: Reads, readers: Readers, lock: LockFile, shares: Shares) -> None:
+    def __init__(
+        self, path: Path, writer: Writer, read: Reads, readers: Readers, lock: LockFile, shares: Shares, copier: Connection
+    ) -> None:
         self.writer = writer
         self.shares = shares
         self.read = read
         self._log = path.with_name(f"{path.name}-wal")
         self._readers = readers
         self._lock = lock
+        self._copier = copier
 
     @classmethod
     @asynccontextmanager
@@ -4263,19 +4300,21 @@ class Store:
             for _ in range(limits.readers + 1):
                 connections.append(await Connection.open(functools.partial(connect, path, query_only=True)))
                 stack.push_async_callback(connections[-1].close)
+            copier = await Connection.open(functools.partial(connect, path, checkpoint_pages=0))
+            stack.push_async_callback(copier.close)
             keys, readers = Readers(connections[:1], limits.storage_seconds), Readers(connections[1:], query_seconds)
             shares = Shares(limits)
             writer = Writer(connection, limits, shares, next_series)
             writer.awaited.add(awaited)
             stack.push_async_callback(writer.close)
-            yield cls(path, writer, Reads(readers, keys, limits), readers, lock, shares)
+            yield cls(path, writer, Reads(readers, keys, limits), readers, lock, shares, copier)
 
     async def keep_log_short(self, most: int) -> bool:
         """Start the write-ahead log over if it is longer than `most` bytes; whether it was. Whoever looks up a token does not wait:
         that is short."""
         if not self._log.exists() or self._log.stat().st_size <= most:
             return False
-        async with self._readers.paused():
+        async with self._readers.paused(lambda: self._copier.run(copy_log)):
             await self.writer.alone(start_log_over)
         return True
 
