@@ -2688,7 +2688,7 @@ class Committed(Protocol):
 
 
 @attrs.frozen
-class Happened:
+class TimelineEntry:
     """An entry of a device's timeline; `arrival` counts what came before it in the same batch."""
 
     arrival: int
@@ -2735,9 +2735,9 @@ class Parting:
     reason: str
     address: str
 
-    def event(self, arrival: int) -> Happened:
+    def event(self, arrival: int) -> TimelineEntry:
         detail = {"session": self.session, "reason": self.reason, "address": self.address}
-        return Happened(arrival, self.device_id, self.at, "disconnected", detail)
+        return TimelineEntry(arrival, self.device_id, self.at, "disconnected", detail)
 
 
 def add_events(connection: sqlite3.Connection, rows: str, parameters: tuple[object, ...] = ()) -> None:
@@ -2749,7 +2749,7 @@ def add_events(connection: sqlite3.Connection, rows: str, parameters: tuple[obje
     )
 
 
-def insert_events(connection: sqlite3.Connection, events: list[Happened]) -> None:
+def insert_events(connection: sqlite3.Connection, events: list[TimelineEntry]) -> None:
     """Entries of timelines, in the order in which things came."""
     in_order = sorted(events, key=lambda event: event.arrival)
     for part in bind_in_parts((event.device_id, event.at, event.kind, event.detail) for event in in_order):
@@ -2762,7 +2762,7 @@ def insert_events(connection: sqlite3.Connection, events: list[Happened]) -> Non
 
 def add_event(connection: sqlite3.Connection, device_id: int, at: int, kind: str, detail: Mapping[str, object]) -> None:
     """One entry of a device's timeline."""
-    insert_events(connection, [Happened(0, device_id, at, kind, detail)])
+    insert_events(connection, [TimelineEntry(0, device_id, at, kind, detail)])
 
 
 def insert_device_token(
@@ -2871,7 +2871,7 @@ def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: s
 
 
 @attrs.frozen
-class Opened:
+class SessionRow:
     """A session as the database has it: its number, the highest frame number on disk, the last time given to a sample
     without one, the configuration that the device is owed, the known series by metric, and of those that have points ahead of the
     clock the newest time."""
@@ -2897,7 +2897,7 @@ def times_ahead(connection: sqlite3.Connection, device_id: int, now: int, newest
     return cast("dict[str, int]", orjson.loads(text))
 
 
-def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, address: str, agent: str | None) -> Opened:
+def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, address: str, agent: str | None) -> SessionRow:
     """Record that a device connected. Refusal: unauthorized when its token is gone by now, device_disabled."""
     use_device_token(connection, device_id, token_id, address)
     now = now_ms()
@@ -2916,7 +2916,7 @@ def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, 
         (device_id,),
     ).fetchone()
     config = None if owed is None else Config(owed[0], orjson.loads(owed[1]))
-    return Opened(session, seq, stamp, config, orjson.loads(series), times_ahead(connection, device_id, now, stamp))
+    return SessionRow(session, seq, stamp, config, orjson.loads(series), times_ahead(connection, device_id, now, stamp))
 
 
 def set_seq(connection: sqlite3.Connection, device_id: int, seq: int) -> None:
@@ -3017,7 +3017,7 @@ def shorten_states(connection: sqlite3.Connection, versions: list[tuple[int, int
 
 
 def new_versions(
-    reported: Reported, reports: list[tuple[int, StateReport]], events: list[Happened], refused: list[tuple[Committed, str, int]],
+    reported: Reported, reports: list[tuple[int, StateReport]], events: list[TimelineEntry], refused: list[tuple[Committed, str, int]],
     limits: Limits,
 ) -> Iterator[tuple[object, ...]]:
     """What one device reports, as rows for `insert_states`."""
@@ -3033,7 +3033,7 @@ def new_versions(
         if row is not None:
             yield row
         reported.version += 1
-        events.append(Happened(arrival, report.device_id, report.at, "state", {"version": reported.version}))
+        events.append(TimelineEntry(arrival, report.device_id, report.at, "state", {"version": reported.version}))
         whole = canonical(reported.document).decode() if reported.version % limits.state_versions == 1 else ""
         told = changes_text(changes, reported.document, 4 * limits.document_bytes).decode()
         shown = reported.document.get("software_version")
@@ -3046,7 +3046,7 @@ REPORTING: Final = 64  # devices whose documents are in memory at one time
 
 
 def write_states(
-    connection: sqlite3.Connection, reports: list[tuple[int, StateReport]], events: list[Happened], limits: Limits
+    connection: sqlite3.Connection, reports: list[tuple[int, StateReport]], events: list[TimelineEntry], limits: Limits
 ) -> list[tuple[Committed, str, int]]:
     """What devices report, each in order of arrival: a version for every actual change; which reports are refused, as (owner, code, seq).
 
@@ -3119,7 +3119,7 @@ def update_verdicts(connection: sqlite3.Connection, rows: tuple[str]) -> set[int
 
 
 def write_verdicts(
-    connection: sqlite3.Connection, verdicts: list[tuple[int, VerdictReport]], events: list[Happened]
+    connection: sqlite3.Connection, verdicts: list[tuple[int, VerdictReport]], events: list[TimelineEntry]
 ) -> list[tuple[Committed, str, int]]:
     """What devices say of their configurations, in order of arrival; which of it is refused, as (owner, code, seq).
 
@@ -3135,7 +3135,7 @@ def write_verdicts(
             detail = {"version": said.version, "status": said.status}
             more = {"message": said.message, "errors": said.errors and orjson.Fragment(said.errors)}
             shown = detail | {name: value for name, value in more.items() if value is not None}
-            events.append(Happened(arrival, said.device_id, said.at, "config", shown))
+            events.append(TimelineEntry(arrival, said.device_id, said.at, "config", shown))
     return [(said.owner, "unknown_version", said.seq) for index, (_, said) in enumerate(verdicts) if index in refused]
 
 
@@ -3812,7 +3812,7 @@ class Batch:
         self.configs_sent: list[tuple[int, int, int]] = []  # device, version, when
         self.states: list[tuple[int, StateReport]] = []
         self.verdicts: list[tuple[int, VerdictReport]] = []
-        self.events: list[Happened] = []
+        self.events: list[TimelineEntry] = []
         self.waiting: dict[Committed, tuple[int, int]] = {}
         self.changes: list[Change] = []
 
@@ -4008,7 +4008,7 @@ class Writer:
 
     def happened(self, device_id: int, kind: str, **detail: object) -> None:
         """An entry of a device's timeline, of this moment."""
-        self._pending.events.append(Happened(self._pending.arrival(), device_id, now_ms(), kind, detail))
+        self._pending.events.append(TimelineEntry(self._pending.arrival(), device_id, now_ms(), kind, detail))
         self._work.set()
 
     def session_ended(self, parting: Parting) -> None:
@@ -4442,7 +4442,7 @@ class Secretive(Protocol):
     def secret_hash(self) -> bytes: ...
 
 
-Known = TypeVar("Known", bound=Secretive)
+StoredSecret = TypeVar("StoredSecret", bound=Secretive)
 
 
 class Identity:
@@ -4503,7 +4503,7 @@ class Identity:
             raise
         return Credentials(device, token_text("dev", known, frame.secret or "") if known else token.text)
 
-    async def _known(self, kind: str, text: str, address: str, look_up: Callable[[str], Awaitable[Known | None]]) -> Known:
+    async def _known(self, kind: str, text: str, address: str, look_up: Callable[[str], Awaitable[StoredSecret | None]]) -> StoredSecret:
         shown = take_apart(kind, text)
         known = await look_up(shown.id) if shown else None
         right = hmac.compare_digest(known.secret_hash if known else bytes(32), shown.secret_hash if shown else bytes(32))
@@ -4872,7 +4872,7 @@ class Link(BaseProtocol):
             await self._lost
 
 
-class Live(Protocol):
+class ReachableSession(Protocol):
     """A session that was welcomed, as the registry knows it."""
 
     link: Link
@@ -4881,7 +4881,7 @@ class Live(Protocol):
     def wake(self) -> None: ...
 
 
-class Running:
+class RequestUnderWay:
     """A request under way: the token it stands on, and the deadline that ends it. It is entered before the token is looked up:
     a revocation that comes between must find it."""
 
@@ -5058,11 +5058,11 @@ class Registry:
         self._fights = Buckets(limits.fights, 3_600.0, limits.notices, strict=True)
         self._notices = Buckets(1, limits.notice_seconds, limits.notices)
         self._places: dict[int, Link] = {}
-        self._live: dict[int, Live] = {}
+        self._live: dict[int, ReachableSession] = {}
         self._uses: dict[int, TenantUse] = {}
         self._quotas: dict[int, tuple[int, int]] = {}  # those that were set since the start
         self._removed_tenants: set[int] = set()
-        self._running: set[Running] = set()
+        self._running: set[RequestUnderWay] = set()
         self._feeds: set[asyncio.Transport | None] = set()
         self._held: dict[int, int] = {}  # how often
 
@@ -5097,11 +5097,11 @@ class Registry:
             self._feeds.discard(transport)
 
     @asynccontextmanager
-    async def request(self, token_id: str | None) -> AsyncIterator[Running]:
+    async def request(self, token_id: str | None) -> AsyncIterator[RequestUnderWay]:
         """A request lasts no longer than its token, and than its client waits. Refusal: unauthorized, when the token is revoked or
         expires meanwhile. ConnectionError, when the client has gone."""
         deadline = asyncio.timeout(None)
-        running = Running(token_id, deadline)
+        running = RequestUnderWay(token_id, deadline)
         try:
             async with deadline:
                 self._running.add(running)
@@ -5117,7 +5117,7 @@ class Registry:
                 raise ConnectionResetError("the client has gone") from None
             raise Refusal("unauthorized") from None
 
-    def stands(self, running: Running, tenant_id: int | None, seconds: float | None) -> None:
+    def stands(self, running: RequestUnderWay, tenant_id: int | None, seconds: float | None) -> None:
         """The token of a request is known, and how long it lasts. Refusal: unauthorized, when its tenant was removed meanwhile."""
         if tenant_id in self._removed_tenants:
             raise Refusal("unauthorized")
@@ -5166,7 +5166,7 @@ class Registry:
         self._places[device_id], link.use = link, use
         use.connections += 1
 
-    def welcome(self, device_id: int, session: Live) -> None:
+    def welcome(self, device_id: int, session: ReachableSession) -> None:
         """The device knows that it is connected: from now on it can be reached."""
         self._live[device_id] = session
 
@@ -5446,7 +5446,7 @@ class Pusher:
 # Owns: one device's WebSocket from hello to close. Must not know: other devices.
 
 @attrs.frozen
-class Platform:
+class Services:
     """What a session and a request work with."""
 
     settings: Settings
@@ -5512,17 +5512,17 @@ async def first_frame(link: Link, codec: Codec, limits: Limits) -> Frame:
         raise Refusal("bad_handshake") from refusal
 
 
-async def handshake(platform: Platform, link: Link) -> tuple[DeviceToken, Hello]:
+async def handshake(services: Services, link: Link) -> tuple[DeviceToken, Hello]:
     """Who is there. Refusal: bad_handshake, unauthorized, too_many_attempts, device_exists, too_many_devices, or what is wrong
     with the frame."""
-    next_frame = functools.partial(first_frame, link, platform.codec, platform.limits)
+    next_frame = functools.partial(first_frame, link, services.codec, services.limits)
     frame = await next_frame()
     if isinstance(frame, Provision):
-        link.send(encode(await platform.identity.provision(frame, link.address)))
+        link.send(encode(await services.identity.provision(frame, link.address)))
         frame = await next_frame()
     if not isinstance(frame, Hello):
         raise Refusal("bad_handshake")
-    return await platform.identity.device(frame.token, link.address), frame
+    return await services.identity.device(frame.token, link.address), frame
 
 
 class Stamps:
@@ -5621,18 +5621,18 @@ class Intake:
         "_progress_key", "_series", "_session", "_stamps", "_taken", "_throttle", "_use", "_writer", "share",
     )  # fmt: skip
 
-    def __init__(self, platform: Platform, owner: Owner, device_id: int, use: TenantUse, opened: Opened) -> None:
-        self._limits = platform.limits
-        self._codec = platform.codec
-        self._writer = platform.store.writer
+    def __init__(self, services: Services, owner: Owner, device_id: int, use: TenantUse, opened: SessionRow) -> None:
+        self._limits = services.limits
+        self._codec = services.codec
+        self._writer = services.store.writer
         self._owner = owner
         self._device_id = device_id
         self._progress_key = str(device_id)
         self._use = use
-        self.share = platform.store.shares.of(use.tenant_id)
+        self.share = services.store.shares.of(use.tenant_id)
         self._session = opened.session
         self._series = opened.series
-        self._stamps = Stamps(opened.stamp, round(platform.limits.stamp_ahead_seconds * 1000), opened.ahead)
+        self._stamps = Stamps(opened.stamp, round(services.limits.stamp_ahead_seconds * 1000), opened.ahead)
         self._taken = opened.seq  # the highest frame number handed to the writer, or refused
         self._durable = opened.seq  # the highest frame number on disk
         self._frames = 0  # handed to the writer
@@ -5827,25 +5827,25 @@ class Intake:
             self._owner.link.end("too_many_bad_frames")
 
 
-def enter_notice(platform: Platform, device_id: int, kind: str, **detail: object) -> bool:
+def enter_notice(services: Services, device_id: int, kind: str, **detail: object) -> bool:
     """Enter something in a device's timeline, unless that was done within the last hour; whether it was entered now."""
-    news = platform.registry.is_news(device_id, kind)
+    news = services.registry.is_news(device_id, kind)
     if news:
-        platform.store.writer.happened(device_id, kind, **detail)
+        services.store.writer.happened(device_id, kind, **detail)
     return news
 
 
 class Session:
     """A device that was welcomed: from now on it can be reached, and what it sends is stored."""
 
-    __slots__ = ("_changed", "_config_sent", "_device_id", "_intake", "_number", "_platform", "link")
+    __slots__ = ("_changed", "_config_sent", "_device_id", "_intake", "_number", "_services", "link")
 
-    def __init__(self, platform: Platform, link: Link, token: DeviceToken, use: TenantUse, opened: Opened) -> None:
-        self._platform = platform
+    def __init__(self, services: Services, link: Link, token: DeviceToken, use: TenantUse, opened: SessionRow) -> None:
+        self._services = services
         self.link = link
         self._device_id = token.device_id
         self._number = opened.session
-        self._intake = Intake(platform, self, token.device_id, use, opened)
+        self._intake = Intake(services, self, token.device_id, use, opened)
         self._config_sent = 0  # the highest version that went out in this session
         self._changed: asyncio.Future[None] | None = None  # made when it is waited for
 
@@ -5853,15 +5853,15 @@ class Session:
         """Nothing reaches the device before its welcome, and everything after it."""
         self.link.phase = self
         self.link.send(encode(welcome))
-        self._platform.registry.welcome(self._device_id, self)
+        self._services.registry.welcome(self._device_id, self)
         if welcome.config is not None:
             self._config_sent = welcome.config.version
-            self._platform.store.writer.config_sent(self._device_id, welcome.config.version)
+            self._services.store.writer.config_sent(self._device_id, welcome.config.version)
         self._intake.look_again()
 
     async def converse(self) -> None:
         """Take frames until the connection is over."""
-        link, intake, limits, clock = self.link, self._intake, self._platform.limits, asyncio.get_running_loop().time
+        link, intake, limits, clock = self.link, self._intake, self._services.limits, asyncio.get_running_loop().time
         at_hand, began = False, 0.0
         while (message := await link.read()) is not None:
             if (intake.share.full if at_hand else intake.share.crowded) and message.type == WSMsgType.TEXT:  # by others before it
@@ -5869,8 +5869,8 @@ class Session:
                 at_hand = False
             if not at_hand:
                 began = clock()
-            if self._platform.registry.is_held(self._device_id):
-                await self._wait_while(lambda: self._platform.registry.is_held(self._device_id))
+            if self._services.registry.is_held(self._device_id):
+                await self._wait_while(lambda: self._services.registry.is_held(self._device_id))
             if link.ended:
                 continue
             if len(message.data) > limits.piece_bytes and message.type == WSMsgType.TEXT:
@@ -5898,7 +5898,7 @@ class Session:
         """Of the long frames of a tenant one after the other."""
         long_work = self._intake.share.long_work
         begun = asyncio.ensure_future(long_work.acquire())
-        await self._wait(wait_patiently(begun, self._platform.store.writer.patience()))
+        await self._wait(wait_patiently(begun, self._services.store.writer.patience()))
         if begun.done() and not begun.cancelled():
             try:
                 if not self.link.ended:
@@ -5909,14 +5909,14 @@ class Session:
     async def _wait_for_turn(self) -> None:
         """Read no more until it is the device's turn, and the writer takes more: the device's own sends come to a stand, and nothing
         is dropped."""
-        await self._wait(self._intake.share.turn(self._platform.store.writer.patience()))
+        await self._wait(self._intake.share.turn(self._services.store.writer.patience()))
 
     async def _wait_for_acks(self) -> None:
         """Read no more until some of what was taken is on disk."""
 
         async def wait() -> None:
-            patience = self._platform.store.writer.patience()
-            while self._intake.waiting >= self._platform.limits.unacknowledged_frames and not self.link.ended:
+            patience = self._services.store.writer.patience()
+            while self._intake.waiting >= self._services.limits.unacknowledged_frames and not self.link.ended:
                 await wait_patiently(self._next_change(), patience)
 
         await self._wait(wait())
@@ -5939,7 +5939,7 @@ class Session:
             if self.link.is_closing:
                 self.link.sign_off("connection_lost")
             try:
-                await wait_patiently(self._next_change(), for_seconds(self._platform.settings.heartbeat / 4))
+                await wait_patiently(self._next_change(), for_seconds(self._services.settings.heartbeat / 4))
             except TimeoutError:
                 self.link.ping()
         self._read_again()
@@ -5971,7 +5971,7 @@ class Session:
         self._intake.refuse(Refusal(code), seq)
 
     def notice(self, kind: str, **detail: object) -> bool:
-        return enter_notice(self._platform, self._device_id, kind, **detail)
+        return enter_notice(self._services, self._device_id, kind, **detail)
 
     def send_config(self, version: int, document: bytes) -> bool:
         """Send a configuration, unless it went out, or a newer one did; whether it is the last that went out."""
@@ -5979,7 +5979,7 @@ class Session:
             return version == self._config_sent and not self.link.ended
         self._config_sent = version
         self.link.send(b'{"type":"config","version":%d,"document":%b}' % (version, document))
-        self._platform.store.writer.config_sent(self._device_id, version)
+        self._services.store.writer.config_sent(self._device_id, version)
         return True
 
     def wake(self) -> None:
@@ -5991,31 +5991,31 @@ class Session:
     def ended(self, code: str) -> None:
         self._tell_change()
         self._intake.stop()
-        self._platform.registry.leave(self._device_id, self.link)
-        self._platform.store.writer.session_ended(Parting(self._device_id, self._number, now_ms(), code, self.link.address))
+        self._services.registry.leave(self._device_id, self.link)
+        self._services.store.writer.session_ended(Parting(self._device_id, self._number, now_ms(), code, self.link.address))
 
 
 class Opening:
     """A device that is known and not welcomed yet: a newer session of the device supersedes it, and nothing else reaches it."""
 
-    def __init__(self, platform: Platform, link: Link, token: DeviceToken) -> None:
-        self._platform = platform
+    def __init__(self, services: Services, link: Link, token: DeviceToken) -> None:
+        self._services = services
         self._link = link
         self._token = token
-        self._use = platform.registry.use_of(token, default_quotas(platform.settings))
+        self._use = services.registry.use_of(token, default_quotas(services.settings))
 
     def ended(self, _: str) -> None:
-        self._platform.registry.leave(self._token.device_id, self._link)
+        self._services.registry.leave(self._token.device_id, self._link)
 
     async def open(self, hello: Hello) -> Session | None:
         """Take the device over, and welcome it once all that its earlier session queued is on disk; None when the connection ended
         meanwhile. Refusal: too_many_connected, session_conflict, too_many_sessions."""
-        link, token, writer = self._link, self._token, self._platform.store.writer
+        link, token, writer = self._link, self._token, self._services.store.writer
         if link.ended:
             return None
         await self._take_over()
-        agent = hello.agent and hello.agent[: self._platform.limits.shown_characters]
-        share = self._platform.store.shares.of(token.tenant_id)
+        agent = hello.agent and hello.agent[: self._services.limits.shown_characters]
+        share = self._services.store.shares.of(token.tenant_id)
         try:
             await share.turn(writer.patience())
         except TimeoutError:
@@ -6026,8 +6026,8 @@ class Opening:
         if link.ended:  # superseded, say
             writer.session_ended(Parting(token.device_id, opened.session, now_ms(), link.ended, link.address))
             return None
-        heartbeat = self._platform.settings.heartbeat
-        session = Session(self._platform, link, token, self._use, opened)
+        heartbeat = self._services.settings.heartbeat
+        session = Session(self._services, link, token, self._use, opened)
         session.begin(
             Welcome(token.device, token.tenant, opened.session, opened.seq, format_time(now_ms()), heartbeat, opened.config)
         )
@@ -6035,34 +6035,34 @@ class Opening:
 
     async def _take_over(self) -> None:
         """A client without patience, which is refused, is kept for a moment."""
-        registry, device_id = self._platform.registry, self._token.device_id
+        registry, device_id = self._services.registry, self._token.device_id
         try:
             registry.take_over(device_id, self._link, self._use)
             self._link.phase = self
         except Refusal as refusal:
             if refusal.fault.code == "session_conflict":
                 here, other = self._link.address, registry.address_of(device_id)
-                if enter_notice(self._platform, device_id, "conflict", address=here, session_address=other):
+                if enter_notice(self._services, device_id, "conflict", address=here, session_address=other):
                     log.warning("%s: clients at %s and %s use one token", self._token.device, here, other)
             if refusal.retry_after is not None:
-                await asyncio.sleep(self._platform.limits.conflict_seconds)
+                await asyncio.sleep(self._services.limits.conflict_seconds)
             raise
 
 
-async def open_link(platform: Platform, link: Link) -> Session | None:
+async def open_link(services: Services, link: Link) -> Session | None:
     """A connection's first frames, up to the welcome; None when it has ended before. Refusal."""
-    if len(platform.registry.links) > platform.limits.connections:
+    if len(services.registry.links) > services.limits.connections:
         raise Refusal("too_many_connections")
-    async with asyncio.timeout(platform.limits.hello_seconds):
-        token, hello = await handshake(platform, link)
+    async with asyncio.timeout(services.limits.hello_seconds):
+        token, hello = await handshake(services, link)
     link.peer.recognized()
-    return await Opening(platform, link, token).open(hello)
+    return await Opening(services, link, token).open(hello)
 
 
-async def serve_link(platform: Platform, link: Link) -> None:
+async def serve_link(services: Services, link: Link) -> None:
     """A device's connection, from its first frame to its last."""
     try:
-        session = await open_link(platform, link)
+        session = await open_link(services, link)
         if session is not None:
             await session.converse()
     except TimeoutError:
@@ -6085,7 +6085,7 @@ Moment = NewType("Moment", int)
 Duration = NewType("Duration", int)
 Names = NewType("Names", tuple[str, ...])
 Aggregates = NewType("Aggregates", tuple[str, ...])
-PLATFORM: Final = web.AppKey("platform", Platform)
+SERVICES: Final = web.AppKey("services", Services)
 JSON_TYPE: Final = "application/json"
 FUTURE: Final = Moment(LATEST)
 BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # by which spreadsheets know UTF-8
@@ -6281,11 +6281,11 @@ class Call:
     """One request, its principal known, its query checked. `action` is what the audit calls it."""
 
     request: web.Request
-    platform: Platform
+    services: Services
     principal: Principal
     address: str
     action: str = ""
-    running: Running | None = None
+    running: RequestUnderWay | None = None
     query: Any = None
     subject: str | None = None
     accounted: bool = False
@@ -6334,14 +6334,14 @@ class Call:
         actor = self.principal.actor(self.address)
         with self.running.changing() if self.running else nullcontext():
             change = accounted(actor, self.action, stand_and_change, affected or (lambda _: usual))
-            result = await self.platform.store.writer.change(change, self.platform.store.shares.of(self.principal.tenant_id))
+            result = await self.services.store.writer.change(change, self.services.store.shares.of(self.principal.tenant_id))
         self.accounted = True
         return result
 
     async def refused(self, refusal: Refusal) -> None:
         """Enter in the audit that an action was refused."""
         if self.action and not self.accounted:
-            await self.platform.identity.refused.enter(self.principal.actor(self.address), self.action, [self.affected], refusal)
+            await self.services.identity.refused.enter(self.principal.actor(self.address), self.action, [self.affected], refusal)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -6349,8 +6349,8 @@ class Call:
         if not isinstance(self.query, PushQuery) or self.query.wait is None:
             yield
             return
-        share = self.platform.store.shares.of(self.tenant)
-        if share.waiting_pushes >= self.platform.limits.waiting_pushes:
+        share = self.services.store.shares.of(self.tenant)
+        if share.waiting_pushes >= self.services.limits.waiting_pushes:
             raise Refusal("too_many_requests", retry_after=1)
         share.waiting_pushes += 1
         try:
@@ -6360,7 +6360,7 @@ class Call:
 
     def page(self) -> int:
         """Entries of a page. Refusal: bad_query."""
-        limits = self.platform.limits
+        limits = self.services.limits
         return self.count(limits.page, limits.page_most)
 
     def count(self, default: int, most: int) -> int:
@@ -6376,7 +6376,7 @@ class Call:
     async def content(self) -> bytes:
         """The body of the request. Refusal: too_large, bad_request."""
         try:
-            async with asyncio.timeout(self.platform.limits.body_seconds):
+            async with asyncio.timeout(self.services.limits.body_seconds):
                 return await self.request.read()
         except web.HTTPRequestEntityTooLarge:
             raise Refusal("too_large") from None
@@ -6384,7 +6384,7 @@ class Call:
             raise Refusal("bad_request") from error
 
     async def body(self, cls: type[T]) -> T:
-        return self.platform.codec.body(await self.content(), cls)
+        return self.services.codec.body(await self.content(), cls)
 
 
 def json_response(text: str | bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -6392,7 +6392,7 @@ def json_response(text: str | bytes, status: int = 200, headers: Mapping[str, st
     return web.Response(body=body + b"\n", status=status, content_type=JSON_TYPE, headers=headers)
 
 
-def found(text: str | bytes | None) -> web.Response:
+def required(text: str | bytes | None) -> web.Response:
     if text is None:
         raise Refusal("not_found")
     return json_response(text)
@@ -6414,7 +6414,7 @@ def error_response(refusal: Refusal) -> web.Response:
 
 
 async def look_until(
-    platform: Platform, seconds: float, look: Callable[[], Awaitable[T]], enough: Callable[[T], bool],
+    services: Services, seconds: float, look: Callable[[], Awaitable[T]], enough: Callable[[T], bool],
     next_ring: Callable[[], asyncio.Future[None]], pause: float = 0.0,
 ) -> T:
     """What `look` answers, once that is enough; or when the time is over, or the server stops. It looks again after each ring,
@@ -6423,7 +6423,7 @@ async def look_until(
     while True:
         ring = next_ring()
         seen = await look()
-        if enough(seen) or time.monotonic() >= until or platform.registry.closing.is_set():
+        if enough(seen) or time.monotonic() >= until or services.registry.closing.is_set():
             return seen
         await Bell.heard(ring, until - time.monotonic())
         await asyncio.sleep(pause)
@@ -6433,12 +6433,12 @@ async def list_devices(call: Call) -> web.StreamResponse:
     query: DeviceQuery = call.query
     if query.match == "":
         raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
-    read = call.platform.store.read
+    read = call.services.store.read
     return json_response(await read.devices(call.tenant, call.page(), query.after or "", query.match, connected=query.connected))
 
 
 async def show_device(call: Call) -> web.StreamResponse:
-    return found(await call.platform.store.read.device(call.tenant, call.device))
+    return required(await call.services.store.read.device(call.tenant, call.device))
 
 
 async def register_device(call: Call) -> web.StreamResponse:
@@ -6450,7 +6450,7 @@ async def register_device(call: Call) -> web.StreamResponse:
     await call.body(NoQuery)
     if call.match is not None:  # it asks for a device that is there already
         raise Refusal("precondition_failed")
-    most = call.platform.settings.quota_devices
+    most = call.services.settings.quota_devices
     try:
         await call.change(lambda connection: insert_device(connection, tenant, name, token.stored, call.by, most))
     except Refusal as refusal:
@@ -6463,11 +6463,11 @@ async def register_device(call: Call) -> web.StreamResponse:
 async def patch_device(call: Call) -> web.StreamResponse:
     tenant, name, body = call.tenant, call.device, await call.body(DevicePatch)
     device_id = await call.change(
-        lambda connection: update_device(connection, tenant, name, body, call.by, call.platform.limits.labels),
+        lambda connection: update_device(connection, tenant, name, body, call.by, call.services.limits.labels),
         **attrs.asdict(body, filter=lambda _, value: value not in (None, {})),
     )
     if body.disabled:
-        call.platform.registry.end(device_id, "device_disabled")
+        call.services.registry.end(device_id, "device_disabled")
     return await show_device(call)
 
 
@@ -6478,34 +6478,34 @@ async def rotate_device_token(call: Call) -> web.StreamResponse:
         token=token.stored.id, revoke=body.revoke,
     )  # fmt: skip
     if body.revoke:
-        call.platform.registry.end(device_id, "credentials_revoked")
+        call.services.registry.end(device_id, "credentials_revoked")
     return answer({"device": name, "token": token.text}, 201)
 
 
 async def delete_device(call: Call) -> web.StreamResponse:
     tenant, name = call.tenant, call.device
     device_id = await call.change(lambda connection: remove_device(connection, tenant, name, call.by))
-    call.platform.registry.end(device_id, "device_removed")
-    call.platform.cleaner.wanted.set()
+    call.services.registry.end(device_id, "device_removed")
+    call.services.cleaner.wanted.set()
     return web.Response(status=204)
 
 
 async def reset_counter(call: Call) -> web.StreamResponse:
     """Set the counter, and end the session, which was told the old one. Frames that it sent just before may have raised it again,
     and another session may have been told that: so both once more."""
-    tenant, name, seq, platform = call.tenant, call.device, (await call.body(CounterReset)).seq, call.platform
+    tenant, name, seq, services = call.tenant, call.device, (await call.body(CounterReset)).seq, call.services
     device_id = await call.change(lambda connection: reset_seq(connection, tenant, name, seq, call.by), seq=seq)
-    platform.registry.end(device_id, "seq_reset")
-    await platform.store.writer.change(lambda connection: set_seq(connection, device_id, seq))
-    platform.registry.end(device_id, "seq_reset")
+    services.registry.end(device_id, "seq_reset")
+    await services.store.writer.change(lambda connection: set_seq(connection, device_id, seq))
+    services.registry.end(device_id, "seq_reset")
     return answer({"device": name, "seq": seq})
 
 
 async def list_events(call: Call) -> web.StreamResponse:
     query: EventQuery = call.query
     after = INTEGERS - 1 if query.after is None else query.after
-    read = call.platform.store.read
-    return found(await read.events(call.tenant, call.device, call.page(), after, query.kind, query.from_, query.to_))
+    read = call.services.store.read
+    return required(await read.events(call.tenant, call.device, call.page(), after, query.kind, query.from_, query.to_))
 
 
 def reset_if_broken(transport: asyncio.Transport | None, broken: bool) -> None:  # noqa: FBT001 - what the name ends in
@@ -6543,7 +6543,7 @@ async def csv_pieces(
     call: Call, wanted: TelemetryRange, metrics: Iterable[str], every: int | None, aggregates: tuple[str, ...]
 ) -> AsyncIterator[bytes]:
     """Refusal: not_found, when the device was removed meanwhile."""
-    telemetry = call.platform.store.read.telemetry
+    telemetry = call.services.store.read.telemetry
     for metric in metrics:
         start: int | None = wanted.start
         while start is not None and start < wanted.stop:
@@ -6565,7 +6565,7 @@ async def stream_csv(call: Call, wanted: TelemetryRange, every: int | None, aggr
             raise Refusal("bad_query", FieldError(name, "is not for format=csv, which is the whole range"))
     if wanted.descending:
         raise Refusal("bad_query", FieldError("order", "of format=csv is asc"))
-    telemetry = call.platform.store.read.telemetry
+    telemetry = call.services.store.read.telemetry
     found_there = await telemetry.device_and_metrics(call.tenant, call.device, wanted)
     if found_there is None:
         raise Refusal("not_found")
@@ -6576,14 +6576,14 @@ async def stream_csv(call: Call, wanted: TelemetryRange, every: int | None, aggr
         header = ("time", "metric", *(("value",) if every is None else aggregates))
         await response.write((BYTE_ORDER_MARK if call.query.spreadsheet else b"") + ",".join(header).encode() + b"\n")
         async for lines in csv_pieces(call, wanted, metrics, every, aggregates):
-            async with asyncio.timeout(call.platform.limits.stall_seconds):
+            async with asyncio.timeout(call.services.limits.stall_seconds):
                 await response.write(lines)
     return response
 
 
 async def show_telemetry(call: Call) -> web.StreamResponse:
     query: TelemetryQuery = call.query
-    limits, telemetry = call.platform.limits, call.platform.store.read.telemetry
+    limits, telemetry = call.services.limits, call.services.store.read.telemetry
     if query.order not in ("asc", "desc"):
         raise Refusal("bad_query", FieldError("order", "is neither asc nor desc"))
     if query.format not in ("json", "csv"):
@@ -6600,8 +6600,8 @@ async def show_telemetry(call: Call) -> web.StreamResponse:
         wanted = attrs.evolve(wanted, stop=query.after) if wanted.descending else attrs.evolve(wanted, start=query.after)
     limit = call.count(limits.points, limits.points_most)
     if query.every is None:
-        return found(await telemetry.points(call.tenant, call.device, wanted, limit))
-    return found(await telemetry.buckets(call.tenant, call.device, wanted, limit, query.every, aggregates))
+        return required(await telemetry.points(call.tenant, call.device, wanted, limit))
+    return required(await telemetry.buckets(call.tenant, call.device, wanted, limit, query.every, aggregates))
 
 
 async def remove_telemetry(call: Call) -> web.StreamResponse:
@@ -6611,21 +6611,21 @@ async def remove_telemetry(call: Call) -> web.StreamResponse:
         raise Refusal("bad_query", FieldError("from" if query.from_ is None else "to", "is missing"))
     if query.from_ > query.to_:
         raise Refusal("bad_query", FieldError("from", "is later than to"))
-    tenant, name, platform = call.tenant, call.device, call.platform
+    tenant, name, services = call.tenant, call.device, call.services
     start, stop = min(query.from_, LATEST), min(query.to_, LATEST)
-    device_id = await platform.store.read.device_id(tenant, name)
+    device_id = await services.store.read.device_id(tenant, name)
     if device_id is None:
         raise Refusal("not_found")
-    removal = platform.store.read.removal
-    with platform.registry.held(device_id):  # what it sends meanwhile must not be taken for what was there
+    removal = services.store.read.removal
+    with services.registry.held(device_id):  # what it sends meanwhile must not be taken for what was there
         marks = await call.change(
             lambda connection: remove_readings(connection, tenant, name, query.metric, start, stop),
             lambda _: [Affected(name, name, {"metric": query.metric, "from": format_time(start), "to": format_time(stop)})],
         )
-        platform.cleaner.wanted.set()
+        services.cleaner.wanted.set()
         left = await look_until(
-            platform, platform.limits.wait_seconds_most, lambda: removal.is_range_left(marks), lambda left: not left,
-            lambda: platform.store.writer.news.next, MANY_PAUSE_SECONDS,
+            services, services.limits.wait_seconds_most, lambda: removal.is_range_left(marks), lambda left: not left,
+            lambda: services.store.writer.news.next, MANY_PAUSE_SECONDS,
         )  # fmt: skip
     return answer({"device": name, "status": "removing"}, 202) if left else web.Response(status=204)
 
@@ -6635,10 +6635,10 @@ async def ask_report(call: Call) -> web.StreamResponse:
     if body.what not in ("telemetry", "state"):
         raise Refusal("invalid", FieldError("what", "is neither telemetry nor state"))
     tenant, name = call.tenant, call.device
-    device_id = await call.platform.store.read.device_id(tenant, name)
+    device_id = await call.services.store.read.device_id(tenant, name)
     if device_id is None:
         raise Refusal("not_found")
-    registry = call.platform.registry
+    registry = call.services.registry
 
     def ask(connection: sqlite3.Connection) -> None:
         """In the transaction that enters it, so that the audit says what is answered: the device may have gone while that waited."""
@@ -6660,11 +6660,11 @@ async def show_state(call: Call) -> web.StreamResponse:
     query: StateQuery = call.query
     if query.at is not None and query.version is not None:
         raise Refusal("bad_query", FieldError("version", "is not for a request with at"))
-    return found(await call.platform.store.read.state(call.tenant, call.device, query.at, query.version))
+    return required(await call.services.store.read.state(call.tenant, call.device, query.at, query.version))
 
 
 async def list_states(call: Call) -> web.StreamResponse:
-    return found(await call.platform.store.read.state_history(call.tenant, call.device, call.page(), call.version_after()))
+    return required(await call.services.store.read.state_history(call.tenant, call.device, call.page(), call.version_after()))
 
 
 def version_tag(version: int, status_at: str | None = None) -> str:
@@ -6673,8 +6673,8 @@ def version_tag(version: int, status_at: str | None = None) -> str:
 
 
 async def show_config(call: Call) -> web.StreamResponse:
-    text = await call.platform.store.read.config(call.tenant, call.device)
-    response = found(text)
+    text = await call.services.store.read.config(call.tenant, call.device)
+    response = required(text)
     shown = orjson.loads(text or "")
     version, tag = shown["version"], version_tag(shown["version"], shown.get("status_at"))
     response.headers[hdrs.ETAG] = tag
@@ -6686,12 +6686,12 @@ async def show_config(call: Call) -> web.StreamResponse:
 
 
 async def list_configs(call: Call) -> web.StreamResponse:
-    return found(await call.platform.store.read.config_history(call.tenant, call.device, call.page(), call.version_after()))
+    return required(await call.services.store.read.config_history(call.tenant, call.device, call.page(), call.version_after()))
 
 
 def new_config(call: Call, document: str) -> NewConfig:
     """What is pushed, by whom, and for how long a verdict is awaited. Refusal: bad_query."""
-    limits = call.platform.limits
+    limits = call.services.limits
     timeout = round(limits.config_seconds * 1000) if call.query.timeout is None else cast(int, call.query.timeout)
     if timeout > limits.config_seconds_most * 1000:
         raise Refusal("bad_query", FieldError("timeout", f"is longer than {limits.config_seconds_most:.0f}s"))
@@ -6700,7 +6700,7 @@ def new_config(call: Call, document: str) -> NewConfig:
 
 def wait_seconds(call: Call) -> float:
     """For how long the answer to a push waits for the verdict. Refusal: bad_query."""
-    seconds, most = (0.0 if call.query.wait is None else cast(int, call.query.wait) / 1000), call.platform.limits.wait_seconds_most
+    seconds, most = (0.0 if call.query.wait is None else cast(int, call.query.wait) / 1000), call.services.limits.wait_seconds_most
     if seconds > most:
         raise Refusal("bad_query", FieldError("wait", f"is longer than {most:.0f}s"))
     return seconds
@@ -6709,12 +6709,12 @@ def wait_seconds(call: Call) -> float:
 async def answer_push(call: Call, pushed: list[Pushed], document: bytes, seconds: float, pause: float = 0.0) -> list[dict[str, Any]]:
     """Send what was pushed; each device with its status, or with its verdict if that was waited for and came. Devices that were
     removed meanwhile are left out."""
-    send, read, tenant = call.platform.registry.send_config, call.platform.store.read, call.tenant
+    send, read, tenant = call.services.registry.send_config, call.services.store.read, call.tenant
     sent = {row.device_id for row in pushed if send(row.device_id, row.version, document)}
     rows = {row.device: row for row in pushed}
     seen = await look_until(
-        call.platform, seconds, lambda: read.pushed(tenant, pushed), lambda seen: all(row["status"] in FINAL for row in seen),
-        lambda: call.platform.news.ring(tenant), pause,
+        call.services, seconds, lambda: read.pushed(tenant, pushed), lambda seen: all(row["status"] in FINAL for row in seen),
+        lambda: call.services.news.ring(tenant), pause,
     )  # fmt: skip
     for row in seen:
         if row["status"] == "pending" and rows[row["device"]].device_id in sent:  # that it is sent is on its way to the disk
@@ -6736,7 +6736,7 @@ def require_version(call: Call) -> Callable[[int], None]:
 
 
 async def push_one(call: Call) -> web.StreamResponse:
-    tenant, document = call.tenant, canonical(call.platform.codec.document(await call.content()))
+    tenant, document = call.tenant, canonical(call.services.codec.document(await call.content()))
     new, seconds = new_config(call, document.decode()), wait_seconds(call)
     pushed = await call.change(
         lambda connection: push_to_one(connection, tenant, call.device, new, require_version(call)), lambda row: pushed_to([row])
@@ -6760,7 +6760,7 @@ async def push_many(call: Call) -> web.StreamResponse:
     call.subject = body.match
     document = canonical(body.config)
     new, seconds = new_config(call, document.decode()), wait_seconds(call)
-    actor, pusher = call.principal.actor(call.address), call.platform.pusher
+    actor, pusher = call.principal.actor(call.address), call.services.pusher
     count, document_id = await call.change(
         lambda connection: begin_push(connection, actor, body.match, new),
         lambda begun: [Affected(body.match, None, {"devices": begun[0]})],  # and each of them when it is its turn
@@ -6768,18 +6768,18 @@ async def push_many(call: Call) -> web.StreamResponse:
     if not count:
         return answer({"items": []}, 202)
     await pusher.made(document_id)
-    rows = await call.platform.store.read.pushed_with(tenant, document_id)
+    rows = await call.services.store.read.pushed_with(tenant, document_id)
     return answer({"items": await answer_push(call, rows, document, seconds, MANY_PAUSE_SECONDS if seconds else 0.0)}, 202)
 
 
-async def feed_pieces(platform: Platform, tenant: int, feed: Subscription, last: int) -> AsyncIterator[bytes]:
+async def feed_pieces(services: Services, tenant: int, feed: Subscription, last: int) -> AsyncIterator[bytes]:
     """The events after the last one seen, as they come; a comment where there is none for a while. Ends with the server."""
-    limits = platform.limits
-    await platform.news.watching()
-    while not platform.registry.closing.is_set():
+    limits = services.limits
+    await services.news.watching()
+    while not services.registry.closing.is_set():
         if feed.behind:
             feed.catch_up()
-            while events := await platform.store.read.feed(tenant, last, limits.feed_events):
+            while events := await services.store.read.feed(tenant, last, limits.feed_events):
                 last = events[-1][0]
                 yield b"".join(event_lines(*event) for event in events)
         last, lines = feed.take(last)
@@ -6795,28 +6795,28 @@ async def feed_pieces(platform: Platform, tenant: int, feed: Subscription, last:
 
 async def follow_events(call: Call) -> web.StreamResponse:
     """The tenant's events as they are committed (server-sent events, https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
-    platform, tenant = call.platform, call.tenant
+    services, tenant = call.services, call.tenant
     shown, last = call.request.headers.get("Last-Event-ID", ""), cast("int | None", call.query.after)
     if shown:  # of a reconnect: newer than what the address says
         if not (shown.isascii() and shown.isdigit() and len(shown) < 19):
             raise Refusal("invalid", FieldError("Last-Event-ID", "is not the id of an event"))
         last = int(shown)
-    newest = await platform.store.read.last_event(tenant)
-    is_of_another = last is not None and last > await platform.store.read.news.highest()  # a backup was restored
+    newest = await services.store.read.last_event(tenant)
+    is_of_another = last is not None and last > await services.store.read.news.highest()  # a backup was restored
     asked, last = last, newest if last is None else min(last, newest)
-    with platform.news.subscription(tenant) as feed, platform.registry.feed(call.request.transport):
+    with services.news.subscription(tenant) as feed, services.registry.feed(call.request.transport):
         async with streaming(call, "text/event-stream") as response:
             if is_of_another:
                 told = orjson.dumps({"id": newest, "kind": "reset", "asked": asked}).decode()
                 await response.write(event_lines(newest, "reset", told))
-            async for lines in feed_pieces(platform, tenant, feed, last):
-                async with asyncio.timeout(platform.limits.stall_seconds):
+            async for lines in feed_pieces(services, tenant, feed, last):
+                async with asyncio.timeout(services.limits.stall_seconds):
                     await response.write(lines)
         return response
 
 
 async def list_keys(call: Call) -> web.StreamResponse:
-    return json_response(await call.platform.store.read.accounts.provisioning_keys(call.tenant, call.page(), call.query.after or ""))
+    return json_response(await call.services.store.read.accounts.provisioning_keys(call.tenant, call.page(), call.query.after or ""))
 
 
 def check_future(expires_at: int | None) -> None:
@@ -6844,7 +6844,7 @@ async def delete_key(call: Call) -> web.StreamResponse:
 
 
 async def list_tokens(call: Call) -> web.StreamResponse:
-    accounts = call.platform.store.read.accounts
+    accounts = call.services.store.read.accounts
     return json_response(await accounts.operator_tokens(call.principal.tenant_id, call.page(), call.query.after or ""))
 
 
@@ -6867,22 +6867,22 @@ async def create_token(call: Call) -> web.StreamResponse:
 async def revoke_token(call: Call) -> web.StreamResponse:
     tenant, token_id = call.principal.tenant_id, call.request.match_info["id"]
     await call.change(lambda connection: delete_operator_token(connection, tenant, token_id))
-    call.platform.registry.end_requests(token_id)
+    call.services.registry.end_requests(token_id)
     return web.Response(status=204)
 
 
 async def whoami(call: Call) -> web.StreamResponse:
     who, quotas = call.principal, None
     if who.tenant_id is not None:
-        quotas = await call.platform.store.read.accounts.quotas(who.tenant_id, default_quotas(call.platform.settings))
+        quotas = await call.services.store.read.accounts.quotas(who.tenant_id, default_quotas(call.services.settings))
     expires_at = moment_text(who.expires_at)
     known = {"id": who.token_id, "name": who.name, "role": who.role, "tenant": who.tenant, "expires_at": expires_at}
     return answer({**known, "quotas": orjson.Fragment(quotas or "null")})
 
 
 async def list_tenants(call: Call) -> web.StreamResponse:
-    quotas = default_quotas(call.platform.settings)
-    return json_response(await call.platform.store.read.accounts.tenants(call.page(), call.query.after or "", quotas))
+    quotas = default_quotas(call.services.settings)
+    return json_response(await call.services.store.read.accounts.tenants(call.page(), call.query.after or "", quotas))
 
 
 async def create_tenant(call: Call) -> web.StreamResponse:
@@ -6901,13 +6901,13 @@ async def patch_tenant(call: Call) -> web.StreamResponse:
     tenant, connections, points = await call.change(
         lambda connection: set_quotas(connection, name, body.quotas), quotas=body.quotas
     )
-    defaults = default_quotas(call.platform.settings)
-    call.platform.registry.set_quotas(
+    defaults = default_quotas(call.services.settings)
+    call.services.registry.set_quotas(
         tenant,
         defaults["connections"] if connections is None else connections,
         defaults["points_per_day"] if points is None else points,
     )
-    return json_response(await call.platform.store.read.accounts.quotas(tenant, defaults) or "null")
+    return json_response(await call.services.store.read.accounts.quotas(tenant, defaults) or "null")
 
 
 async def delete_tenant(call: Call) -> web.StreamResponse:
@@ -6915,14 +6915,14 @@ async def delete_tenant(call: Call) -> web.StreamResponse:
     if call.query.confirm != name:
         raise Refusal("bad_query", FieldError("confirm", "does not repeat the tenant's name"))
     tenant = await call.change(lambda connection: remove_tenant(connection, name))
-    call.platform.registry.end_tenant(tenant)
-    call.platform.cleaner.wanted.set()
+    call.services.registry.end_tenant(tenant)
+    call.services.cleaner.wanted.set()
     return web.Response(status=204)
 
 
 async def stream_audit(call: Call, wanted: AuditFilter) -> web.StreamResponse:
     """All that is wanted of the audit, oldest first, a line of JSON each (https://github.com/ndjson/ndjson-spec)."""
-    limits, accounts = call.platform.limits, call.platform.store.read.accounts
+    limits, accounts = call.services.limits, call.services.store.read.accounts
     last: int | None = 0 if call.query.after is None else call.query.after
     async with streaming(call, "application/x-ndjson") as response:
         while last is not None:
@@ -6941,13 +6941,13 @@ async def show_audit(call: Call) -> web.StreamResponse:
         problem = FieldError("limit", "is not for format=ndjson, which is the whole range")
         raise Refusal("bad_query", problem if query.format == "ndjson" else FieldError("format", "is neither json nor ndjson"))
     after = INTEGERS - 1 if query.after is None else query.after
-    return json_response(await call.platform.store.read.accounts.audit(call.principal.tenant_id, wanted, call.page(), after))
+    return json_response(await call.services.store.read.accounts.audit(call.principal.tenant_id, wanted, call.page(), after))
 
 
 async def show_health(call: Call) -> web.StreamResponse:
-    if call.platform.supervisor.failed:
+    if call.services.supervisor.failed:
         raise Refusal("server_fault")
-    if not await call.platform.store.healthy(call.platform.limits):
+    if not await call.services.store.healthy(call.services.limits):
         raise Refusal("storage_unavailable")
     return answer({"status": "ok", "version": VERSION})
 
@@ -6955,18 +6955,18 @@ async def show_health(call: Call) -> web.StreamResponse:
 class Upgrade(web.WebSocketResponse):
     """The answer to a WebSocket's handshake. With it HTTP ends: the connection goes from aiohttp's handler of requests to a link."""
 
-    def __init__(self, platform: Platform, address: str) -> None:
+    def __init__(self, services: Services, address: str) -> None:
         super().__init__(protocols=("iiot.v1",), autoclose=False, autoping=False, compress=False, decode_text=False)
-        self._platform = platform
+        self._services = services
         self._address = address
 
     def _post_start(self, request: web.BaseRequest, protocol: str | None, writer: object) -> None:
-        platform = self._platform
+        services = self._services
 
         def begin(transport: asyncio.Transport, peer: Peer) -> Link:
-            give_up_after(peer, platform.settings.heartbeat * 1.5)
-            link = Link(transport, peer, self._address, platform.limits, platform.registry.closing)
-            platform.registry.serve(link, serve_link(platform, link))
+            give_up_after(peer, services.settings.heartbeat * 1.5)
+            link = Link(transport, peer, self._address, services.limits, services.registry.closing)
+            services.registry.serve(link, serve_link(services, link))
             return link
 
         cast("PlainRequestHandler", request.protocol).hand_over(begin)
@@ -6980,7 +6980,7 @@ async def begin_link(call: Call) -> web.StreamResponse:
     """GET /device: the connection becomes a device's WebSocket."""
     if call.request.headers.get(hdrs.UPGRADE, "").lower() != "websocket":
         raise Refusal("bad_handshake")
-    upgrade = Upgrade(call.platform, call.address)
+    upgrade = Upgrade(call.services, call.address)
     try:
         await upgrade.prepare(call.request)
     except web.HTTPBadRequest as error:
@@ -7074,9 +7074,9 @@ def refuse_conditions(call: Call) -> None:
         raise Refusal("invalid", FieldError("If-None-Match", "cannot be used with this request"))
 
 
-async def wait_for_turn(platform: Platform, tenant_id: int | None) -> None:
+async def wait_for_turn(services: Services, tenant_id: int | None) -> None:
     """Until it is the turn of a request, among those of its tenant. Refusal: too_many_requests."""
-    share, limits = platform.store.shares.of(tenant_id), platform.limits
+    share, limits = services.store.shares.of(tenant_id), services.limits
     if share.asking >= limits.requests_waiting:
         raise Refusal("too_many_requests", retry_after=1)
     try:
@@ -7089,22 +7089,22 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
     """A route as aiohttp calls it: who is it, may they, is the query right; then the handler."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        platform = request.app[PLATFORM]
-        address = remote_address(request, platform.trusted)
+        services = request.app[SERVICES]
+        address = remote_address(request, services.trusted)
         if route.role == "public":
-            return await handle_known(Call(request, platform, NOBODY, address))
+            return await handle_known(Call(request, services, NOBODY, address))
         token, call = bearer_token(request), None
         try:
-            async with platform.registry.request(token_id_of(token)) as running:
+            async with services.registry.request(token_id_of(token)) as running:
                 line = cast("PlainRequestHandler", request.protocol)
                 line.running = running
-                who = await platform.identity.operator(token, address)
+                who = await services.identity.operator(token, address)
                 line.peer.recognized()
-                platform.registry.stands(running, who.tenant_id, None if who.expires_at is None else (who.expires_at - now_ms()) / 1000)
-                call = Call(request, platform, who, address, route.action, running)
+                services.registry.stands(running, who.tenant_id, None if who.expires_at is None else (who.expires_at - now_ms()) / 1000)
+                call = Call(request, services, who, address, route.action, running)
                 if not who.may(route.role):
                     raise Refusal("forbidden")
-                await wait_for_turn(platform, who.tenant_id)
+                await wait_for_turn(services, who.tenant_id)
                 return await handle_known(call)
         except Refusal as refusal:
             if call is not None:
@@ -7119,7 +7119,7 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
         try:
             call.query = converter.structure({name: shown.getall(name) for name in shown}, route.query)
         except Exception as error:
-            wrong = islice(field_errors(error), call.platform.limits.field_errors)
+            wrong = islice(field_errors(error), call.services.limits.field_errors)
             raise Refusal("bad_query", *(attrs.evolve(field, path=field.path.rstrip("_")) for field in wrong)) from error
         with call.waiting():
             return await route.handler(call)
@@ -7156,7 +7156,7 @@ class PlainRequestHandler(web.RequestHandler):
     __slots__ = ("peer", "running")
 
     peer: Peer
-    running: Running
+    running: RequestUnderWay
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if hasattr(self, "running"):
@@ -7238,14 +7238,14 @@ HEADERS: Final = MappingProxyType(
 STOP_SECONDS: Final = 2.0  # for requests under way to be answered, when the server stops
 
 
-async def run_platform(app: web.Application, settings: Settings, limits: Limits) -> AsyncIterator[None]:
+async def run_services(app: web.Application, settings: Settings, limits: Limits) -> AsyncIterator[None]:
     """Open the store, then what stands on it; close them the other way round."""
     async with Store.open(Path(settings.db), limits, settings.query_seconds) as store:
         registry = Registry(limits)
         cleaner, pusher = Cleaner(store, registry, limits), Pusher(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
         supervisor, news, trusted = Supervisor(), News(store, limits), networks(settings.trusted_proxy)
-        app[PLATFORM] = Platform(settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted)
+        app[SERVICES] = Services(settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted)
         supervisor.watch(store.writer.task)
         supervisor.start("heartbeat", Heartbeat(registry, store.writer, limits, settings.heartbeat).run())
         supervisor.start("config clock", ConfigClock(store.writer, limits).run())
@@ -7272,10 +7272,10 @@ async def add_headers(_: web.Request, response: web.StreamResponse) -> None:
 
 
 async def end_sessions(app: web.Application) -> None:
-    app[PLATFORM].registry.end_all("shutting_down")
-    app[PLATFORM].store.writer.news.ring()
-    app[PLATFORM].news.wake_all()
-    await app[PLATFORM].registry.wait_until_left(STOP_SECONDS)
+    app[SERVICES].registry.end_all("shutting_down")
+    app[SERVICES].store.writer.news.ring()
+    app[SERVICES].news.wake_all()
+    await app[SERVICES].registry.wait_until_left(STOP_SECONDS)
 
 
 def make_app(settings: Settings, limits: Limits | None = None) -> web.Application:
@@ -7285,7 +7285,7 @@ def make_app(settings: Settings, limits: Limits | None = None) -> web.Applicatio
     converter = make_query_converter()
     for route in ROUTES:
         app.router.add_route(route.method, route.path, endpoint(route, converter))
-    app.cleanup_ctx.append(lambda running: run_platform(running, settings, bounds))
+    app.cleanup_ctx.append(lambda running: run_services(running, settings, bounds))
     app.on_shutdown.append(end_sessions)
     app.on_response_prepare.append(add_headers)
     return app
@@ -7383,8 +7383,8 @@ async def serving(
     async with AsyncExitStack() as stack:
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        platform = app[PLATFORM]
-        door = Door(cast(PlainServer, runner.server).serve, context, platform.limits)
+        services = app[SERVICES]
+        door = Door(cast(PlainServer, runner.server).serve, context, services.limits)
         stack.push_async_callback(door.close)
         try:
             listeners = listen_on(settings.host, settings.port)
@@ -7393,15 +7393,15 @@ async def serving(
             raise OSError(f"{told}; choose another with --port or --host") from error
         addresses = [listener.getsockname() for listener in listeners]
         for listener in listeners:
-            platform.supervisor.watch(door.open(listener))
+            services.supervisor.watch(door.open(listener))
         if context is None:
             warn_of_plain_text(addresses)
         host, port = addresses[0][:2]
         shown = f"[{host}]" if ":" in host else host
         if stop is not None:
-            platform.supervisor.on_failure(stop.set)
+            services.supervisor.on_failure(stop.set)
         yield f"{'https' if context else 'http'}://{shown}:{port}"
-        if platform.supervisor.failed:
+        if services.supervisor.failed:
             raise StoreError("the server could not go on; its log says why")
 
 
