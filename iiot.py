@@ -1561,6 +1561,18 @@ class Shares:
             self._seconds += (seconds / weight - self._seconds) / 8
 
 
+class Allowances:
+    """How much may who do, beside the quotas of a tenant: what is beyond it is refused, left out or put off where it is asked for."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.shares = Shares(limits)  # tenants: of the time of all
+        self.guesses = Guesses(limits)  # networks: wrong tokens and keys
+        self.refusals = Buckets(limits.refusals, limits.refusals_seconds, limits.notices)  # tokens: refused actions in the audit
+        self.openings = Buckets(limits.sessions, float(limits.sessions), limits.notices)  # devices: sessions
+        self.fights = Buckets(limits.fights, 3_600.0, limits.notices, strict=True)  # devices: sessions that end young ones
+        self.notices = Buckets(1, limits.notice_seconds, limits.notices)  # devices: entries of the timeline about a habit
+
+
 # ==== Database ====
 # Owns: the database file and who may open it, connections, migrations, transactions, the readers, and how SQL is spelled. Must not
 # know: what the rows mean. Rows go in as one JSON text a statement and answers come out as one, because sqlite3 takes the
@@ -4256,10 +4268,10 @@ class Store:
     """The open database: `writer` for everything that changes, `read` for everything that is asked."""
 
     def __init__(
-        self, path: Path, writer: Writer, read: Reads, readers: Readers, lock: LockFile, shares: Shares, copier: Connection
+        self, path: Path, writer: Writer, read: Reads, readers: Readers, lock: LockFile, allowances: Allowances, copier: Connection
     ) -> None:
         self.writer = writer
-        self.shares = shares
+        self.allowances = allowances
         self.read = read
         self._log = path.with_name(f"{path.name}-wal")
         self._readers = readers
@@ -4303,11 +4315,11 @@ class Store:
             copier = await Connection.open(functools.partial(connect, path, checkpoint_pages=0))
             stack.push_async_callback(copier.close)
             keys, readers = Readers(connections[:1], limits.storage_seconds), Readers(connections[1:], query_seconds)
-            shares = Shares(limits)
-            writer = Writer(connection, limits, shares, next_series)
+            allowances = Allowances(limits)
+            writer = Writer(connection, limits, allowances.shares, next_series)
             writer.awaited.add(awaited)
             stack.push_async_callback(writer.close)
-            yield cls(path, writer, Reads(readers, keys, limits), readers, lock, shares, copier)
+            yield cls(path, writer, Reads(readers, keys, limits), readers, lock, allowances, copier)
 
     async def keep_log_short(self, most: int) -> bool:
         """Start the write-ahead log over if it is longer than `most` bytes; whether it was. Whoever looks up a token does not wait:
@@ -4403,7 +4415,7 @@ class RefusedActions:
     def __init__(self, store: Store, limits: Limits) -> None:
         self._store = store
         self._seconds = limits.refusals_seconds
-        self._allowance = Buckets(limits.refusals, limits.refusals_seconds, limits.notices)
+        self._allowance = store.allowances.refusals
         self._counts: dict[tuple[Actor, str, str], int] = {}
 
     async def enter(self, actor: Actor, action: str, affected: Iterable[Affected], refusal: Refusal) -> None:
@@ -4429,7 +4441,7 @@ class RefusedActions:
 
     async def _write(self, actor: Actor, action: str, code: str, affected: Iterable[Affected]) -> None:
         try:
-            share = self._store.shares.of(actor.tenant_id)
+            share = self._store.allowances.shares.of(actor.tenant_id)
             await self._store.writer.change(lambda connection: add_entries(connection, actor, action, code, affected), share)
         except Refusal as failure:
             log.error("cannot enter in the audit (%s): %r was refused %s: %s", failure, actor.name, action, code)
@@ -4451,7 +4463,7 @@ class Identity:
     def __init__(self, store: Store, limits: Limits, devices_most: int) -> None:
         self._store = store
         self._devices_most = devices_most
-        self._guesses = Guesses(limits)
+        self._guesses = store.allowances.guesses
         self.refused = RefusedActions(store, limits)
         self._used_seconds = limits.seen_seconds
         self._turn_seconds = limits.storage_seconds
@@ -4492,7 +4504,7 @@ class Identity:
         change = accounted(
             actor, "device.provision", register, lambda known: [Affected(device, device, {"again": True} if known else None)]
         )
-        share = self._store.shares.of(key.tenant_id)
+        share = self._store.allowances.shares.of(key.tenant_id)
         try:
             await share.turn(for_seconds(self._turn_seconds))
             known = await self._store.writer.change(change, share)
@@ -5048,15 +5060,13 @@ class Registry:
     """All links of devices; by device the one link that may speak for it, and once that was welcomed, its session. Nobody
     reaches a device that was not welcomed."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, allowances: Allowances) -> None:
         self.links: dict[Link, asyncio.Task[None]] = {}
         self.closing = asyncio.Event()
         self._context = contextvars.Context()  # of no request: a session outlives the one that began it
         self._fought_seconds = limits.fought_seconds
         self._conflict_retry_seconds = limits.conflict_retry_seconds
-        self._openings = Buckets(limits.sessions, float(limits.sessions), limits.notices)
-        self._fights = Buckets(limits.fights, 3_600.0, limits.notices, strict=True)
-        self._notices = Buckets(1, limits.notice_seconds, limits.notices)
+        self._allowances = allowances
         self._places: dict[int, Link] = {}
         self._live: dict[int, ReachableSession] = {}
         self._uses: dict[int, TenantUse] = {}
@@ -5155,12 +5165,12 @@ class Registry:
         """`link` speaks for the device from now on; the one before it is superseded. Refusal: too_many_connected;
         session_conflict, when young sessions of the device were superseded again and again; too_many_sessions."""
         before = self._places.get(device_id)
-        if wait := self._openings.add(str(device_id)):
+        if wait := self._allowances.openings.add(str(device_id)):
             raise Refusal("too_many_sessions", retry_after=math.ceil(wait))
         if before is None and use.connections >= use.connections_most:
             raise Refusal("too_many_connected")
         if before is not None:
-            if link.began - before.began < self._fought_seconds and self._fights.add(str(device_id)):
+            if link.began - before.began < self._fought_seconds and self._allowances.fights.add(str(device_id)):
                 raise Refusal("session_conflict", retry_after=self._conflict_retry_seconds)
             before.end("superseded")
         self._places[device_id], link.use = link, use
@@ -5189,7 +5199,7 @@ class Registry:
 
     def is_news(self, device_id: int, kind: str) -> bool:
         """Whether this was not said of the device within the last hour."""
-        return not self._notices.add(f"{device_id} {kind}")
+        return not self._allowances.notices.add(f"{device_id} {kind}")
 
     def send(self, device_id: int, payload: bytes) -> bool:
         """Send to a device; False when it is not connected."""
@@ -5429,7 +5439,7 @@ class Pusher:
                 self._wanted.set()
 
     async def _make_part(self, tenant_id: int) -> None:
-        limits, share = self._limits, self._store.shares.of(tenant_id)
+        limits, share = self._limits, self._store.allowances.shares.of(tenant_id)
         make = functools.partial(make_part_of_push, tenant_id=tenant_id, most=limits.push_devices)
         part = await self._store.writer.change(make, share, limits.push_devices * limits.device_points)
         if part is None:
@@ -5629,7 +5639,7 @@ class Intake:
         self._device_id = device_id
         self._progress_key = str(device_id)
         self._use = use
-        self.share = services.store.shares.of(use.tenant_id)
+        self.share = services.store.allowances.shares.of(use.tenant_id)
         self._session = opened.session
         self._series = opened.series
         self._stamps = Stamps(opened.stamp, round(services.limits.stamp_ahead_seconds * 1000), opened.ahead)
@@ -6015,7 +6025,7 @@ class Opening:
             return None
         await self._take_over()
         agent = hello.agent and hello.agent[: self._services.limits.shown_characters]
-        share = self._services.store.shares.of(token.tenant_id)
+        share = self._services.store.allowances.shares.of(token.tenant_id)
         try:
             await share.turn(writer.patience())
         except TimeoutError:
@@ -6334,7 +6344,7 @@ class Call:
         actor = self.principal.actor(self.address)
         with self.running.changing() if self.running else nullcontext():
             change = accounted(actor, self.action, stand_and_change, affected or (lambda _: usual))
-            result = await self.services.store.writer.change(change, self.services.store.shares.of(self.principal.tenant_id))
+            result = await self.services.store.writer.change(change, self.services.store.allowances.shares.of(self.principal.tenant_id))
         self.accounted = True
         return result
 
@@ -6349,7 +6359,7 @@ class Call:
         if not isinstance(self.query, PushQuery) or self.query.wait is None:
             yield
             return
-        share = self.services.store.shares.of(self.tenant)
+        share = self.services.store.allowances.shares.of(self.tenant)
         if share.waiting_pushes >= self.services.limits.waiting_pushes:
             raise Refusal("too_many_requests", retry_after=1)
         share.waiting_pushes += 1
@@ -7076,7 +7086,7 @@ def refuse_conditions(call: Call) -> None:
 
 async def wait_for_turn(services: Services, tenant_id: int | None) -> None:
     """Until it is the turn of a request, among those of its tenant. Refusal: too_many_requests."""
-    share, limits = services.store.shares.of(tenant_id), services.limits
+    share, limits = services.store.allowances.shares.of(tenant_id), services.limits
     if share.asking >= limits.requests_waiting:
         raise Refusal("too_many_requests", retry_after=1)
     try:
@@ -7241,7 +7251,7 @@ STOP_SECONDS: Final = 2.0  # for requests under way to be answered, when the ser
 async def run_services(app: web.Application, settings: Settings, limits: Limits) -> AsyncIterator[None]:
     """Open the store, then what stands on it; close them the other way round."""
     async with Store.open(Path(settings.db), limits, settings.query_seconds) as store:
-        registry = Registry(limits)
+        registry = Registry(limits, store.allowances)
         cleaner, pusher = Cleaner(store, registry, limits), Pusher(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
         supervisor, news, trusted = Supervisor(), News(store, limits), networks(settings.trusted_proxy)

@@ -902,7 +902,7 @@ async def test_a_token_may_revoke_itself_and_is_told_so(site: Site) -> None:
 
 
 async def test_a_revocation_in_the_moment_of_the_look_up_is_not_undone_by_the_expiry() -> None:
-    registry, looked_up = iiot.Registry(iiot.Limits()), asyncio.get_running_loop().create_future()
+    registry, looked_up = iiot.Registry(LIMITS, iiot.Allowances(LIMITS)), asyncio.get_running_loop().create_future()
 
     def revoke_after_look_up() -> None:
         looked_up.set_result(None)
