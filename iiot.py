@@ -1523,8 +1523,9 @@ class Share:
 
 
 class Shares:
-    """What every tenant may have of the time of all. A tenant alone may have it all; several share it evenly, and then a transaction
-    is kept short, by the time that those before it took: whoever comes meanwhile waits for it."""
+    """What every tenant may have of the time of all. A tenant alone may have it all; several share it, and then a transaction is kept
+    short, by the time that those before it took: whoever comes meanwhile waits for it. Those who want more than there is get equal
+    parts of what the others leave."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -1544,12 +1545,14 @@ class Shares:
         """What was pending is under way: from now on there is room for more."""
         now, limits = asyncio.get_running_loop().time(), self._limits
         used, self._pace.used = self._pace.used, []
+        wanting = sum(share.crowded for share in used)
+        left = sum(share.weight for share in used if not share.crowded)
         for share in used:
             share.used, share.weight, self._lately[share] = False, 0, now
         self._lately = {share: at for share, at in self._lately.items() if now - at < limits.alone_seconds}
         tenants = len(self._lately)
         together = limits.pending_points if tenants < 2 else min(limits.pending_points, round(limits.transaction_seconds / self._seconds))
-        self._pace.each = max(limits.share_least, together // max(1, tenants))
+        self._pace.each = max(limits.share_least, (together - left if tenants > 1 else together) // max(1, wanting))
         self._pace.turns = limits.turns_alone if tenants < 2 else 1
         self.checkpoint_pages = limits.checkpoint_pages if tenants < 2 else limits.checkpoint_pages // 4
         for share in self._lately:
@@ -4763,8 +4766,8 @@ class Link(BaseProtocol):
     """
 
     __slots__ = (
-        "_limits", "_lost", "_queue", "_reader", "_stopping", "address", "began", "ended", "heard", "peer", "phase", "pinged", "reading",
-        "use",
+        "_is_served", "_limits", "_lost", "_queue", "_reader", "_stopping", "address", "began", "ended", "heard", "peer", "phase",
+        "pinged", "reading", "use",
     )  # fmt: skip
 
     def __init__(
@@ -4780,6 +4783,7 @@ class Link(BaseProtocol):
         self._limits = limits
         self._stopping = stopping
         self._lost: asyncio.Future[None] | None = None  # made when it is waited for
+        self._is_served = False
         self.peer = peer
         self.address = address
         self.ended = ""  # why, once it has
@@ -4798,6 +4802,17 @@ class Link(BaseProtocol):
         super().connection_lost(exc)
         if self._lost is not None:
             self._lost.set_result(None)
+        self._forget()
+
+    def served(self) -> None:
+        """Nobody reads from it any more."""
+        self._is_served = True
+        self._forget()
+
+    def _forget(self) -> None:
+        """A link and its queue know each other: a circle is garbage for long."""
+        if self.transport is None and self._is_served:
+            del self._queue, self._reader
 
     @property
     def has_more(self) -> bool:
@@ -5079,7 +5094,12 @@ class Registry:
     def serve(self, link: Link, conversation: Coroutine[Any, Any, None]) -> None:
         """Begin a conversation, and keep it until it is over."""
         task = self.links[link] = asyncio.get_running_loop().create_task(conversation, context=self._context)
-        task.add_done_callback(lambda _: self.links.pop(link))
+
+        def served(_: object) -> None:
+            del self.links[link]
+            link.served()
+
+        task.add_done_callback(served)
 
     @contextmanager
     def held(self, device_id: int) -> Iterator[None]:
@@ -5682,6 +5702,10 @@ class Intake:
         if self._throttle is not None:
             self._throttle.stop()
 
+    def forget_owner(self) -> None:
+        self._throttle = None
+        del self._owner
+
     def _throttled(self) -> Throttle:
         if self._throttle is None:
             self._throttle = Throttle(self._use, self._take, self._owner.link.send)
@@ -5978,7 +6002,8 @@ class Session:
 
     def refused(self, code: str, seq: int) -> None:
         """The writer could not take a frame; it is consumed."""
-        self._intake.refuse(Refusal(code), seq)
+        if not self.link.ended:
+            self._intake.refuse(Refusal(code), seq)
 
     def notice(self, kind: str, **detail: object) -> bool:
         return enter_notice(self._services, self._device_id, kind, **detail)
@@ -5991,6 +6016,10 @@ class Session:
         self.link.send(b'{"type":"config","version":%d,"document":%b}' % (version, document))
         self._services.store.writer.config_sent(self._device_id, version)
         return True
+
+    def forget(self) -> None:
+        """The conversation is over. A session and its intake know each other: a circle is garbage for long."""
+        self._intake.forget_owner()
 
     def wake(self) -> None:
         """Its tenant's quota has changed, or a hold is over."""
@@ -6071,6 +6100,7 @@ async def open_link(services: Services, link: Link) -> Session | None:
 
 async def serve_link(services: Services, link: Link) -> None:
     """A device's connection, from its first frame to its last."""
+    session = None
     try:
         session = await open_link(services, link)
         if session is not None:
@@ -6086,6 +6116,8 @@ async def serve_link(services: Services, link: Link) -> None:
         link.end("server_fault")
     finally:
         await link.close()
+        if session is not None:
+            session.forget()
 
 
 # ==== HTTP API ====
@@ -7190,7 +7222,7 @@ class PlainRequestHandler(web.RequestHandler):
         self.keep_alive(False)
         link, tail, self._message_tail = begin(transport, peer), self._message_tail, b""
         transport.set_protocol(link)
-        self.transport = None
+        self.transport = self._parser = None  # which know each other: a circle is garbage for long
         del self.peer
         server.connection_lost(self, None)
         link.data_received(tail)

@@ -115,16 +115,33 @@ async def test_whoever_gives_up_is_passed_over() -> None:
     await asyncio.gather(*waiting[1:])
 
 
+def fill(share: iiot.Share) -> int:
+    """Take all that there is; how much that was."""
+    before = share.weight
+    while not share.full:
+        share.add(1)
+    return share.weight - before
+
+
 @pytest.mark.parametrize("tenants", [1, 2, 5])
 async def test_tenants_share_a_transaction_evenly_and_one_alone_has_it_all(tenants: int) -> None:
     shares, parts = shared(tenants)
-    shares.measured(100, 100 * LIMITS.transaction_seconds / 100)  # a weight of 100 takes as long as a transaction may
-    for part in parts:
-        weight = 0
-        while not part.full:
-            part.add(1)
-            weight += 1
-        assert weight == (LIMITS.pending_points if tenants == 1 else pytest.approx(100 / tenants, abs=10))
+    for _ in range(2):  # that they want more than there is shows at the first
+        shares.next_transaction()
+        taken = [fill(part) for part in parts]
+    assert taken == [LIMITS.pending_points if tenants == 1 else 100 // tenants] * tenants
+
+
+@pytest.mark.parametrize("others", [1, 20])
+async def test_what_a_tenant_leaves_is_for_those_that_want_more(others: int) -> None:
+    shares, (busy, *quiet) = shared(1 + others)
+    for _ in range(3):
+        shares.next_transaction()
+        for share in quiet:
+            share.add(1)
+        assert not any(share.full for share in quiet)
+        taken = fill(busy)
+    assert taken == 100 - others
 
 
 async def test_a_slow_disk_leaves_everybody_something() -> None:

@@ -174,6 +174,24 @@ async def test_what_comes_in_one_piece_with_the_handshake_is_taken(plant: Plant,
     assert len(await plant.points("press-1", "text")) == frames
 
 
+async def test_what_is_left_of_sessions_is_no_garbage_to_be_looked_for(plant: Plant) -> None:
+    """A fleet that comes and goes would fill the memory with circles until the collector of garbage looks at them all."""
+    kinds = (iiot.Link, iiot.Session, iiot.Intake, iiot.Opening, iiot.Upgrade)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(5):
+            device = await plant.device(f"press-{number}")
+            await device.store(reading(number))
+            await device.close()
+        await plant.until("/iiot?connected=true", lambda body: not body["items"])
+        async with asyncio.timeout(plants.PATIENCE):
+            while any(isinstance(thing, kinds) for thing in gc.get_objects()):
+                await asyncio.sleep(0.05)
+    finally:
+        gc.enable()
+
+
 async def test_a_session_keeps_nothing_of_its_http(plant: Plant) -> None:
     await plant.device("press-1")
     await plant.until("/iiot/press-1", lambda body: body["connected"])
