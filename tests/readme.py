@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
+import grp
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
+import pytest
 from plant import PATIENCE, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,6 +112,28 @@ def shape(value: Any) -> Any:
 def answers(text: str) -> list[Any]:
     """The JSON of every line."""
     return [json.loads(line) for line in text.splitlines()]
+
+
+def as_root(text: str, root: Path) -> str:
+    """Commands of the page with a folder in the place of the machine's own, and this user in the place of the service's. Only systemd does
+    not run there."""
+    user, group = getpass.getuser(), grp.getgrgid(os.getgid()).gr_name
+    text = re.sub(r"-o \w+ -g \w+", f"-o {user} -g {group}", text)
+    text = text.replace("sudo useradd ", f"{'' if os.geteuid() == 0 else 'sudo '}useradd --prefix {root} ")
+    text = text.replace("sudo systemctl enable --now ", f"systemctl --root={root} enable ")
+    text = re.sub(r"^sudo systemctl (restart|reload|start|stop) [\w.-]+$", "true", text, flags=re.MULTILINE)
+    text = re.sub(r"sudo (-u \w+ )?", "", text)
+    return re.sub(r"(?<![\w/])(?=/(opt|var|etc)/)", str(root), text)
+
+
+def strays(folder: Path, *others: str) -> list[str]:
+    """What git would keep of that which the page's commands made in a folder; `others` are those that a test made there."""
+    if shutil.which("git") is None:
+        pytest.skip("what git ignores is asked of git")
+    subprocess.run(["git", "init", "-q", folder], check=True)
+    words = ["git", "-C", str(folder), "ls-files", "--others", f"--exclude-from={ROOT / '.gitignore'}"]
+    found = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [path for path in found if not path.startswith((".errors", ".exports", "stderr", *others))]
 
 
 class Terminal:

@@ -19,7 +19,7 @@ import pytest
 from aiohttp import ClientSession
 from aiohttp.test_utils import unused_port
 from plant import PATIENCE, ROOT, Device, Plant, Process, agent_command, command, rows
-from readme import README, RUNNABLE, SECTIONS, Section, Terminal, anchor, answers, blocks, part, section, shape, table
+from readme import README, RUNNABLE, SECTIONS, Section, Terminal, anchor, answers, blocks, part, section, shape, strays, table
 
 import agent
 import iiot
@@ -46,6 +46,7 @@ async def terminal(tmp_path: Path, process: Process) -> AsyncIterator[Terminal]:
         yield running
     finally:
         await running.stop()
+        assert strays(tmp_path) == []
 
 
 async def seen(terminal: Terminal) -> None:
@@ -319,6 +320,35 @@ def test_limits_are_the_readme_s() -> None:
         "requests of a tenant that wait for their turn": f"{limits.requests_waiting}",
     }
     assert {row[0]: row[1] for row in table(section("Limits").text, "limit")} == expected
+
+
+def numbers(pattern: str, text: str) -> list[list[float]]:
+    """The numbers wherever a text looks so, with a number for each N."""
+    found = re.finditer(re.escape(pattern).replace("N", r"([\d,.]*\d)"), " ".join(text.split()))
+    return [[float(number.replace(",", "")) for number in place.groups()] for place in found]
+
+
+def test_sizing_is_rounded_from_the_measurements() -> None:
+    (printed,) = blocks("Measurements")
+    text = " ".join(section("Sizing").text.split())
+    [[disk]] = numbers("on disk: N bytes a point", printed)
+    written = numbers("written at N frames/s of N points, N devices: N bytes a point, N GB a day", printed)
+    of_ten = {devices: day for _, points, devices, _, day in written if points == 10}
+    units = {"million": 1e6, "MB": 1e6, "GB": 1e9}
+    rows = table(section("Sizing").text, "devices")
+    assert [float(row[0].replace(",", "")) for row in rows] == list(of_ten)
+    for devices, row in zip(of_ten, rows, strict=True):
+        a_day = devices * 10 * 86_400 / 5
+        shown = [float(number.replace(",", "")) * units[unit] for number, unit in (cell.split() for cell in row[1:])]
+        assert [f"{one:.2g}" for one in shown] == [f"{one:.2g}" for one in (a_day, a_day * disk, of_ten[devices] * 1e9)], row
+    for count in (10, 120):
+        each = [size for _, points, _, size, _ in written if points == count]
+        assert f"{min(each):,.0f} to {max(each):,.0f} bytes for each point" in text
+    [[devices, whole, empty, each_kb]] = numbers("memory with N connected devices: N MB (N MB without, N KB each)", printed)
+    memory = f"{empty:g} MB without devices, and {each_kb:g} KB more for each connected device: {whole:g} MB with {devices:,.0f} idle"
+    [[frames, _, half, most]] = numbers("ack at N frames/s, N devices: p50 N ms, p99 N ms", printed)
+    speed = f"{frames:,.0f} frames in a second: half of them within {half:g} ms, and 99 of 100 within {most:g} ms"
+    assert all(told in text for told in (f"takes {disk:.0f} bytes", memory, speed))
 
 
 # ---- Part 6: settings ----

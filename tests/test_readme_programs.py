@@ -15,7 +15,7 @@ import pytest
 from aiohttp import ClientSession
 from aiohttp.test_utils import unused_port
 from plant import PATIENCE, ROOT, Plant, Process
-from readme import Terminal, answers, blocks, shape
+from readme import Terminal, answers, blocks, shape, strays
 
 MODULES = ROOT / ".node" / "node_modules"  # .ci/run puts the package ws there, by the README's own line
 # What stands on the page, and what a test needs: readings that can be counted, and more of them.
@@ -46,6 +46,7 @@ async def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
         yield running
     finally:
         await running.stop()
+        assert strays(tmp_path) == []
 
 
 async def prepared(terminal: Terminal, name: str, url: str, key: str) -> str:

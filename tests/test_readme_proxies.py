@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -20,7 +21,7 @@ import pytest
 from aiohttp import ClientSession, TCPConnector
 from aiohttp.test_utils import unused_port
 from plant import PATIENCE, Plant, Process
-from readme import README, Terminal, blocks
+from readme import README, Terminal, as_root, blocks, strays
 
 POINTS = 400_000  # of the CSV that breaks off: more than the buffers on its way hold
 SLOW = "2M"  # bytes a second at which curl reads it
@@ -35,14 +36,32 @@ def program(name: str) -> str:
     return found
 
 
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
 async def make_certificates(folder: Path) -> Terminal:
-    """The private CA of the page, and the certificate that it gave to the server."""
+    """The private CA of the page, and the certificate that it gave to the server, in its place: /etc/iiot in this folder."""
     program("openssl")
-    terminal = Terminal(folder)
-    for text in blocks("A private CA", "sh")[:2]:
-        await terminal.run(text)
-    assert (folder / "ca.key").stat().st_mode & 0o777 == 0o600
+    terminal, there = Terminal(folder), folder / "etc/iiot"
+    there.mkdir(parents=True)
+    for text in blocks("A private CA", "sh")[:3]:
+        await terminal.run(as_root(text, folder))
+    assert strays(folder, "etc/") == []
+    assert {mode(folder / name) for name in ("ca.key", "server.key")} == {0o600}
+    assert {path.name: mode(path) for path in there.iterdir()} == {"ca.pem": 0o644, "server.pem": 0o644, "server.key": 0o400}
     return terminal
+
+
+def trusting(**variables: str) -> str:
+    """The page's commands for whoever trusts the CA, with these variables set."""
+    exports = "export " + " ".join(f"{name}={value}" for name, value in variables.items())
+    return blocks("A private CA", "sh")[3].replace("curl", f"{exports}\ncurl")
+
+
+def settings(folder: Path) -> dict[str, str]:
+    """What the page has written into the service's variables."""
+    return dict(line.split("=", 1) for line in (folder / "etc/iiot/iiot.env").read_text().splitlines())
 
 
 def nginx(folder: Path, text: str) -> list[str]:
@@ -58,8 +77,18 @@ def nginx(folder: Path, text: str) -> list[str]:
 
 def caddy(folder: Path, text: str) -> list[str]:
     """The page's file, without the listener for redirects and the administration's, which tests cannot share."""
-    (folder / "Caddyfile").write_text("{\n    admin off\n    auto_https disable_redirects\n}\n" + text)
-    return [program("caddy"), "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
+    path = folder / "etc/caddy/Caddyfile"
+    path.parent.mkdir()
+    path.write_text("{\n    admin off\n    auto_https disable_redirects\n}\n" + text)
+    return [program("caddy"), "run", "--config", str(path)]
+
+
+async def check(terminal: Terminal, title: str, words: list[str]) -> None:
+    """The page's commands after a proxy's file was saved: it is right, and the service knows the proxy."""
+    text = as_root(blocks(title, "sh")[0], terminal.folder)
+    nginx_there, caddy_there = f"{shlex.join(words)} -t", f"env HOME={terminal.folder} {words[0]} validate"
+    assert ("nginx -t" in text) != ("caddy validate" in text)
+    await terminal.run(text.replace("nginx -t", nginx_there).replace("caddy validate", caddy_there))
 
 
 PROXIES: dict[str, tuple[str, str, Callable[[Path, str], list[str]]]] = {
@@ -96,22 +125,25 @@ async def proxied(request: pytest.FixtureRequest, tmp_path: Path, process: Proce
     program(request.param)
     program("curl")
     terminal = await make_certificates(tmp_path)
-    (setting,) = set(re.findall(r"`(IIOT_TRUSTED_PROXY=\S+)`", README))
-    process.environment.update([setting.split("=")])
+    await terminal.run(as_root(blocks("Proxy: nginx", "sh")[1], tmp_path))
+    inline = set(re.findall(r"`(IIOT_TRUSTED_PROXY=\S+)`", README))  # that of both proxies is the same
+    assert inline == {f"{name}={value}" for name, value in settings(tmp_path).items()}
+    process.environment.update(settings(tmp_path))
     await process.start()
     token, key = await process.read_first_start()
     port = unused_port()
     (text,) = blocks(title, "nginx", "caddy")
     moved = {
-        "/etc/iiot": str(tmp_path), "http://127.0.0.1:8080": process.url, "127.0.0.1:8080": process.url.removeprefix("http://"),
+        "/etc/iiot": f"{tmp_path}/etc/iiot", "http://127.0.0.1:8080": process.url, "127.0.0.1:8080": process.url.removeprefix("http://"),
         listen: listen.replace("443", str(port)).replace("iiot.example.com", f"https://localhost:{port}"), **NAMES,
     }  # fmt: skip
     for shown, real in moved.items():
         text = text.replace(shown, real)
-    async with running(start(tmp_path, text), tmp_path, port):
+    words = start(tmp_path, text)
+    await check(terminal, title, words)
+    async with running(words, tmp_path, port):
         terminal.replace["https://localhost:8443"] = f"https://localhost:{port}"
-        trust = blocks("A private CA", "sh")[2].replace("curl", f"export TOKEN={token} IIOT_KEY={key}\ncurl")
-        assert json.loads(await terminal.run(trust))["role"] == "admin"
+        assert json.loads(await terminal.run(trusting(TOKEN=token, IIOT_KEY=key)))["role"] == "admin"
         try:
             yield terminal
         finally:
@@ -181,14 +213,19 @@ async def test_a_csv_that_breaks_off_fails(proxied: Terminal, beyond: Plant, pro
     assert part.read_text().count("\n") < POINTS
 
 
-async def test_tls_without_a_proxy(tmp_path: Path, process: Process) -> None:
-    """The page's line, on a port of the test's own: on every address, for the agent and for curl, with a certificate that is renewed."""
+@pytest.mark.parametrize("kind", ["flags", "variables"])
+async def test_tls_without_a_proxy(tmp_path: Path, kind: str) -> None:
+    """The page's line, or its variables of the service, on a port of the test's own: on every address, for the agent and for curl, with
+    a certificate that is renewed."""
     terminal = await make_certificates(tmp_path)
-    (line,) = blocks("TLS without a proxy")
-    assert "--host :: --port 8443" in line
+    line, variables = blocks("TLS without a proxy")
     port = unused_port()
-    terminal.replace |= {"--port 8443": f"--port {port}", "https://localhost:8443": f"https://localhost:{port}"}
-    server = await terminal.start(line)
+    terminal.replace |= {f"{name}8443": f"{name}{port}" for name in ("--port ", "IIOT_PORT=", "https://localhost:")}
+    await terminal.run(as_root(variables, tmp_path))
+    given = settings(tmp_path)
+    assert f"--host {given['IIOT_HOST']} --port {port}" in terminal.localized(line)
+    written = " ".join(f"{name}={value}" for name, value in given.items())
+    server = await terminal.start(line if kind == "flags" else f"env {written} .venv/bin/python iiot.py")
     assert server.stdout is not None
     try:
         printed = ""
@@ -196,14 +233,17 @@ async def test_tls_without_a_proxy(tmp_path: Path, process: Process) -> None:
             while "curl" not in printed:
                 printed += (await server.stdout.readline()).decode()
         token, key = (re.findall(pattern, printed)[0] for pattern in (r"iiot_op_\S+", r"iiot_prov_\S+"))
-        trust, shown = blocks("A private CA")[2:]
-        told = await terminal.run(trust.replace("curl", f"export TOKEN={token.rstrip(chr(39))} IIOT_KEY={key}\ncurl"))
-        assert set(json.loads(told)) == set(json.loads(shown))
+        assert printed.count(f"https://localhost:{port}") == 2  # for the agent and for curl
+        listing = printed.splitlines()[-1].strip()
+        assert json.loads(await terminal.run(f"export CURL_CA_BUNDLE=ca.pem\n{listing}")) == {"items": [], "next": None}
+        told = await terminal.run(trusting(TOKEN=token.rstrip("'"), IIOT_KEY=key))
+        assert set(json.loads(told)) == set(json.loads(blocks("A private CA", "json")[0]))
         agent = await terminal.start(".venv/bin/python agent.py --name pump-house --interval 0.2")
         listing = 'curl -sf --cacert ca.pem -H "Authorization: Bearer $TOKEN" "$IIOT_URL/iiot"'
         await terminal.until(listing, lambda body: body["items"] and body["items"][0]["connected"])
         before = await asyncio.to_thread(ssl.get_server_certificate, ("localhost", port))
-        await terminal.run(blocks("A private CA", "sh")[1])
+        for text in blocks("A private CA", "sh")[1:3]:
+            await terminal.run(as_root(text, tmp_path))
         server.send_signal(signal.SIGHUP)
         async with asyncio.timeout(PATIENCE):
             while await asyncio.to_thread(ssl.get_server_certificate, ("localhost", port)) == before:
