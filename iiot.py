@@ -61,6 +61,7 @@ import struct
 import sys
 import sysconfig
 import time
+from asyncio import sslproto
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
@@ -200,9 +201,9 @@ def default_quotas(settings: Settings) -> Mapping[str, int]:
 class Limits:
     """The bounds of the server, each with its reason. Tests lower them; an installation has no need to."""
 
-    # The handshake: a peer that has not proved who it is may cost little time. It has so long for its first request, the handshake
-    # of TLS included, and so long again for its `hello`, if that request opened a WebSocket. What it may cost in memory is one frame
-    # of `frame_bytes`, for aiohttp puts a frame together before it can be looked at.
+    # The handshake: a peer that has not proved who it is may cost little time. It has so long for the handshake of TLS, so long for
+    # its first request, and so long for its `hello`, if that request opened a WebSocket. What it may cost in memory is one frame of
+    # `frame_bytes`, for aiohttp puts a frame together before it can be looked at.
     hello_seconds: float = 10.0
     hello_bytes: int = 4 * 1024
     # A frame of a thousand samples of eight metrics is about 200 KiB; a whole frame is held in memory several times over.
@@ -4533,6 +4534,8 @@ class Identity:
 
 SPARE_DESCRIPTORS: Final = 64  # for the database, the log and what a library opens
 BACKLOG: Final = 512  # connections that wait to be accepted, when a fleet comes back at once; and are accepted at one time
+TLS_BYTES: Final = 16 * 1024  # what is read at one time from a connection with TLS: one record of it
+LOOKS: Final = 10  # within the time that a stranger has for its next step
 CLOSING_TURNS: Final = 8  # of the loop: a connection that is turned away is closed after three to five
 
 
@@ -4581,24 +4584,28 @@ class Peers:
 
     def __init__(self, limits: Limits) -> None:
         self.held = 0
-        # The one that has waited for longest is the first. One that has asked for nothing at all yet has a timer.
-        self._strangers: dict[socket.socket, asyncio.TimerHandle | None] = {}
+        # The one that has waited for longest is the first. With one that has asked for nothing yet: since which look that is so.
+        self._strangers: dict[socket.socket, int | None] = {}
+        self._looks = 0
         self._limits = limits
         self._told = -math.inf  # when a shortage was logged
 
     def enter(self, peer: socket.socket) -> None:
-        """One was accepted. It has only so long for its first request, with the handshake of TLS before it."""
+        """One was accepted."""
         self.held += 1
-        self._strangers[peer] = asyncio.get_running_loop().call_later(self._limits.hello_seconds, self.turn_away, peer)
+        self._strangers[peer] = self._looks
+
+    def begin(self, peer: socket.socket) -> None:
+        """Its handshake of TLS is over. It has as long again for its first request, if that has not come along with it."""
+        if self._strangers.get(peer) is not None:
+            self._strangers[peer] = self._looks
 
     def leave(self, peer: socket.socket) -> None:
         self.held -= 1
         self.recognize(peer)
 
     def recognize(self, peer: socket.socket) -> None:
-        timer = self._strangers.pop(peer, None)
-        if timer is not None:
-            timer.cancel()
+        self._strangers.pop(peer, None)
 
     def put_last(self, peer: socket.socket) -> None:
         """It is the stranger that has waited least, if it is still there. How long it may wait is for its protocol to say."""
@@ -4611,6 +4618,15 @@ class Peers:
         self.recognize(peer)
         with suppress(OSError):  # the peer has gone already
             peer.shutdown(socket.SHUT_RDWR)
+
+    async def look_at_strangers(self) -> None:
+        """Turn away those that were seen in ten looks and have asked for nothing. The time between two looks is no less than a turn of
+        the loop takes: who waits for a server that is slow is not taken for silent."""
+        while True:
+            await asyncio.sleep(self._limits.hello_seconds / LOOKS)
+            self._looks += 1
+            for peer in [peer for peer, since in self._strangers.items() if since is not None and self._looks - since > LOOKS]:
+                self.turn_away(peer)
 
     async def find_room(self) -> bool:
         """Whether one more can come in. Where there is no room, some strangers make it, for those who come next as well."""
@@ -4672,10 +4688,12 @@ class Door:
     second, and wait a minute for a handshake of TLS."""
 
     def __init__(self, make: Callable[[Peer], asyncio.BaseProtocol], context: ssl.SSLContext | None, limits: Limits) -> None:
+        if context is not None:  # asyncio keeps as much for each connection while that lasts: 256 KiB if it is not told
+            sslproto.SSLProtocol.max_size = TLS_BYTES
         self._make = make
         self._context = context
         self._limits = limits
-        self._peers = Peers(limits)
+        self.peers = Peers(limits)
         self._listening: dict[asyncio.Task[None], socket.socket] = {}
         self._beginning: dict[asyncio.Task[None], Peer] = {}
 
@@ -4696,7 +4714,7 @@ class Door:
             task.cancel()
         await asyncio.gather(*self._listening, return_exceptions=True)
         for peer in self._beginning.values():
-            self._peers.turn_away(peer)
+            self.peers.turn_away(peer)
         await asyncio.gather(*self._beginning, return_exceptions=True)
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -4712,8 +4730,8 @@ class Door:
                     await asyncio.sleep(self._limits.retry_seconds)
                     continue
                 with accepted:  # closed, unless a peer takes it
-                    if await self._peers.find_room():
-                        self._let_in(Peer(self._peers, accepted))
+                    if await self.peers.find_room():
+                        self._let_in(Peer(self.peers, accepted))
             await asyncio.sleep(0)
 
     def _let_in(self, peer: Peer) -> None:
@@ -4729,6 +4747,7 @@ class Door:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: self._make(peer), peer, ssl=self._context, ssl_shutdown_timeout=patience
             )
+            self.peers.begin(peer)
         except OSError as error:  # that of TLS is one, too
             log.debug("a connection did not begin: %s", error)
 
@@ -7434,6 +7453,7 @@ async def serving(
             told = f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}"
             raise OSError(f"{told}; choose another with --port or --host") from error
         addresses = [listener.getsockname() for listener in listeners]
+        services.supervisor.start("watch over silent peers", door.peers.look_at_strangers())
         for listener in listeners:
             services.supervisor.watch(door.open(listener))
         if context is None:

@@ -306,7 +306,7 @@ def test_limits_are_the_readme_s() -> None:
         "unconfirmed frames of a session": f"{limits.unacknowledged_frames:,}, then the server reads no more for a time",
         "refused frames of a session in a minute": f"{limits.bad_frames_per_minute}, then it closes",
         "connections": f"{limits.connections:,}",
-        "time for the first request of a connection, and for hello after it": f"{limits.hello_seconds:.0f} s each",
+        "time for the handshake of TLS, for the first request after it, and for hello after that": f"{limits.hello_seconds:.0f} s each",
         "time for a request body": f"{limits.body_seconds:.0f} s",
         "time for a query (--query-seconds)": f"{iiot.Settings().query_seconds:.0f} s",
         "points of a series in one page": f"{limits.points_most:,}",

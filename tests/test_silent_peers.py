@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import gc
 import socket
 import ssl
 import struct
+from asyncio import sslproto
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -146,8 +149,8 @@ async def quick(folder: Path, *, tls: bool = False, limits: iiot.Limits = QUICK)
 
 def peers() -> iiot.Peers:
     """Those of the server in this process."""
-    gc.collect()  # those of servers before it
-    (found,) = [thing for thing in gc.get_objects() if isinstance(thing, iiot.Peers)]
+    doors = [thing for thing in gc.get_objects() if isinstance(thing, iiot.Door)]
+    (found,) = [door.peers for door in doors if not all(task.done() for task in door._listening)]
     return found
 
 
@@ -260,6 +263,25 @@ async def test_each_connection_is_counted_until_it_ends_however_it_ends(tmp_path
         await held(0)
 
 
+async def test_an_accept_that_fails_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, failures = asyncio.get_running_loop(), [errno.EMFILE, errno.ECONNABORTED, errno.ENOBUFS]
+    accept = loop.sock_accept
+
+    async def accept_or_fail(listener: socket.socket) -> tuple[socket.socket, Any]:
+        if failures:
+            raise OSError(failures.pop(), "there is none")
+        return await accept(listener)
+
+    async with quick(tmp_path, limits=attrs.evolve(QUICK, retry_seconds=0.01)) as running:
+        monkeypatch.setattr(loop, "sock_accept", accept_or_fail)
+        assert await is_well(running)  # waited for before
+        assert await is_well(running)
+        assert not failures
+    assert caplog.text.count("cannot accept connections") == 2
+
+
 # ---- in time
 
 
@@ -304,6 +326,16 @@ async def test_nothing_is_asked_in_time_of_those_who_have_shown_who_they_are(tmp
             await device.store({"values": {"level": 1}})
             upload.writer.write(piece)
         assert b" 201 " in await upload.answer(b"")
+
+
+async def test_tls_keeps_little_for_each_connection_and_takes_long_frames(tmp_path: Path) -> None:
+    async with quick(tmp_path, tls=True) as running:
+        device = await running.device("press-1")
+        kept = [thing for thing in gc.get_objects() if isinstance(thing, sslproto.SSLProtocol) and vars(thing)["_server_side"]]
+        assert kept
+        assert all(len(vars(one)["_ssl_buffer"]) <= 16 * 1024 for one in kept)
+        await device.store(*({"ts": iiot.EARLIEST + n, "values": {"text": "x" * 1000}} for n in range(1000)))
+        assert len(await running.points("press-1", "text")) == 1000
 
 
 async def test_who_does_not_answer_the_end_of_tls_is_not_waited_for(tmp_path: Path) -> None:
