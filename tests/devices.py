@@ -112,9 +112,14 @@ async def provisioning_key(plant: Plant) -> str:
 
 async def stored(plant: Plant, name: str) -> Points:
     """All points of a device, by metric."""
-    body = await plant.get(f"/iiot/{name}/telemetry?limit=10000")
-    assert body["next"] is None
-    return {series["metric"]: series["points"] for series in body["series"]}
+    points: Points = {}
+    following = ""
+    while following is not None:
+        body = await plant.get(f"/iiot/{name}/telemetry?limit=10000{following and f'&after={following}'}")
+        for series in body["series"]:
+            points.setdefault(series["metric"], []).extend(series["points"])
+        following = body["next"]
+    return points
 
 
 async def frames_of(plant: Plant, name: str) -> int:

@@ -83,3 +83,20 @@ async def test_answers_carry_what_browsers_need(plant: Plant, path: str) -> None
         assert response.headers["X-Frame-Options"] == "DENY"
         assert "frame-ancestors 'none'" in response.headers["Content-Security-Policy"]
         assert response.headers["Cache-Control"] == "no-store"
+
+
+def test_a_slice_of_a_removal_is_bounded_in_bytes_and_never_empty(tmp_path: Path) -> None:
+    database = tmp_path / "iiot.db"
+    iiot.prepare_database(database)
+    limits = attrs.evolve(iiot.Limits(), removed_bytes=50_000)
+    with closing(iiot.connect(database)) as connection:
+        iiot.insert_device(connection, 1, "press-1", iiot.mint("dev").stored, {})
+        sizes = [100_000 if version == 7 else 10_000 for version in range(40)]
+        rows = [(version, "x" * size) for version, size in enumerate(sizes)]
+        connection.executemany("insert into state values (1, ?, 0, 1, ?, '[]')", rows)
+        iiot.remove_device(connection, 1, "press-1")
+        left = len(sizes)
+        while left:
+            iiot.delete_removed_devices(connection, [1], limits)
+            before, left = left, connection.execute("select count(*) from state").fetchone()[0]
+            assert 0 < before - left <= 5
