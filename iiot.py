@@ -4533,7 +4533,8 @@ class Identity:
 # not know: HTTP, devices.
 
 SPARE_DESCRIPTORS: Final = 64  # for the database, the log and what a library opens
-BACKLOG: Final = 512  # connections that wait to be accepted, when a fleet comes back at once; and are accepted at one time
+BACKLOG: Final = 512  # connections that wait to be accepted, when a fleet comes back at once
+ACCEPTS: Final = 16  # connections that are accepted in a round of the event loop: each may begin a handshake of TLS
 TLS_BYTES: Final = 16 * 1024  # what is read at one time from a connection with TLS: one record of it
 LOOKS: Final = 10  # within the time that a stranger has for its next step
 CLOSING_TURNS: Final = 8  # of the loop: a connection that is turned away is closed after three to five
@@ -4720,7 +4721,7 @@ class Door:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            for _ in range(BACKLOG):
+            for _ in range(ACCEPTS):
                 try:
                     accepted, _ = await loop.sock_accept(listener)
                 except ConnectionAbortedError:  # by a client without patience
