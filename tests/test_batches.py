@@ -21,7 +21,7 @@ import attrs
 import plant as plants
 import pytest
 from aiohttp import ClientSession, TCPConnector
-from plant import Device, Plant, locked
+from plant import PATIENCE, Device, Plant, locked
 from test_state import Step, document_of, play
 
 import iiot
@@ -29,6 +29,7 @@ import iiot
 LIMITS = iiot.Limits()
 DOCUMENT = LIMITS.document_bytes
 PENDING_BYTES = LIMITS.pending_points * LIMITS.point_bytes
+REPORTS = PENDING_BYTES // DOCUMENT  # that wait at most
 CONNECT = sqlite3.connect
 # A part, and the row that fills it: a document and what changed in it, both as texts within a text, where quotes are written twice.
 LONGEST = iiot.TEXT_BYTES + 2 * (DOCUMENT + 4 * DOCUMENT) + 1_000
@@ -40,13 +41,19 @@ class Bound:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.longest = 0
         self.batches: list[iiot.Batch] = []
-        write = iiot.Batch.write
+        self.writer: iiot.Writer | None = None
+        write, take = iiot.Batch.write, iiot.Writer.frame_taken
 
         def noted(batch: iiot.Batch, *arguments: Any) -> iiot.Outcome:
             self.batches.append(batch)
             return write(batch, *arguments)
 
+        def taken(writer: iiot.Writer, *arguments: Any) -> None:
+            self.writer = writer
+            take(writer, *arguments)
+
         patch.setattr(iiot.Batch, "write", noted)
+        patch.setattr(iiot.Writer, "frame_taken", taken)
         patch.setattr(sqlite3, "connect", self.connect)
 
     def connect(self, *arguments: Any, **named: Any) -> sqlite3.Connection:
@@ -60,6 +67,11 @@ class Bound:
 
         connection: sqlite3.Connection = CONNECT(*arguments, factory=Noted, **named)
         return connection
+
+    @property
+    def full(self) -> bool:
+        """Whether as much waits in the writer as can."""
+        return self.writer is not None and self.writer._pending.weight >= LIMITS.pending_points
 
     def most(self, count: Callable[[iiot.Batch], int]) -> int:
         return max(map(count, self.batches))
@@ -83,15 +95,21 @@ async def connected(plant: Plant, count: int) -> list[Device]:
 
 
 async def wait_in_the_writer(plant: Plant, devices: list[Device], bound: Bound, *frames: dict[str, Any]) -> None:
-    """All send the same while nothing can be stored; then it is stored. What fits in is in one batch."""
+    """All send the same while nothing can be stored, until as much waits as can; then all is stored. They must have twice as much, for
+    one batch is under way."""
+
+    async def send(device: Device) -> None:
+        for frame in frames:
+            device.seq += 1
+            await device.link.send_str(json.dumps({**frame, "seq": device.seq}))
+
     bound.batches.clear()
     with locked(plant.database):
-        for device in devices:
-            for frame in frames:
-                device.seq += 1
-                await device.link.send_str(json.dumps({**frame, "seq": device.seq}))
-        for _ in range(5):
-            await plant.get("/iiot?limit=1")
+        sending = asyncio.gather(*map(send, devices))
+        async with asyncio.timeout(PATIENCE):
+            while not bound.full:
+                await asyncio.sleep(0.01)
+    await sending
     for device in devices:
         await device.acknowledged(device.seq)
 
@@ -104,7 +122,7 @@ async def many(plant: Plant) -> AsyncIterator[Plant]:
 
 
 async def test_the_most_reports_of_state_that_can_wait_are_stored(bound: Bound, many: Plant) -> None:
-    plant, devices = many, await connected(many, 600)
+    plant, devices = many, await connected(many, 2 * REPORTS + 2)
     document = document_of(DOCUMENT - 20)
     with plants.writing(plant.database) as connection:
         connection.execute(
@@ -112,12 +130,12 @@ async def test_the_most_reports_of_state_that_can_wait_are_stored(bound: Bound, 
             (json.dumps(document),),
         )
     await wait_in_the_writer(plant, devices, bound, {"type": "state", "reported": {"n": 1}})
-    assert bound.most(lambda batch: len(batch.states)) >= PENDING_BYTES // DOCUMENT
+    assert bound.most(lambda batch: len(batch.states)) >= REPORTS
     assert iiot.TEXT_BYTES / 2 < bound.longest <= LONGEST
-    for name in ("press-0000", "press-0300", "press-0599"):
+    for name in ("press-0000", "press-0300", "press-0999"):
         assert (await plant.get(f"/iiot/{name}/state"))["reported"] == {**document, "n": 1}
     counted = "select version, count(*), sum(document <> '') from state group by version"
-    assert plants.rows(plant.database, counted) == [(1, 600, 600), (2, 600, 600)]
+    assert plants.rows(plant.database, counted) == [(1, len(devices), len(devices)), (2, len(devices), len(devices))]
 
 
 def long_name(value: int) -> dict[str, Any]:
@@ -129,16 +147,19 @@ def long_name(value: int) -> dict[str, Any]:
 async def test_a_long_name_does_not_stand_in_each_of_the_changes_below_it(bound: Bound, plant: Plant, mode: str) -> None:
     """There it would be 40 million characters of one report, and a gigabyte of those that can wait."""
     assert len(iiot.canonical(long_name(1))) <= DOCUMENT
-    devices = await connected(plant, 40)
+    frame = {"type": "state", "mode": mode, "reported": long_name(1)}
+    reports = PENDING_BYTES // (len(json.dumps(frame)) * LIMITS.state_weight)
+    devices = await connected(plant, 2 * reports + 4)
     for value in (1, 2):
-        await wait_in_the_writer(plant, devices, bound, {"type": "state", "mode": mode, "reported": long_name(value)})
-        assert bound.most(lambda batch: len(batch.states)) >= PENDING_BYTES // (DOCUMENT * LIMITS.state_weight)
+        await wait_in_the_writer(plant, devices, bound, {**frame, "reported": long_name(value)})
+        assert bound.most(lambda batch: len(batch.states)) >= reports
     assert bound.longest <= LONGEST
     ((longest,),) = plants.rows(plant.database, "select max(length(cast(changes as blob))) from state")
     assert longest <= 2 * DOCUMENT + 100
     newest = (await plant.get("/iiot/press-0007/state/history?limit=1"))["items"][0]
     assert newest["changes"] == [{"path": "", "from": long_name(1), "to": long_name(2)}]
-    await wait_in_the_writer(plant, devices[:1], bound, {"type": "state", "reported": {"n": 3}})
+    await devices[0].send("state", seq=3, reported={"n": 3})
+    await devices[0].acknowledged(3)
     for version, value in ((1, 1), (2, 2)):
         assert (await plant.get(f"/iiot/press-0000/state?version={version}"))["reported"] == long_name(value)
     assert (await plant.get("/iiot/press-0000/state"))["reported"] == {**long_name(2), "n": 3}
@@ -150,7 +171,7 @@ async def test_the_most_verdicts_that_can_wait_are_stored(bound: Bound, plant: P
     await device.expect("config")
     errors = [{"path": '"' * 1_000, "code": "x", "message": "\\" * 1_000} for _ in range(14)]
     verdict = {"type": "config_status", "version": 1, "status": "rejected", "errors": errors}
-    frames = PENDING_BYTES // len(json.dumps(verdict)) + 20
+    frames = 2 * PENDING_BYTES // len(json.dumps(verdict)) + 2
     await wait_in_the_writer(plant, [device], bound, *[verdict] * frames)
     assert bound.most(lambda batch: batch.weight) >= LIMITS.pending_points
     assert iiot.TEXT_BYTES / 2 < bound.longest <= LONGEST
