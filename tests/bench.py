@@ -30,6 +30,12 @@ FIRST_TS = 1_735_689_600_000  # 2025-01-01
 HISTORY_POINTS = 1_000_000
 
 
+def processor_seconds(process: int) -> float:
+    """Seconds of processor time that a process has used."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 class Program:
     """A server as a process of its own."""
 
@@ -60,14 +66,13 @@ class Program:
         """Bytes that the process has given to the disk."""
         return int(next(line.split()[1] for line in self._told("io") if line.startswith("write_bytes")))
 
-    def processor(self) -> float:
-        """Seconds of processor time."""
-        user, system = self._told("stat")[0].rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def _told(self, file: str) -> list[str]:
-        assert self._process is not None
-        return Path(f"/proc/{self._process.pid}/{file}").read_text().splitlines()
+        return Path(f"/proc/{self.pid}/{file}").read_text().splitlines()
 
 
 class Server(Program):

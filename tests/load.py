@@ -186,6 +186,7 @@ class Worker:
         self.pipe, other = context.Pipe()
         self._process = context.Process(target=function, args=(other, *arguments), daemon=True)
         self._process.start()
+        self.pid = self._process.pid or 0
         other.close()
 
     def receive(self) -> Any:

@@ -27,7 +27,7 @@ from typing import Any
 import attrs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench import Program
+from bench import Program, processor_seconds
 from load import Worker, telemetry_frame
 from noise import INPUTS, PATIENCE, Client, Input, Link, Noise, Place, Tenant, request
 
@@ -244,24 +244,45 @@ class Result:
     counts: Counter[str]
     memory: tuple[float, float]  # MB when the input began, and at most
     wal: int  # bytes of the write-ahead log, at most
-    processor: float  # cores in use
+    cores: tuple[float, float]  # in use by the server, and by programs that have nothing to do with this
     told: list[str]  # what the server logged, but for what is usual
 
 
-def watch(program: Program, quiet: Worker, noisy: Worker, seconds: float) -> tuple[float, float, float, int, float]:
+class Cores:
+    """How many cores are in use since now."""
+
+    def __init__(self, server: int, others: Iterable[int]) -> None:
+        self._server = server
+        self._ours = (server, os.getpid(), *others)
+        self._before = self._seconds()
+
+    def _seconds(self) -> tuple[float, float, float]:
+        """The time, the processor time of the server, and that of all programs but ours."""
+        user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+        everything = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), processor_seconds(self._server), everything - sum(map(processor_seconds, self._ours))
+
+    def used(self) -> tuple[float, float]:
+        """By the server, and by programs that are not ours."""
+        seconds, server, others = (now - before for now, before in zip(self._seconds(), self._before, strict=True))
+        return server / seconds, max(0.0, others / seconds)
+
+
+def watch(
+    program: Program, quiet: Worker, noisy: Worker, seconds: float
+) -> tuple[float, tuple[float, float], int, tuple[float, float]]:
     """Let the quiet tenant work, after a while beside the noisy one: when that began, memory then and at most, the longest
     write-ahead log, and the cores in use."""
-    wal, longest = Path(f"{program.database}-wal"), 0
+    wal, longest, used = Path(f"{program.database}-wal"), 0, (0.0, 0.0)
     quiet.send(ALONE_SECONDS + seconds)
     time.sleep(ALONE_SECONDS)
-    memory, processor, began = program.memory(), program.processor(), time.monotonic()
+    memory, cores, began = program.memory(), Cores(program.pid, (quiet.pid, noisy.pid)), time.monotonic()
     noisy.send(seconds)
-    used = 0.0
     while not quiet.pipe.poll(0.05):
         longest = max(longest, wal.stat().st_size)
         if time.monotonic() < began + seconds:
-            used = (program.processor() - processor) / (time.monotonic() - began)
-    return began, memory, program.memory("VmHWM"), longest, used
+            used = cores.used()
+    return began, (memory, program.memory("VmHWM")), longest, used
 
 
 def measure(case: Input, source: Path, seconds: float) -> Result:
@@ -281,12 +302,12 @@ def measure(case: Input, source: Path, seconds: float) -> Result:
             quiet.receive()
             noisy = Worker(be_noisy, INPUTS.index(case), place, program.database, noisy_tenant, quiet_tenant.devices[-1])
             noisy.receive()
-            began, before, most, wal, used = watch(program, quiet, noisy, seconds)
+            began, memory, wal, used = watch(program, quiet, noisy, seconds)
             measured, counts = quiet.receive(), noisy.receive()
         finally:
             program.stop()
         told = [line for line in (folder / "log").read_text().splitlines() if " INFO " not in line]
-        return Result(case, measured.over(began), measured.after(began), counts, (before, most), wal, used, told)
+        return Result(case, measured.over(began), measured.after(began), counts, memory, wal, used, told)
 
 
 # ---- telling
@@ -323,14 +344,15 @@ def tell(result: Result) -> None:
     before, most = result.memory
     print(
         f"   {result.case.label}: {counted(result.counts)}; server: memory {before:,.0f} MB, at most {most:,.0f} MB;"
-        f" write-ahead log at most {result.wal / 1e6:,.0f} MB; {result.processor:.0%} of a core; {len(result.told):,} lines in its log",
+        f" write-ahead log at most {result.wal / 1e6:,.0f} MB; {result.cores[0]:.1f} cores, other programs {result.cores[1]:.1f};"
+        f" {len(result.told):,} lines in its log",
         *(f"      {line[:200]}" for line in result.told[:3]), sep="\n", flush=True,
     )  # fmt: skip
 
 
 HEADS = (
-    "", "input", "ack p50", "p99", "longest", "request p50", "p99", "longest", "not 2xx, closed", "memory MB", "WAL MB", "core",
-    "generator late", "what became of the input",
+    "", "input", "ack p50", "p99", "longest", "request p50", "p99", "longest", "not 2xx, closed", "memory MB", "WAL MB", "cores",
+    "other programs", "generator late", "what became of the input",
 )  # fmt: skip
 
 
@@ -342,9 +364,9 @@ def table(results: list[Result]) -> str:
         alone.requests += part.requests
         alone.timer += part.timer
     memory = max(result.memory[0] for result in results)
-    rows = [HEADS, ["---"] * len(HEADS), ["", "none", *cells(alone), f"{memory:,.0f}", "", "", milliseconds(alone.timer)[2], ""]]
+    rows = [HEADS, ["---"] * len(HEADS), ["", "none", *cells(alone), f"{memory:,.0f}", "", "", "", milliseconds(alone.timer)[2], ""]]
     for result in results:
-        server = f"{result.memory[1]:,.0f}", f"{result.wal / 1e6:,.0f}", f"{result.processor:.0%}"
+        server = f"{result.memory[1]:,.0f}", f"{result.wal / 1e6:,.0f}", *(f"{cores:.1f}" for cores in result.cores)
         late = milliseconds(result.beside.timer)[2]
         rows.append([str(result.case.number), result.case.label, *cells(result.beside), *server, late, counted(result.counts)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
