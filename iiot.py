@@ -4744,13 +4744,18 @@ class Door:
         """Give a connection its protocol, once its handshake of TLS is over."""
         # Who closes in silence is not waited for. None where there is no TLS, as asyncio wants it.
         patience = self._limits.close_seconds if self._context else None
+        protocol = self._make(peer)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: self._make(peer), peer, ssl=self._context, ssl_shutdown_timeout=patience
+                lambda: protocol, peer, ssl=self._context, ssl_shutdown_timeout=patience
             )
             self.peers.begin(peer)
         except OSError as error:  # that of TLS is one, too
             log.debug("a connection did not begin: %s", error)
+            # Circles would be garbage for long, and there may be thousands of strangers: the protocol has them until it is told, and
+            # the frames of a traceback hold the future that holds the error.
+            protocol.connection_lost(error)
+            error.__traceback__ = None
 
 
 # ==== Registry ====

@@ -235,6 +235,31 @@ async def test_a_crowd_of_strangers_is_bounded_where_descriptors_are_not(tmp_pat
         assert [one.is_closed for one in silent.opened] == [True] * 3 + [False] * 5
 
 
+async def test_what_is_left_of_strangers_is_no_garbage_to_be_looked_for(tmp_path: Path) -> None:
+    """Thousands of them in a second would fill the memory with circles, and the collector of garbage would make everybody wait."""
+    kinds = (iiot.PlainRequestHandler, sslproto.SSLProtocol)
+
+    def left() -> int:
+        return sum(isinstance(thing, kinds) for thing in gc.get_objects())
+
+    async with quick(tmp_path, tls=True, limits=PATIENT) as running, crowd(running.url) as others:
+        gc.collect()
+        before = left()
+        gc.disable()
+        try:
+            for kind in ("tcp", "hello-of-tls") * 3:
+                (await others.connect(kind)).writer.transport.abort()
+            noise = await others.connect("tcp")
+            noise.writer.write(b"what is this?\r\n\r\n")
+            await noise.closed()
+            await held(0)
+            async with asyncio.timeout(PATIENCE):
+                while left() > before:
+                    await asyncio.sleep(0.05)
+        finally:
+            gc.enable()
+
+
 @pytest.mark.parametrize("tls", [False, True])
 async def test_each_connection_is_counted_until_it_ends_however_it_ends(tmp_path: Path, tls: bool) -> None:  # noqa: FBT001 - a table
     async with quick(tmp_path, tls=tls, limits=PATIENT) as running, crowd(running.url) as others:
