@@ -335,7 +335,7 @@ class Limits:
     removed_rows: int = 1_000
     removed_documents: int = 20
     removed_versions: int = 100
-    removed_bytes: int = 1024 * 1024
+    removed_bytes: int = 512 * 1024
     # Frames of a device whose tenant may store no more points for now: those that were under way when it was told. After so
     # many bytes of them its socket is not read.
     held_bytes: int = 16 * 1024
@@ -3699,12 +3699,19 @@ def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], l
     for those whose events are still in the live feed."""
     ids = bind(devices)
     of_them = "device_id in (select value from json_each(?))"
-    versions = """select device_id, version, sum(length(document) + length(changes)) over (rows unbounded preceding) size,
-        row_number() over () number from (select * from state where device_id in (select value from json_each(?)) limit ?)"""
+    # One version after the other: each may be long, and no more of them are to be read than are deleted.
     deleted_versions = connection.execute(
-        f"""delete from state where (device_id, version) in (
-            select device_id, version from ({versions}) where size <= ? or number = 1)""",
-        (*ids, limits.removed_versions, limits.removed_bytes),
+        """delete from state where (device_id, version) in (
+               with recursive part (device_id, version, size, number) as (
+                   select * from (select device_id, version, length(document) + length(changes), 1 from state
+                                  where device_id in (select value from json_each(:ids)) order by device_id, version limit 1)
+                   union all select next.device_id, next.version, size + length(document) + length(changes), number + 1
+                   from part join state next on (next.device_id, next.version) = (
+                       select device_id, version from state where device_id in (select value from json_each(:ids))
+                       and (device_id, version) > (part.device_id, part.version) order by device_id, version limit 1)
+                   where size < :bytes and number < :versions)
+               select device_id, version from part where size <= :bytes or number = 1)""",
+        {"ids": ids[0], "bytes": limits.removed_bytes, "versions": limits.removed_versions},
     ).rowcount
     if deleted_versions:
         return
@@ -4218,12 +4225,8 @@ class Reads(Queries):
 
     async def state_history(self, tenant: int, device: str, limit: int, after: int) -> str | None:
         """Every change of what a device reports, newest first."""
-        return await self._history(
-            f"""select version position, json_object('version', version, 'at', {time_sql("at")}, 'session', session,
-                       'changes', json(changes)) item
-                from state where device_id = :device_id and version < :after order by version desc""",
-            tenant, device, limit, after,
-        )  # fmt: skip
+        item = f"json_object('version', version, 'at', {time_sql('at')}, 'session', session, 'changes', json(changes))"
+        return await self._history("state", item, tenant, device, limit, after)
 
     async def config(self, tenant: int, device: str) -> str | None:
         """The configuration that a device is wanted to have, and how far it is."""
@@ -4257,15 +4260,30 @@ class Reads(Queries):
 
     async def config_history(self, tenant: int, device: str, limit: int, after: int) -> str | None:
         """Every configuration that was pushed to a device, newest first."""
-        return await self._history(
-            f"""select version position, {CONFIG_JSON} item from config
-                where device_id = :device_id and version < :after order by version desc""",
-            tenant, device, limit, after,
-        )  # fmt: skip
+        return await self._history("config", CONFIG_JSON, tenant, device, limit, after)
 
-    async def _history(self, page_sql: str, tenant: int, device: str, limit: int, after: int) -> str | None:
+    async def _history(self, table: str, item: str, tenant: int, device: str, limit: int, after: int) -> str | None:
+        """A page of the versions of a device, newest first; as `_list`, but no more of them are read than are shown: each may be long."""
         device_id = await self.device_id(tenant, device)
-        return None if device_id is None else await self._list(page_sql, limit, device_id=device_id, after=after)
+        if device_id is None:
+            return None
+
+        def newest(below: str) -> str:
+            return f"""{table}.device_id = :device_id and {table}.version = (
+                select max(version) from {table} where device_id = :device_id and version < {below})"""
+
+        return await self._json(
+            f"""with recursive page as (
+                    select {table}.version position, {item} item, 1 number, 0 before from {table} where {newest(":after")}
+                    union all select {table}.version, {item}, number + 1, before + length(item) from page join {table}
+                    on {newest("position")} where number < :limit and before + length(item) < {PAGE_CHARACTERS}),
+                shown as materialized (select * from page where before + length(item) <= {PAGE_CHARACTERS} or number = 1),
+                last as (select min(position) position from shown)
+                select json_object('items', (select json_group_array(json(item)) from (select item from shown order by number)),
+                    'next', (select position from last where exists (
+                        select 1 from {table} where device_id = :device_id and version < last.position)))""",
+            device_id=device_id, after=after, limit=limit,
+        )  # fmt: skip
 
 
 class Store:

@@ -85,6 +85,29 @@ async def test_answers_carry_what_browsers_need(plant: Plant, path: str) -> None
         assert response.headers["Cache-Control"] == "no-store"
 
 
+def test_a_slice_of_a_removal_reads_no_more_versions_than_it_deletes(tmp_path: Path) -> None:
+    """Each may be long. A hundred were read to delete eight."""
+    database = tmp_path / "iiot.db"
+    iiot.prepare_database(database)
+    limits = attrs.evolve(iiot.Limits(), removed_bytes=50_000, removed_versions=100)
+    with closing(iiot.connect(database)) as connection:
+        for device_id in (1, 2):
+            iiot.insert_device(connection, 1, f"press-{device_id}", iiot.mint("dev").stored, {})
+            rows = [(device_id, version, "x" * 10_000) for version in range(40 if device_id == 1 else 4)]
+            connection.executemany("insert into state values (?, ?, 0, 1, ?, '[]')", rows)
+            iiot.remove_device(connection, 1, f"press-{device_id}")
+        steps, left = [0], 44
+        connection.set_progress_handler(lambda: steps.append(steps.pop() + 1), 1)
+        costs = []
+        while left:
+            steps[:] = [0]
+            iiot.delete_removed_devices(connection, [1, 2], limits)
+            costs.append(steps[0])
+            left, before = connection.execute("select count(*) from state").fetchone()[0], left
+            assert before - left == 4
+        assert max(costs) < 1.5 * min(costs)
+
+
 def test_a_slice_of_a_removal_is_bounded_in_bytes_and_never_empty(tmp_path: Path) -> None:
     database = tmp_path / "iiot.db"
     iiot.prepare_database(database)

@@ -283,6 +283,53 @@ async def test_the_history_names_what_changed_by_json_pointers(plant: Plant) -> 
     assert items[2]["changes"] == [{"path": "/list", "from": [1, 2], "to": {"now": "an object"}}]
 
 
+@pytest.mark.parametrize(("table", "path"), [("state", "/state/history"), ("config", "/config/history")])
+async def test_a_page_of_a_history_reads_no_more_than_it_shows(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch, table: str, path: str
+) -> None:
+    """Versions may be long: a page of four megabytes would read a hundred. Here what is not shown is no JSON, and cannot be read."""
+    monkeypatch.setattr(iiot, "PAGE_CHARACTERS", 10_000)
+    await plant.device("press-1")
+    value = "json_array(json_object('text', printf('%3000d', n)))"
+    numbers = "with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < 12)"
+    with plants.writing(plant.database) as connection:
+        if table == "state":
+            connection.execute(f"insert into state {numbers} select 1, n, 0, 1, '', {value} from numbers")
+        else:
+            connection.execute("insert into document (id, text) values (1, '{}')")
+            connection.execute(
+                f"""insert into config (device_id, version, document_id, at, author, timeout, status, status_at, errors) {numbers}
+                    select 1, n, 1, 0, 'somebody', 1, 'rejected', 0, {value} from numbers"""
+            )
+    shown, column = "changes" if table == "state" else "errors", f"/iiot/press-1{path}?limit=1000"
+    page = await plant.get(column)
+    assert ([item["version"] for item in page["items"]], page["next"]) == ([12, 11, 10], 10)
+    with plants.writing(plant.database) as connection:
+        connection.execute(f"update {table} set {shown} = 'no JSON' where version < 9")
+    assert await plant.get(column) == page
+    versions = []
+    with plants.writing(plant.database) as connection:
+        connection.execute(f"update {table} set {shown} = '[]' where version < 9")
+    while page["next"] is not None:
+        page = await plant.get(f"{column}&after={page['next']}")
+        versions += [item["version"] for item in page["items"]]
+    assert versions == list(range(9, 0, -1))
+
+
+async def test_a_version_longer_than_a_page_is_shown_alone(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iiot, "PAGE_CHARACTERS", 100)
+    device = await plant.device("press-1")
+    for number in range(3):
+        await send(device, {"n": f"{number:500}"})
+    await device.acknowledged(device.seq)
+    versions, after = [], ""
+    for _ in range(3):
+        page = await plant.get(f"/iiot/press-1/state/history{after}")
+        versions.append([item["version"] for item in page["items"]])
+        after = f"?after={page['next']}"
+    assert (versions, page["next"]) == ([[3], [2], [1]], None)
+
+
 async def test_the_history_comes_in_pages_newest_first(plant: Plant) -> None:
     device = await plant.device("press-1")
     for number in range(7):
