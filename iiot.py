@@ -1176,9 +1176,16 @@ def merge_patch(target: object, patch: object) -> Any:
     return merged
 
 
+EQUAL_ALIKE: Final = frozenset({str, int, bool})  # of two values of these Python knows whether they are equal in JSON
+MISSING: Final = object()
+
+
 def same(one: object, other: object) -> bool:
     """Whether two JSON values are equal; unlike in Python, 1, 1.0 and true are not."""
-    return canonical(one) == canonical(other)
+    kind = type(one)
+    if kind is not type(other):
+        return False
+    return one == other if kind in EQUAL_ALIKE else canonical(one) == canonical(other)
 
 
 Place = tuple[str, ...]  # where in a document: the names that lead there, none for the document itself
@@ -1186,10 +1193,10 @@ Place = tuple[str, ...]  # where in a document: the names that lead there, none 
 
 def pointer(place: Place) -> str:
     """As RFC 6901 writes it."""
-    text = "/".join(("", *place))
-    if "~" in text or text.count("/") > len(place):
-        text = "".join(f"/{name.replace('~', '~0').replace('/', '~1')}" for name in place)
-    return text
+    text = "/".join(place)
+    if "~" in text or text.count("/") >= len(place):
+        return "".join([f"/{name.replace('~', '~0').replace('/', '~1')}" for name in place])
+    return f"/{text}"
 
 
 def place_of(text: str) -> Place:
@@ -1235,16 +1242,15 @@ def apply_changes(document: dict[str, Any], changes: Iterable[Mapping[str, Any]]
 def changes_between(old: Mapping[str, Any], new: Mapping[str, Any], place: Place = ()) -> Iterator[dict[str, Any]]:
     """What differs between two documents: {path: Place, from?, to?}; an array is one value."""
     for name in sorted({*old, *new}):
-        here = (*place, name)
-        before, after = old.get(name), new.get(name)
-        if name in old and name in new and isinstance(before, dict) and isinstance(after, dict):
-            yield from changes_between(before, after, here)
-        elif name not in old:
-            yield {"path": here, "to": after}
-        elif name not in new:
-            yield {"path": here, "from": before}
+        before, after = old.get(name, MISSING), new.get(name, MISSING)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from changes_between(before, after, (*place, name))
+        elif before is MISSING:
+            yield {"path": (*place, name), "to": after}
+        elif after is MISSING:
+            yield {"path": (*place, name), "from": before}
         elif not same(before, after):
-            yield {"path": here, "from": before, "to": after}
+            yield {"path": (*place, name), "from": before, "to": after}
 
 
 def read_changes(told: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -2040,6 +2046,7 @@ def bind(rows: object) -> tuple[str]:
 
 
 TEXT_BYTES: Final = 4 * 1024 * 1024  # that one statement binds of rows that may be long: such a text is in memory several times over
+LONG_TEXT: Final = 8 * 1024  # texts of one row from which on a statement of its own costs less than reading them within JSON
 
 
 def bind_in_parts(rows: Iterable[object]) -> Iterator[tuple[str]]:
@@ -2970,22 +2977,37 @@ def close_crashed_sessions(connection: sqlite3.Connection) -> int:
     ).rowcount
 
 
-def insert_states(connection: sqlite3.Connection, rows: Iterable[tuple[object, ...]], characters: int) -> None:
-    """Rows of (device, version, at, session, document, changes, software version), in order; so many characters of the last are shown."""
-    for part in bind_in_parts(rows):
+STATE_COLUMNS: Final = "device_id, version, at, session, document, changes"
+
+
+StateRow = tuple[int, int, int, int, str, str]  # as `STATE_COLUMNS` has them
+
+
+def insert_long_states(connection: sqlite3.Connection, rows: Iterable[StateRow]) -> Iterator[StateRow]:
+    """Store those with a long text, each as it is bound: as JSON SQLite would read the text once for each column. The others come back."""
+    for row in rows:
+        if len(row[4]) + len(row[5]) >= LONG_TEXT:
+            connection.execute(f"insert into state ({STATE_COLUMNS}) values (?, ?, ?, ?, ?, ?)", row)
+        else:
+            yield row
+
+
+def insert_states(connection: sqlite3.Connection, rows: Iterable[StateRow]) -> None:
+    for part in bind_in_parts(insert_long_states(connection, rows)):
         connection.execute(
-            """insert into state (device_id, version, at, session, document, changes)
-               select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 from json_each(?)""",
+            f"""insert into state ({STATE_COLUMNS})
+                select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5 from json_each(?)""",
             part,
         )
-        connection.execute(
-            """update presence set software_version = new.software
-               from (select value ->> 0 device_id, iif(json_type(value, '$[6]') = 'text', substr(value ->> 6, 1, ?2), null) software,
-                            max(key)
-                     from json_each(?1) group by 1) new
-               where presence.device_id = new.device_id""",
-            (*part, characters),
-        )
+
+
+def show_software(connection: sqlite3.Connection, reported: Mapping[int, object], characters: int) -> None:
+    """The software versions that devices report, by device, of which so many characters are shown; what is no text is none."""
+    shown = {str(device_id): version[:characters] if isinstance(version, str) else None for device_id, version in reported.items()}
+    connection.execute(
+        "update presence set software_version = value from json_each(?) where device_id = cast(key as integer)",
+        bind(shown),
+    )
 
 
 @attrs.define
@@ -3035,9 +3057,9 @@ def shorten_states(connection: sqlite3.Connection, versions: list[tuple[int, int
 def new_versions(
     reported: Reported, reports: list[tuple[int, StateReport]], events: list[TimelineEntry], refused: list[tuple[Committed, str, int]],
     limits: Limits,
-) -> Iterator[tuple[object, ...]]:
+) -> Iterator[StateRow]:
     """What one device reports, as rows for `insert_states`."""
-    row: tuple[object, ...] | None = None
+    row: StateRow | None = None
     for arrival, report in reports:
         try:
             changes = reported.take(report, limits)
@@ -3052,10 +3074,9 @@ def new_versions(
         events.append(TimelineEntry(arrival, report.device_id, report.at, "state", {"version": reported.version}))
         whole = canonical(reported.document).decode() if reported.version % limits.state_versions == 1 else ""
         told = changes_text(changes, reported.document, 4 * limits.document_bytes).decode()
-        shown = reported.document.get("software_version")
-        row = (report.device_id, reported.version, report.at, report.session, whole, told, shown)
+        row = (report.device_id, reported.version, report.at, report.session, whole, told)
     if row is not None:
-        yield (*row[:4], canonical(reported.document).decode(), *row[5:])
+        yield (*row[:4], canonical(reported.document).decode(), row[5])
 
 
 REPORTING: Final = 64  # devices whose documents are in memory at one time
@@ -3081,9 +3102,10 @@ def write_states(
             for device_id in devices
             for row in new_versions(known.setdefault(device_id, Reported(0, {})), by_device[device_id], events, refused, limits)
         )
-        insert_states(connection, rows, limits.shown_characters)
-        older = [(device_id, last) for device_id, last in before.items() if last % limits.state_versions != 1]
-        shorten_states(connection, [(device_id, last) for device_id, last in older if known[device_id].version > last])
+        insert_states(connection, rows)
+        changed = [device_id for device_id in devices if known[device_id].version > before.get(device_id, 0)]
+        show_software(connection, {key: known[key].document.get("software_version") for key in changed}, limits.shown_characters)
+        shorten_states(connection, [(key, before[key]) for key in changed if key in before and before[key] % limits.state_versions != 1])
     return refused
 
 

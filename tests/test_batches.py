@@ -131,7 +131,7 @@ async def test_the_most_reports_of_state_that_can_wait_are_stored(bound: Bound, 
         )
     await wait_in_the_writer(plant, devices, bound, {"type": "state", "reported": {"n": 1}})
     assert bound.most(lambda batch: len(batch.states)) >= REPORTS
-    assert iiot.TEXT_BYTES / 2 < bound.longest <= LONGEST
+    assert DOCUMENT / 2 < bound.longest <= LONGEST
     for name in ("press-0000", "press-0300", "press-0999"):
         assert (await plant.get(f"/iiot/{name}/state"))["reported"] == {**document, "n": 1}
     counted = "select version, count(*), sum(document <> '') from state group by version"

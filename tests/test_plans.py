@@ -195,7 +195,8 @@ async def live_in_the_field(plant: Plant) -> Device:
     device = await (await plant.connect()).hello(new["token"])
     for number in range(60):
         await device.send("state", seq=device.seq + 1 + number, reported={"n": number, "software_version": "1"})
-    await device.send("config_status", seq=device.seq + 61, version=7, status="applied")
+    await device.send("state", seq=device.seq + 61, reported={"text": "x" * iiot.LONG_TEXT})
+    await device.send("config_status", seq=device.seq + 62, version=7, status="applied")
     assert (await device.expect("error"))["code"] == "unknown_version"
     assert (await plant.ask("POST", "/iiot/pump-1?timeout=1ms&wait=20", {"n": 1}))[1]["status"] == "timed_out"
     for _ in range(10):
