@@ -108,6 +108,9 @@ PRIVATE: Final = MappingProxyType(
         "aiohttp.web.RequestHandler._manager": "the server, which counts connections",
         "aiohttp.web.RequestHandler._message_tail": "what came after the request",
         "aiohttp.web.RequestHandler._buffer_paused": "whether reading was held meanwhile",
+        "aiohttp.base_protocol.BaseProtocol._buffer_paused": "likewise",
+        "aiohttp.base_protocol.BaseProtocol._pause_reading_for_buffer": "to hold up a device that sends more than is taken",
+        "aiohttp.base_protocol.BaseProtocol._resume_reading_for_buffer": "to let it go on",
         "aiohttp.web.Server._loop": "to make handlers of our own",
         "aiohttp.web.Server._kwargs": "likewise",
         "aiohttp.web.AppRunner._make_server": "to make a server of our own",
@@ -240,6 +243,9 @@ class Limits:
     turn_seconds: float = 0.005
     turns_alone: int = 8
     piece_bytes: int = 32 * 1024
+    # What the devices of a tenant have sent beyond that and the server has not taken yet: then one of them is read after the other.
+    # A device is held up by others for `stall_seconds` at most.
+    backlog_bytes: int = 8 * 1024 * 1024
     # A push to many devices is made in parts of so many: what one transaction makes of it takes as long as it may.
     push_devices: int = 200
     device_points: int = 15
@@ -1447,16 +1453,63 @@ class Pace:
     used: list[Any] = attrs.field(factory=list)
 
 
+class Sender(Protocol):
+    """Who sends more than is taken at once."""
+
+    def hold(self) -> None:
+        """Nothing more of it is read."""
+
+    def go_on(self) -> None:
+        """It is read again."""
+
+
+class Backlog:
+    """What senders have sent and the server has not taken yet, all of a tenant's together: frames of all its devices at one time would
+    fill the memory. Beyond so many bytes only the first goes on, until what it sent is taken; the others wait in their order."""
+
+    __slots__ = ("_bytes", "_held", "_most", "_sizes")
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._bytes = 0
+        self._sizes: dict[Sender, int] = {}
+        self._held: dict[Sender, None] = {}
+
+    def received(self, sender: Sender, size: int) -> None:
+        """So many bytes of a sender are not taken yet."""
+        self._bytes += size - self._sizes.get(sender, 0)
+        self._sizes[sender] = size
+        if self._bytes > self._most and sender not in self._held and sender is not next(iter(self._sizes)):
+            self._held[sender] = None
+            sender.hold()
+
+    def taken(self, sender: Sender) -> None:
+        """What a sender sent is taken, or nobody wants it any more: another one may go on."""
+        self._bytes -= self._sizes.pop(sender, 0)
+        self._let_go_on(sender)
+        first = next(iter(self._sizes), None)
+        if first in self._held or self._bytes >= self._most:
+            self._let_go_on(first)
+        else:
+            self._let_go_on(next(iter(self._held), None))
+
+    def _let_go_on(self, sender: Sender | None) -> None:
+        if sender in self._held:
+            del self._held[sender]
+            sender.go_on()
+
+
 class Share:
     """A tenant's part of the time of all: of the event loop, in which its work takes turns, and of what the next transaction stores.
     Work that is short needs no turn. Longer work takes one for each of its parts, and where others of the tenant wait it stands
     last among them: in each round of the event loop one of them goes on. What is to be stored waits apart from what is not: when
     nothing more can be stored, it alone must wait."""
 
-    __slots__ = ("_asked", "_asking", "_pace", "_storing", "_taken", "long_work", "used", "waiting_pushes", "weight")
+    __slots__ = ("_asked", "_asking", "_pace", "_storing", "_taken", "backlog", "long_work", "used", "waiting_pushes", "weight")
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: Pace, backlog: Backlog) -> None:
         self._pace = pace
+        self.backlog = backlog
         self._storing: deque[asyncio.Future[None]] = deque()
         self._asking: deque[asyncio.Future[None]] = deque()
         self._asked = False  # whether the last turn was of one that stores nothing
@@ -1545,7 +1598,7 @@ class Shares:
     def of(self, tenant_id: int | None) -> Share:
         share = self._shares.get(tenant_id)
         if share is None:
-            share = self._shares[tenant_id] = Share(self._pace)
+            share = self._shares[tenant_id] = Share(self._pace, Backlog(self._limits.backlog_bytes))
         return share
 
     def next_transaction(self) -> None:
@@ -4820,6 +4873,7 @@ class Phase(Protocol):
         """The connection is over, for this reason."""
 
 
+HEADER_BYTES: Final = 14  # of a frame, at most
 READ_BYTES: Final = 64 * 1024  # of messages that wait to be read from a link, before the connection is not read any more
 
 
@@ -4831,8 +4885,8 @@ class Link(BaseProtocol):
     """
 
     __slots__ = (
-        "_is_served", "_limits", "_lost", "_queue", "_reader", "_stopping", "address", "began", "ended", "heard", "peer", "phase",
-        "pinged", "reading", "use",
+        "_backlog", "_is_served", "_limits", "_lost", "_queue", "_read", "_reader", "_received", "_stopping", "address", "began", "ended",
+        "heard", "peer", "phase", "pinged", "reading", "use",
     )  # fmt: skip
 
     def __init__(
@@ -4849,6 +4903,9 @@ class Link(BaseProtocol):
         self._stopping = stopping
         self._lost: asyncio.Future[None] | None = None  # made when it is waited for
         self._is_served = False
+        self._received = 0  # bytes that are not taken yet
+        self._read = 0  # bytes of the message that is being taken
+        self._backlog: Backlog | None = None
         self.peer = peer
         self.address = address
         self.ended = ""  # why, once it has
@@ -4856,15 +4913,38 @@ class Link(BaseProtocol):
         self.use: TenantUse | None = None  # once it is known which device this is
         self.began = self.heard = loop.time()
         self.pinged = False
-        self.reading = True  # whether the server takes what the device sends; if not, its silence is the server's
+        self.reading = True  # whether the session takes what the device sends
 
     def data_received(self, data: bytes) -> None:
         self.heard = self._loop.time()  # a long frame on a slow line is life, before it is whole
         self._reader.feed_data(data)
+        self._received += len(data)
+        if self._received > self._limits.piece_bytes and self._backlog is not None:
+            self._backlog.received(self, self._received)
+
+    def belong(self, use: TenantUse, backlog: Backlog) -> None:
+        """It is known to which tenant its device belongs."""
+        self.use, self._backlog = use, backlog
+
+    def hold(self) -> None:
+        self._pause_reading_for_buffer()
+        self._loop.call_later(self._limits.stall_seconds, self.go_on)  # whatever holds the others up
+
+    def go_on(self) -> None:
+        if self._buffer_paused:
+            self.heard = self._loop.time()
+            self._resume_reading_for_buffer()
+
+    @property
+    def listens(self) -> bool:
+        """Whether the server reads what the device sends; if not, its silence is the server's."""
+        return self.reading and not self._buffer_paused
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._reader.feed_eof()
         super().connection_lost(exc)
+        if self._backlog is not None:
+            self._backlog.taken(self)
         if self._lost is not None:
             self._lost.set_result(None)
         self._forget()
@@ -4890,6 +4970,8 @@ class Link(BaseProtocol):
 
     async def read(self) -> WSMessage | None:
         """The next message; None after the last, and then `ended` says why it was the last."""
+        if self._received:
+            self._message_taken()
         try:
             message = cast(WSMessage, await self._queue.read())
         except EofStream:
@@ -4901,9 +4983,19 @@ class Link(BaseProtocol):
             await self._wait_until_lost()
             return None
         if message.type is not WSMsgType.CLOSE:
+            self._read = len(message.data)
             return message
         self.end("closed_by_device")
         return None
+
+    def _message_taken(self) -> None:
+        """The last message that was read. Whoever has sent more goes behind the others with it, now and then."""
+        was, self._received = self._received, max(0, self._received - self._read - HEADER_BYTES) if self.has_more else 0
+        piece = self._limits.piece_bytes
+        if was > piece and was // piece > self._received // piece and self._backlog is not None:
+            self._backlog.taken(self)
+            if self._received > piece:
+                self._backlog.received(self, self._received)
 
     async def close(self) -> None:
         """End the connection and wait for the device's close frame, or until it is gone. What it sent before that is read and thrown
@@ -5258,7 +5350,8 @@ class Registry:
             if link.began - before.began < self._fought_seconds and self._allowances.fights.add(str(device_id)):
                 raise Refusal("session_conflict", retry_after=self._conflict_retry_seconds)
             before.end("superseded")
-        self._places[device_id], link.use = link, use
+        self._places[device_id] = link
+        link.belong(use, self._allowances.shares.of(use.tenant_id).backlog)
         use.connections += 1
 
     def welcome(self, device_id: int, session: ReachableSession) -> None:
@@ -5370,7 +5463,7 @@ class Heartbeat:
         for link in list(self._registry.links):
             link.heard += late
             silent = now - link.heard
-            if silent < self._seconds or not link.reading:
+            if silent < self._seconds or not link.listens:
                 link.pinged = False
             elif not link.pinged:
                 link.pinged = True

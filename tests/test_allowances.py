@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import signal
 import sqlite3
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -14,6 +17,8 @@ import attrs
 import plant as plants
 import pytest
 from aiohttp import ClientSession
+from hypothesis import given
+from hypothesis import strategies as st
 from plant import PATIENCE, Plant, Process, locked
 
 import iiot
@@ -272,3 +277,91 @@ async def test_a_long_frame_that_a_kill_cut_is_sent_again_and_stored_once(proces
             await device.acknowledged(1)
         counted = await plant.get("/iiot/press-1/telemetry?every=1h&agg=count,sum")
         assert [series["points"][0][1:] for series in counted["series"]] == [[20_000, sum(range(20_000))]]
+
+
+# ---- what devices have sent and the server has not taken
+
+
+class Sender:
+    def __init__(self) -> None:
+        self.held = False
+
+    def hold(self) -> None:
+        assert not self.held
+        self.held = True
+
+    def go_on(self) -> None:
+        assert self.held
+        self.held = False
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 60)), max_size=60))
+def test_of_what_is_not_taken_the_first_goes_on_and_nobody_is_left_behind(steps: list[tuple[int, int]]) -> None:
+    """A step: a sender, and how much more of it has come; nothing more means that what it sent is taken."""
+    backlog, senders, sizes = iiot.Backlog(100), [Sender() for _ in range(6)], dict[Sender, int]()
+    for number, more in steps:
+        sender = senders[number]
+        if not more:
+            backlog.taken(sender)
+            sizes.pop(sender, None)
+        elif not sender.held:  # nothing comes of one that is held
+            sizes[sender] = sizes.get(sender, 0) + more
+            backlog.received(sender, sizes[sender])
+            assert sender.held == (sum(sizes.values()) > 100 and sender is not next(iter(sizes)))
+        held = [sender for sender in senders if sender.held]
+        assert set(held) <= sizes.keys()
+        assert not sizes or not next(iter(sizes)).held
+    while sizes:
+        first = next(iter(sizes))
+        assert not first.held
+        backlog.taken(first)
+        del sizes[first]
+    assert not any(sender.held for sender in senders)
+
+
+def megabyte() -> str:
+    """A frame of nearly as many bytes as one may have."""
+    frame = json.dumps({"type": "telemetry", **long_frame(1, 12_000, timed=True)}).replace('"level"', f'"{"x" * 40}"')
+    assert iiot.Limits().frame_bytes * 0.8 < len(frame) < iiot.Limits().frame_bytes
+    return frame
+
+
+async def test_of_long_frames_that_come_at_one_time_few_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an outage thousands of devices may send a megabyte each."""
+    most, received, chunk = [0], iiot.Backlog.received, 256 * 1024  # that asyncio reads at one time
+
+    def noted(backlog: iiot.Backlog, sender: iiot.Sender, size: int) -> None:
+        received(backlog, sender, size)
+        most[0] = max(most[0], sum(backlog._sizes.values()))
+
+    monkeypatch.setattr(iiot.Backlog, "received", noted)
+    limits = attrs.evolve(iiot.Limits(), backlog_bytes=500_000)
+    frame = megabyte()
+    async with plants.plant(tmp_path, limits) as plant:
+        devices = [await plant.device(f"press-{number}") for number in range(16)]
+        await asyncio.gather(*(device.link.send_str(frame) for device in devices))
+        for device in devices:
+            await device.acknowledged(1)
+        assert most[0] < limits.backlog_bytes + len(frame) + len(devices) * chunk / 2
+
+
+async def test_who_waits_for_a_frame_that_does_not_end_goes_on_in_time_and_is_not_taken_for_dead(tmp_path: Path) -> None:
+    limits = attrs.evolve(iiot.Limits(), backlog_bytes=1, piece_bytes=2_000, stall_seconds=2.5)
+    async with plants.plant(tmp_path, limits, heartbeat=1.0) as plant:
+        slow, other = await plant.device("press-1"), await plant.device("press-2")
+        connection = slow.link.get_extra_info("socket").dup()
+        connection.sendall(struct.pack("!BBQI", 0x81, 0xFF, 100_000, 0) + b" " * 3_000)
+        shares = [thing for thing in gc.get_objects() if isinstance(thing, iiot.Share)]
+        async with asyncio.timeout(PATIENCE):
+            while not any(share.backlog._sizes for share in shares):
+                await asyncio.sleep(0)
+        sending = asyncio.create_task(other.link.send_str(megabyte()))
+        async with asyncio.timeout(PATIENCE):
+            while not any(share.backlog._held for share in shares):
+                await asyncio.sleep(0)
+        acknowledged = asyncio.create_task(other.acknowledged(1))
+        while not acknowledged.done():
+            connection.send(b" ")
+            await asyncio.wait((acknowledged,), timeout=0.2)
+        await asyncio.gather(acknowledged, sending)
+        connection.close()
