@@ -4885,8 +4885,8 @@ class Link(BaseProtocol):
     """
 
     __slots__ = (
-        "_backlog", "_is_served", "_limits", "_lost", "_queue", "_read", "_reader", "_received", "_stopping", "address", "began", "ended",
-        "heard", "peer", "phase", "pinged", "reading", "use",
+        "_backlog", "_counted", "_is_served", "_limits", "_lost", "_queue", "_read", "_reader", "_received", "_stopping", "address",
+        "began", "ended", "heard", "peer", "phase", "pinged", "reading", "use",
     )  # fmt: skip
 
     def __init__(
@@ -4904,6 +4904,7 @@ class Link(BaseProtocol):
         self._lost: asyncio.Future[None] | None = None  # made when it is waited for
         self._is_served = False
         self._received = 0  # bytes that are not taken yet
+        self._counted = 0  # if fewer than so many are left, some of those in the backlog were taken
         self._read = 0  # bytes of the message that is being taken
         self._backlog: Backlog | None = None
         self.peer = peer
@@ -4919,8 +4920,8 @@ class Link(BaseProtocol):
         self.heard = self._loop.time()  # a long frame on a slow line is life, before it is whole
         self._reader.feed_data(data)
         self._received += len(data)
-        if self._received > self._limits.piece_bytes and self._backlog is not None:
-            self._backlog.received(self, self._received)
+        if self._received > self._limits.piece_bytes:
+            self._count()
 
     def belong(self, use: TenantUse, backlog: Backlog) -> None:
         """It is known to which tenant its device belongs."""
@@ -4970,7 +4971,8 @@ class Link(BaseProtocol):
 
     async def read(self) -> WSMessage | None:
         """The next message; None after the last, and then `ended` says why it was the last."""
-        if self._received:
+        self._received -= self._read
+        if self._received < self._counted:
             self._message_taken()
         try:
             message = cast(WSMessage, await self._queue.read())
@@ -4983,19 +4985,23 @@ class Link(BaseProtocol):
             await self._wait_until_lost()
             return None
         if message.type is not WSMsgType.CLOSE:
-            self._read = len(message.data)
+            self._read = len(message.data) + HEADER_BYTES
             return message
         self.end("closed_by_device")
         return None
 
     def _message_taken(self) -> None:
-        """The last message that was read. Whoever has sent more goes behind the others with it, now and then."""
-        was, self._received = self._received, max(0, self._received - self._read - HEADER_BYTES) if self.has_more else 0
-        piece = self._limits.piece_bytes
-        if was > piece and was // piece > self._received // piece and self._backlog is not None:
+        """Some of what was counted, or all that was received. Whoever has sent more goes behind the others with it."""
+        self._received = max(0, self._received)
+        if self._counted and self._backlog is not None:
+            self._counted = 0
             self._backlog.taken(self)
-            if self._received > piece:
-                self._backlog.received(self, self._received)
+            self._count()
+
+    def _count(self) -> None:
+        if self._received > self._limits.piece_bytes and self._backlog is not None:
+            self._counted = self._received - self._limits.piece_bytes
+            self._backlog.received(self, self._received)
 
     async def close(self) -> None:
         """End the connection and wait for the device's close frame, or until it is gone. What it sent before that is read and thrown
