@@ -882,6 +882,32 @@ def field_errors(error: BaseException, path: str = "") -> Iterator[FieldError]:
         yield FieldError(path.lstrip("."), "is not as expected")
 
 
+def errors_from(start: int, errors: Iterable[FieldError]) -> Iterator[FieldError]:
+    """Errors of a part of a frame whose first sample has this number."""
+    for error in errors:
+        yield attrs.evolve(error, path=re.sub(r"(?<=^samples\[)[0-9]+", lambda index: str(start + int(index[0])), error.path))
+
+
+MEMBERS: Final = rb'"(?:type"\s*:\s*"telemetry"|seq"\s*:\s*[0-9]{1,19})'  # of telemetry, besides its samples
+BEFORE_SAMPLES: Final = re.compile(rb'\s*\{(?:\s*%b\s*,){0,2}\s*"samples"\s*:\s*\[' % MEMBERS)
+BETWEEN_SAMPLES: Final = re.compile(rb"\}\s*,\s*\{")
+AFTER_SAMPLES: Final = re.compile(rb"\](?:\s*,\s*%b){0,2}\s*\}\s*" % MEMBERS)
+
+
+def small_frames(data: bytes, size: int) -> Iterator[bytes]:
+    """A frame of telemetry as frames of about so many bytes, each with some of its samples; none, if it is written in an unusual way.
+    Where the text that divides two samples stands elsewhere, in a name say, a part is no JSON: it ends within what it began."""
+    before, end = BEFORE_SAMPLES.match(data), data.rfind(b"]")
+    if before is None or not AFTER_SAMPLES.fullmatch(data, end):
+        return
+    start = before.end()
+    while start < end:
+        between = BETWEEN_SAMPLES.search(data, start + size, end)
+        stop = end if between is None else between.start() + 1
+        yield b"".join((data[: before.end()], data[start:stop], data[end:]))
+        start = end if between is None else between.end() - 1
+
+
 class Codec:
     """JSON text to frames and bodies.
 
@@ -903,6 +929,25 @@ class Codec:
     def in_pieces(self, data: bytes) -> Iterator[Frame | None]:
         """The frame in `data`, as the last of what this yields; before that None for each piece of a long one, so that others can
         go on there. Refusal, as for `frame`."""
+        taken, seq = list[Sample](), Seq(0)
+        try:
+            for part in small_frames(data, self._limits.piece_bytes):
+                yield None
+                frame = self.frame(part)
+                assert isinstance(frame, Telemetry)
+                seq = frame.seq
+                taken += frame.samples
+        except Refusal as refusal:
+            if refusal.fault.code == "invalid":
+                raise Refusal("invalid", *errors_from(len(taken), refusal.errors)) from refusal
+            taken = []  # by its whole text it is known whether it is wrong
+        if taken:
+            yield Telemetry(seq, tuple(taken))
+        else:
+            yield from self._in_pieces_when_read(data)
+
+    def _in_pieces_when_read(self, data: bytes) -> Iterator[Frame | None]:
+        """The same of a frame whose text must be read at once."""
         content = self._object(data)
         samples = content.get("samples")
         if content.get("type") != "telemetry" or type(samples) is not list:
@@ -943,11 +988,7 @@ class Codec:
         try:
             return self.strings({**content, "samples": samples}, Telemetry, "invalid")
         except Refusal as refusal:
-            errors = (
-                attrs.evolve(error, path=re.sub(r"(?<=^samples\[)[0-9]+", lambda index: str(start + int(index[0])), error.path))
-                for error in refusal.errors
-            )
-            raise Refusal("invalid", *errors) from refusal
+            raise Refusal("invalid", *errors_from(start, refusal.errors)) from refusal
 
     def _frame_of(self, content: dict[str, Any], data: bytes) -> Frame:
         kind = content.pop("type", None)

@@ -304,6 +304,13 @@ def outcome(decode_text: Callable[[bytes], Any], text: str, before: list[Any] | 
 @example('{"type":"telemetry","seq":1,"samples":[]}')
 @example('{"type":"telemetry","samples":[]}')
 @example('{"type":"telemetry","samples":[' + "[" * 1_000 + "]" * 1_000 + "]}")
+@example('{"seq":1,"samples":[{"values":{"a":1}},{"values":{"b":2}},{"values":{"},{":3}}] , "type" : "telemetry"}')
+@example('{"type":"telemetry","seq":1,"samples":[{"values":{"a":1}},{"values":{"b":"%s"}},{"values":{"c":2}}]}' % ("},{" * 9))
+@example('{"type":"telemetry","seq":1,"samples":[{"values":{"a":1}}],"samples":[{"values":{"a":[{},{},{},{},{}]}}]}')
+@example('{"type":"telemetry","seq":1,"samples":[{"values":{"a":1}},{"values":{"b":2}},{"values":{"c":3}}],"seq":2}')
+@example('{"type":"telemetry","seq":1,"samples":[{"values":{"a":1}}, {"values":{"b":2}}],"samples":[{"values":{"c":3}}]}')
+@example('{"type":"telemetry","type":"state","seq":1,"samples":[{"values":{"a":1}},{"values":{"b":2}},{"values":{"c":3}}]}')
+@example('{"type":"telemetry","seq":1,"samples":[{"values":{"a":1}},{"values":{"b":2}},{"values":{"c":3}}],"more":[]}')
 def test_a_frame_in_pieces_is_the_frame_and_is_refused_for_the_same_reason(text: str) -> None:
     whole, (*pauses, piece) = outcome(CODEC.frame, text), outcome(lambda data: list(IN_PIECES.in_pieces(data)), text, [])
     assert pauses == [None] * len(pauses)
