@@ -229,10 +229,11 @@ class Limits:
     # Frames of one session that wait for their commit: then its socket is not read until they are on disk.
     unacknowledged_frames: int = 4_096
     # Points that wait in the writer: then no socket is read. Other content counts as points by its bytes, and a control operation
-    # as so many. A waiting number costs about 200 bytes, a text up to eight times its frame's.
+    # and a verdict as so many. A waiting number costs about 200 bytes, a text up to eight times its frame's.
     pending_points: int = 200_000
     point_bytes: int = 168
     change_points: int = 200
+    verdict_points: int = 8
     # For so long a transaction may take while several tenants use the server: whoever comes meanwhile waits for it. A tenant of whom
     # nothing was heard for a second leaves its part to the others. And what each may store at least in a transaction.
     transaction_seconds: float = 0.01
@@ -5802,13 +5803,28 @@ class Stamps:
 THROTTLE_SECONDS: Final = 60.0  # between two looks whether a tenant may store again
 
 
+class Owner(Committed, Protocol):
+    """The session whose frames an intake takes."""
+
+    link: Link
+
+    def notice(self, kind: str, **detail: object) -> bool: ...
+
+    def tell_change(self) -> None:
+        """Fewer frames are held."""
+
+
 class Throttle:
     """Holds back what a device sends while its tenant may store no more points: not stored, not acknowledged, not lost."""
 
-    def __init__(self, use: TenantUse, take: Callable[[bytes], None], send: Callable[[bytes], None]) -> None:
-        self._use, self._take, self._send = use, take, send
+    def __init__(
+        self, use: TenantUse, take: Callable[[bytes], None], turn: Callable[[], Awaitable[None]], owner: Owner
+    ) -> None:
+        """`turn`: until one more frame may be taken. TimeoutError."""
+        self._use, self._take, self._turn, self._owner = use, take, turn, owner
         self._frames: deque[bytes] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._going: asyncio.Task[None] | None = None
         self.size = 0
 
     def hold(self, data: bytes) -> None:
@@ -5817,34 +5833,44 @@ class Throttle:
         self.look()
 
     def look(self) -> None:
-        """Let go of what may be stored by now; if not all, tell the device for how long, and look again then."""
-        if not self._use.rest(now_ms()):
-            self.stop()
-        while self._frames and not self._use.rest(now_ms()):
-            data = self._frames.popleft()
-            self.size -= len(data)
-            self._take(data)
+        """Let go of what may be stored by now. If nothing may, tell the device for how long, and look again then."""
         rest = self._use.rest(now_ms())
         if rest and self._timer is None:  # the clock may be set meanwhile: so look, and tell, again before long
             self._timer = asyncio.get_running_loop().call_later(min(rest, THROTTLE_SECONDS), self._look_again)
-            self._send(encode(Throttled("points_per_day", rest)))
+            self._owner.link.send(encode(Throttled("points_per_day", rest)))
+        elif not rest:
+            self._stop_timer()
+            if self._frames and self._going is None:
+                self._going = asyncio.create_task(self._let_go())
+
+    async def _let_go(self) -> None:
+        """Of one frame after the other, in turn with all that the tenant's other devices hold: the day is new for them all at one time."""
+        try:
+            while self._frames and not self._use.rest(now_ms()):
+                await self._turn()
+                data = self._frames.popleft()
+                self.size -= len(data)
+                self._take(data)
+                self._owner.tell_change()
+        except TimeoutError:
+            self._owner.link.end("storage_unavailable")
+        finally:
+            self._going = None
+        self.look()
 
     def _look_again(self) -> None:
         self._timer = None
         self.look()
 
-    def stop(self) -> None:
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-
-class Owner(Committed, Protocol):
-    """The session whose frames an intake takes."""
-
-    link: Link
-
-    def notice(self, kind: str, **detail: object) -> bool: ...
+    def stop(self) -> None:
+        self._stop_timer()
+        if self._going is not None:
+            self._going.cancel()
 
 
 class Intake:
@@ -5907,13 +5933,16 @@ class Intake:
         if self._throttle is not None:
             self._throttle.stop()
 
+    async def _turn(self) -> None:
+        await self.share.turn(self._writer.patience())
+
     def forget_owner(self) -> None:
         self._throttle = None
         del self._owner
 
     def _throttled(self) -> Throttle:
         if self._throttle is None:
-            self._throttle = Throttle(self._use, self._take, self._owner.link.send)
+            self._throttle = Throttle(self._use, self._take, self._turn, self._owner)
         return self._throttle
 
     def _take(self, data: bytes) -> None:
@@ -6036,7 +6065,7 @@ class Intake:
         errors = errors_text(frame, self._limits.document_bytes)
         report = VerdictReport(self._owner, self._device_id, frame.seq, now, frame.version, frame.status, frame.message, errors)
         self._writer.verdict_reported(report)
-        self._frame_taken(frame.seq, now, max(1, size // self._limits.point_bytes))
+        self._frame_taken(frame.seq, now, max(self._limits.verdict_points, size // self._limits.point_bytes))
 
     def _frame_taken(self, seq: int, now: int, weight: int) -> None:
         self._taken = seq
@@ -6192,14 +6221,14 @@ class Session:
         self._changed = asyncio.get_running_loop().create_future()
         return self._changed
 
-    def _tell_change(self) -> None:
+    def tell_change(self) -> None:
         if self._changed is not None and not self._changed.done():
             self._changed.set_result(None)
 
     def committed(self, mark: tuple[int, int]) -> None:
         """The writer has every frame up to `mark` on disk."""
         self._intake.stored(mark)
-        self._tell_change()
+        self.tell_change()
         self.link.send(encode_ack(mark[0]))
 
     def not_stored(self) -> None:
@@ -6230,10 +6259,10 @@ class Session:
         """Its tenant's quota has changed, or a hold is over."""
         if not self.link.ended:
             self._intake.look_again()
-            self._tell_change()
+            self.tell_change()
 
     def ended(self, code: str) -> None:
-        self._tell_change()
+        self.tell_change()
         self._intake.stop()
         self._services.registry.leave(self._device_id, self.link)
         self._services.store.writer.session_ended(Parting(self._device_id, self._number, now_ms(), code, self.link.address))

@@ -8,6 +8,7 @@ import json
 import signal
 import sqlite3
 import struct
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -365,3 +366,40 @@ async def test_who_waits_for_a_frame_that_does_not_end_goes_on_in_time_and_is_no
             await asyncio.wait((acknowledged,), timeout=0.2)
         await asyncio.gather(acknowledged, sending)
         connection.close()
+
+
+async def test_what_devices_hold_back_for_their_tenants_quota_comes_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new day begins for all of them at one time."""
+    taken, take = list[int](), iiot.Intake._take
+    async with Rounds.counted() as rounds, plants.plant(tmp_path) as plant:
+        platform = plants.admin_token(plant.database, "platform")
+
+        async def allow(points: int | None) -> None:
+            assert (await plant.ask("PATCH", "/tenants/default", {"quotas": {"points_per_day": points}}, token=platform))[0] == 200
+
+        devices = [await plant.device(f"press-{number}") for number in range(10)]
+        await allow(0)
+        for device in devices:
+            for number in range(20):
+                await device.telemetry({"ts": iiot.EARLIEST + number, "values": {"level": number}})
+        for device in devices:
+            await device.expect("throttled")
+        sessions = [thing for thing in gc.get_objects() if isinstance(thing, iiot.Intake)]
+        async with asyncio.timeout(PATIENCE):
+            while sum(intake._throttle is not None and len(intake._throttle._frames) for intake in sessions) < 200:
+                await asyncio.sleep(0)
+
+        def noted(intake: iiot.Intake, data: bytes) -> None:
+            taken.append(rounds.number)
+            take(intake, data)
+
+        monkeypatch.setattr(iiot.Intake, "_take", noted)
+        for intake in sessions:
+            assert intake._throttle is not None
+            intake._throttle._take = intake._take
+        await allow(None)
+        for device in devices:
+            await device.acknowledged(20)
+            assert len(await plant.points(f"press-{devices.index(device)}", "level")) == 20
+    assert len(taken) == 200
+    assert max(Counter(taken).values()) <= iiot.Limits().turns_alone
