@@ -4355,10 +4355,14 @@ class Reads(Queries):
         )  # fmt: skip
 
     async def pushed(self, tenant: int, rows: list[Pushed]) -> list[dict[str, Any]]:
-        """What came of configurations that were pushed, in their order; removed devices are left out."""
+        """What came of configurations that were pushed, in their order; removed devices are left out, and what devices said of it
+        where it would be longer than an answer may be."""
         text = await self._json(
-            """select json_group_array(json(item)) from (
-                select json_object('device', name, 'version', version, 'status', status, 'message', message, 'errors', json(errors)) item
+            f"""select json_group_array(json_object('device', name, 'version', version, 'status', status,
+                    'message', iif(size <= {PAGE_CHARACTERS}, message, null),
+                    'errors', json(iif(size <= {PAGE_CHARACTERS}, errors, null)))) from (
+                select name, version, status, message, errors,
+                    sum(coalesce(length(message), 0) + coalesce(length(errors), 0)) over (order by said.key rows unbounded preceding) size
                 from json_each(:rows) said join config on config.device_id = said.value ->> 0 and version = said.value ->> 1
                 join device on device.id = config.device_id where tenant_id = :tenant and name is not null order by said.key)""",
             tenant=tenant, rows=bind([(row.device_id, row.version) for row in rows])[0],

@@ -240,3 +240,18 @@ async def test_a_kill_in_the_middle_of_a_push_leaves_it_to_the_next_start(proces
 def add_devices(connection: sqlite3.Connection, count: int) -> None:
     for number in range(count):
         iiot.insert_device(connection, 1, f"press-{number:05}", iiot.mint("dev").stored, {})
+
+
+async def test_an_answer_with_much_that_devices_say_leaves_some_of_it_out(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may say 64 KiB: of a fleet it would be a gigabyte in one answer."""
+    monkeypatch.setattr(iiot, "PAGE_CHARACTERS", 1_000)
+    devices = [await plant.device(f"press-{number}") for number in range(5)]
+    push = asyncio.create_task(plant.ask("POST", "/iiot?wait=60", ALL))
+    errors = [{"path": "n", "code": "range", "message": "x" * 400}]
+    for device in devices:
+        version = (await device.expect("config"))["version"]
+        await device.send("config_status", seq=1, version=version, status="rejected", errors=errors)
+    items = (await push)[1]["items"]
+    assert [item["status"] for item in items] == ["rejected"] * 5
+    assert [item.get("errors") for item in items] == [errors, errors, None, None, None]
+    assert (await plant.get("/iiot/press-4/config"))["errors"] == errors
