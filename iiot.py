@@ -840,6 +840,15 @@ def depth_of(value: object, most: int) -> int:
     return 1 + max((depth_of(item, most - 1) for item in inner), default=0) if most else 1
 
 
+ALL_DIGITS_ZERO: Final = bytes(48 if chr(byte).isdigit() and byte < 128 else byte for byte in range(256))
+
+
+def is_doubtful(text: bytes) -> bool:
+    """Whether a document with this text, as orjson writes it, may have a bad scalar. It is quicker than a look at every value."""
+    shape = text.translate(ALL_DIGITS_ZERO)
+    return b"\\u0000" in text or b"0" * 19 in shape or b"0e" in shape
+
+
 def has_bad_scalar(value: object, largest: float) -> bool:
     """Whether a document holds what SQLite's JSON does not keep: zero characters, integers of over 63 bits."""
     if isinstance(value, dict):
@@ -895,18 +904,31 @@ BETWEEN_SAMPLES: Final = re.compile(rb"\}\s*,\s*\{")
 AFTER_SAMPLES: Final = re.compile(rb"\](?:\s*,\s*%b){0,2}\s*\}\s*" % MEMBERS)
 
 
-def small_frames(data: bytes, size: int) -> Iterator[bytes]:
-    """A frame of telemetry as frames of about so many bytes, each with some of its samples; none, if it is written in an unusual way.
-    Where the text that divides two samples stands elsewhere, in a name say, a part is no JSON: it ends within what it began."""
-    before, end = BEFORE_SAMPLES.match(data), data.rfind(b"]")
-    if before is None or not AFTER_SAMPLES.fullmatch(data, end):
-        return
-    start = before.end()
-    while start < end:
-        between = BETWEEN_SAMPLES.search(data, start + size, end)
-        stop = end if between is None else between.start() + 1
-        yield b"".join((data[: before.end()], data[start:stop], data[end:]))
-        start = end if between is None else between.end() - 1
+@attrs.frozen
+class LongTelemetry:
+    """The text of a frame, apart: what stands before the array of its samples and after it, and the array in parts."""
+
+    before: bytes
+    parts: list[bytes]
+    after: bytes
+
+    @classmethod
+    def of(cls, data: bytes, size: int) -> LongTelemetry | None:
+        """With parts of about so many bytes; None, if it is written in an unusual way. Where the text that divides two samples stands
+        elsewhere, in a name say, a part is no JSON: it ends within what it began."""
+        found, end = BEFORE_SAMPLES.match(data), data.rfind(b"]")
+        if found is None or not AFTER_SAMPLES.fullmatch(data, end):
+            return None
+        parts, start = list[bytes](), found.end()
+        while start < end:
+            between = BETWEEN_SAMPLES.search(data, start + size, end)
+            parts.append(b"[%b]" % data[start : between.start() + 1 if between else end])
+            start = between.end() - 1 if between else end
+        return cls(data[: found.end() - 1], parts, data[end + 1 :])
+
+    def frame(self, part: bytes) -> bytes:
+        """The text of a frame with a part of the samples."""
+        return b"".join((self.before, part, self.after))
 
 
 class Codec:
@@ -930,22 +952,27 @@ class Codec:
     def in_pieces(self, data: bytes) -> Iterator[Frame | None]:
         """The frame in `data`, as the last of what this yields; before that None for each piece of a long one, so that others can
         go on there. Refusal, as for `frame`."""
-        taken, seq = list[Sample](), Seq(0)
+        long = LongTelemetry.of(data, self._limits.piece_bytes)
+        if long is None:
+            yield from self._in_pieces_when_read(data)
+            return
+        seq, taken = Seq(0), list[Sample]()
         try:
-            for part in small_frames(data, self._limits.piece_bytes):
+            outer = self._object(long.frame(b"[]"))
+            for part in long.parts:
                 yield None
-                frame = self.frame(part)
+                frame = self._frame_of({**outer, "samples": orjson.loads(part)}, long.frame(part))
                 assert isinstance(frame, Telemetry)
                 seq = frame.seq
                 taken += frame.samples
-        except Refusal as refusal:
-            if refusal.fault.code == "invalid":
-                raise Refusal("invalid", *errors_from(len(taken), refusal.errors)) from refusal
-            taken = []  # by its whole text it is known whether it is wrong
-        if taken:
-            yield Telemetry(seq, tuple(taken))
-        else:
+        except orjson.JSONDecodeError:
             yield from self._in_pieces_when_read(data)
+        except Refusal as refusal:
+            if refusal.errors and all(error.path.startswith("samples[") for error in refusal.errors):
+                raise Refusal(refusal.fault.code, *errors_from(len(taken), refusal.errors)) from refusal
+            yield from self._in_pieces_when_read(data)
+        else:
+            yield Telemetry(seq, tuple(taken)) if taken else self.frame(data)
 
     def _in_pieces_when_read(self, data: bytes) -> Iterator[Frame | None]:
         """The same of a frame whose text must be read at once."""
@@ -1126,11 +1153,16 @@ class Codec:
         """A document within its bounds; reals below `largest`."""
         if type(content) is not dict:
             raise Invalid("is not an object")
-        if depth_of(content, self._limits.document_depth) > self._limits.document_depth:
-            raise Invalid(f"is nested deeper than {self._limits.document_depth}")
-        if has_bad_scalar(content, largest):
+        most = self._limits.document_depth
+        try:
+            text = orjson.dumps(content)
+        except TypeError:  # it is too deep for that, or there is an integer of over 64 bits
+            text = b""
+        if not 0 < text.count(b"{") + text.count(b"[") <= most and depth_of(content, most) > most:
+            raise Invalid(f"is nested deeper than {most}")
+        if (not text or is_doubtful(text)) and has_bad_scalar(content, largest):
             raise Invalid("holds a zero character or an integer of over 63 bits")
-        if len(orjson.dumps(content)) > self._limits.document_bytes:
+        if len(text or orjson.dumps(content)) > self._limits.document_bytes:
             raise Invalid(f"is longer than {self._limits.document_bytes} bytes")
         return Document(content)
 
@@ -1291,6 +1323,8 @@ def changes_between(old: Mapping[str, Any], new: Mapping[str, Any], place: Place
     """What differs between two documents: {path: Place, from?, to?}; an array is one value."""
     for name in sorted({*old, *new}):
         before, after = old.get(name, MISSING), new.get(name, MISSING)
+        if before is after:
+            continue
         if isinstance(before, dict) and isinstance(after, dict):
             yield from changes_between(before, after, (*place, name))
         elif before is MISSING:

@@ -311,6 +311,9 @@ def outcome(decode_text: Callable[[bytes], Any], text: str, before: list[Any] | 
 @example('{"type":"telemetry","seq":1,"samples":[{"values":{"a":1}}, {"values":{"b":2}}],"samples":[{"values":{"c":3}}]}')
 @example('{"type":"telemetry","type":"state","seq":1,"samples":[{"values":{"a":1}},{"values":{"b":2}},{"values":{"c":3}}]}')
 @example('{"type":"telemetry","seq":1,"samples":[{"values":{"a":1}},{"values":{"b":2}},{"values":{"c":3}}],"more":[]}')
+@example('{"type":"telemetry","seq":1,"samples":[{"values":{"abcdefghijk":1}},{"values":{"b":2}}],"samples":[{"values":{"c":3}}]}')
+@example('{"samples":[],"more":[{"abcdefghijklmnopqrstuvw":1},{}],"seq":1,"type":"telemetry"}')
+@example('{"samples":[{"values":{"abcdefghijklmnopqrstuvw":1}},{}],"seq":1,"type":"telemetry"}')
 def test_a_frame_in_pieces_is_the_frame_and_is_refused_for_the_same_reason(text: str) -> None:
     whole, (*pauses, piece) = outcome(CODEC.frame, text), outcome(lambda data: list(IN_PIECES.in_pieces(data)), text, [])
     assert pauses == [None] * len(pauses)
