@@ -1581,7 +1581,7 @@ class Share:
     last among them: in each round of the event loop one of them goes on. What is to be stored waits apart from what is not: when
     nothing more can be stored, it alone must wait."""
 
-    __slots__ = ("_asked", "_asking", "_pace", "_storing", "_taken", "backlog", "long_work", "used", "waiting_pushes", "weight")
+    __slots__ = ("_asked", "_asking", "_last", "_pace", "_storing", "_taken", "backlog", "long_work", "used", "waiting_pushes", "weight")
 
     def __init__(self, pace: Pace, backlog: Backlog) -> None:
         self._pace = pace
@@ -1591,14 +1591,15 @@ class Share:
         self._asked = False  # whether the last turn was of one that stores nothing
         self._taken = 0  # turns, in this round
         self.weight = 0  # of what it has in the next transaction
+        self._last = 0  # of what was added last
         self.used = False  # since the last transaction began
         self.waiting_pushes = 0
         self.long_work = asyncio.Lock()  # what is long, and holds much memory, is done one after the other
 
     @property
     def full(self) -> bool:
-        """Whether the next transaction takes no more of it."""
-        return self.weight >= self._pace.each
+        """Whether the next transaction takes no more of it, if what comes is like what came last. One thing it always takes."""
+        return self.weight > 0 and self.weight + self._last > self._pace.each
 
     @property
     def crowded(self) -> bool:
@@ -1613,6 +1614,7 @@ class Share:
     def add(self, weight: int) -> None:
         """Something goes to the next transaction."""
         self.weight += weight
+        self._last = weight
         self._use()
 
     async def turn(self, patience: Callable[[], float], *, storing: bool = True) -> None:

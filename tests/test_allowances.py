@@ -155,7 +155,21 @@ async def test_a_slow_disk_leaves_everybody_something() -> None:
     for _ in range(100):
         shares.measured(1_000, 10.0)
     shares.next_transaction()
-    share.add(LIMITS.share_least - 1)
+    assert fill(share) == LIMITS.share_least
+
+
+async def test_no_more_of_what_is_heavy_is_taken_than_a_transaction_may_have() -> None:
+    """A document counts as thousands of points: a second one made the transaction twice as long as it may be."""
+    shares = iiot.Shares(LIMITS)
+    share = shares.of(1)
+    share.add(LIMITS.pending_points * 2)
+    assert share.full
+    shares.next_transaction()
+    assert not share.full, "one is always taken"
+    share.add(600)
+    assert share.full, "two are more than a thousand"
+    shares.next_transaction()
+    share.add(500)
     assert not share.full
 
 
