@@ -946,7 +946,8 @@ async def test_while_too_many_points_wait_no_session_is_read(tmp_path: Path) -> 
         with locked(plant.database):
             await first.telemetry(reading(0))
             await taken(first)  # the writer is at work on it, and waits for the lock
-            await first.telemetry(*(reading(value) for value in range(1, 100)))
+            for value in range(1, 100):
+                await first.telemetry(reading(value))
             await taken(first)  # there is room for one more point
             await second.telemetry(reading(1))
             await second.send("nonsense")
