@@ -15,12 +15,13 @@ schema.sql the whole database.
     Limits and settings   what an installation can choose, and the bounds it cannot
     Errors                every way to say no
     Frames                what crosses the wire, checked
-    Rules                 pure functions: time, durations, cursors
+    Rules                 pure functions: time, durations, cursors, searches of logs
     Allowances            who may use how much, and who goes on next
     Database              the file, connections, migrations, transactions, the readers
     Accounts              SQL about tenants, tokens, keys and the audit
     Devices               SQL about devices, their sessions, states and configurations
     Readings              SQL about telemetry
+    Logs                  SQL about lines of logs, their words and how long they are kept
     Removal               what is left of removed things, deleted little by little
     Writer                what waits to be stored, and the one task that stores it
     Store                 the open database
@@ -28,6 +29,7 @@ schema.sql the whole database.
     Connections           sockets from their accept to their end, and who makes room
     Registry              the live sessions, their heartbeat
     Sessions              one device's WebSocket from hello to close
+    HTTP queries          what the address of a request asks for, checked
     HTTP API              the route table and its handlers
     Application           how the parts are put together, started and stopped
     Command line          python iiot.py …
@@ -61,15 +63,16 @@ import struct
 import sys
 import sysconfig
 import time
+import unicodedata
 from asyncio import sslproto
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sized
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NewType, NoReturn, Protocol, TypeVar, cast
+from typing import Any, Final, Literal, NewType, NoReturn, Protocol, TypeVar, cast
 
 import aiosqlite
 import attrs
@@ -187,6 +190,7 @@ class Settings:
     quota_devices: int = quota(15_000, "devices")
     quota_connections: int = quota(15_000, "connected devices")
     quota_points: int = quota(5_000_000_000, "points stored in a day (UTC)")
+    log_days: int = setting(30, "days for which lines of logs are kept, where a tenant says nothing else", positive, "above 0")
     log_level: str = setting(
         "info",
         "debug, info, warning or error; logs go to standard error",
@@ -217,6 +221,13 @@ class Limits:
     # Names appear in every answer, and string values are states ("running"), not documents.
     metric_characters: int = 128
     text_characters: int = 1024
+    # A line of a log: what is longer is no line. It counts as points by its bytes, and costs so many times as much to store: its words
+    # are indexed.
+    log_characters: int = 16 * 1024
+    log_weight: int = 32
+    # Words of a tenant's logs that hold a part that was asked for, and words that are known to be in the database already.
+    log_parts: int = 300
+    log_words_known: int = 200_000
     # Documents of state and configuration: read by people, and kept whole for every change.
     document_bytes: int = 64 * 1024
     document_depth: int = 10
@@ -332,6 +343,9 @@ class Limits:
     # Live feeds that a tenant may have open: each has a socket, and what it has not read yet. And its pushes that wait for a verdict:
     # whatever happens in the tenant makes each of them look.
     feeds: int = 200
+    # Whoever follows logs looks for new lines no more often than this, and is shown so many of those before, if nothing else is asked for.
+    follow_seconds: float = 0.2
+    tail: int = 10
     waiting_pushes: int = 100
     # For so long after its removal a device's events stay in the live feed, so that a client that was away misses nothing.
     resume_seconds: float = 86_400.0
@@ -343,11 +357,21 @@ class Limits:
     removed_documents: int = 20
     removed_versions: int = 100
     removed_bytes: int = 512 * 1024
+    # Lines of logs that one transaction deletes, with all that the index has of them; words of logs that it looks at. And how often
+    # it is looked for lines that were kept for as long as their tenant wants.
+    removed_lines: int = 300
+    looked_words: int = 500
+    retention_seconds: float = 60.0
     # Frames of a device whose tenant may store no more points for now: those that were under way when it was told. After so
     # many bytes of them its socket is not read.
     held_bytes: int = 16 * 1024
     # Rows of the audit that an export reads at one time.
     audit_rows: int = 1_000
+    # A search of logs. Each of its words costs a look into the index, or as many as words contain it. FTS5 reads parentheses with a
+    # stack of a hundred entries, which overflows at eleven levels in the worst case.
+    search_characters: int = 1_024
+    search_terms: int = 50
+    search_depth: int = 8
     # Before a failed commit is tried again.
     retry_seconds: float = 1.0
     # Samples without a time get one millisecond each, so a burst of one metric runs ahead of the clock. A frame holds about
@@ -488,6 +512,9 @@ Labels = NewType("Labels", dict[str, str | None])
 QuotaChange = NewType("QuotaChange", dict[str, int | None])
 Mode = NewType("Mode", str)
 Verdict = NewType("Verdict", str)
+LogLevel = NewType("LogLevel", str)
+Days = NewType("Days", int)
+LogText = NewType("LogText", str)
 
 DEVICE_NAME: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 MAC_ADDRESS: Final = re.compile(r"[0-9A-Fa-f]{2}([:.-]?[0-9A-Fa-f]{2}){5}([:.-]?[0-9A-Fa-f]{2}){0,2}")
@@ -499,6 +526,7 @@ DAY: Final = 86_400_000
 LARGE_INTEGER: Final = re.compile(rb"(?<![0-9.])[0-9]{19,}(?![0-9.eE])")  # may have more than 63 bits
 SEQ_TEXT: Final = re.compile(rb'"seq"\s*:\s*(-?[0-9]{1,40})(?![0-9.eE])')
 INNER: Final = re.compile(rb"[\[{]")
+LEVELS: Final = MappingProxyType({"critical": 2, "error": 3, "warning": 4, "notice": 5, "info": 6, "debug": 7})  # RFC 5424, section 6.2.1
 QUOTAS: Final = ("devices", "connections", "points_per_day")
 INTEGERS: Final = 2**63  # SQLite's integers, and every JSON parser's that matters
 
@@ -566,9 +594,28 @@ class ConfigStatus:
     errors: tuple[ConfigError, ...] = ()
 
 
-Frame = Provision | Hello | Telemetry | State | ConfigStatus
+@attrs.frozen
+class LogEntry:
+    """A line of a log; `ts` in milliseconds, absent for the time of receipt."""
+
+    level: LogLevel
+    message: LogText
+    ts: Timestamp | None = None
+    logger: LogText | None = None
+    fields: Document | None = None
+
+
+@attrs.frozen
+class Log:
+    """Lines of a device's logs, in their order."""
+
+    seq: Seq
+    entries: tuple[LogEntry, ...]
+
+
+Frame = Provision | Hello | Telemetry | State | ConfigStatus | Log
 FRAMES: Final[Mapping[str, type[Frame]]] = MappingProxyType(
-    {"provision": Provision, "hello": Hello, "telemetry": Telemetry, "state": State, "config_status": ConfigStatus},
+    {"provision": Provision, "hello": Hello, "telemetry": Telemetry, "state": State, "config_status": ConfigStatus, "log": Log},
 )
 
 
@@ -697,6 +744,20 @@ class Rollback:
 
 
 @attrs.frozen
+class KeptFor:
+    """For how many days something is kept."""
+
+    days: Days
+
+
+@attrs.frozen
+class Retention:
+    """Body of PUT /retention."""
+
+    logs: KeptFor
+
+
+@attrs.frozen
 class ReportRequest:
     """Body of POST /iiot/{device}/report."""
 
@@ -780,6 +841,12 @@ def check_count(value: object, _: object = None) -> Count:
     if type(value) is not int or not 0 <= value < INTEGERS:
         raise Invalid("is not a whole number of at most 63 bits, from 0 on")
     return Count(value)
+
+
+def check_days(value: object, _: object = None) -> Days:
+    if type(value) is not int or not 0 < value <= 36_600:
+        raise Invalid("is not a number of days between 1 and 36600")
+    return Days(value)
 
 
 def check_boolean(value: object, _: object = None) -> bool:
@@ -1112,6 +1179,9 @@ class Codec:
         converter.register_structure_hook(Labels, self._check_labels)
         converter.register_structure_hook(Values, functools.partial(self._check_values, largest))
         converter.register_structure_hook(Document, functools.partial(self._check_document, largest))
+        converter.register_structure_hook(LogLevel, one_of(*LEVELS))
+        converter.register_structure_hook(Days, check_days)
+        converter.register_structure_hook(LogText, self._check_log_text)
         converter.register_structure_hook(Mode, one_of("merge", "replace"))
         converter.register_structure_hook(Verdict, one_of("applied", "rejected", "in_progress"))
         converter.register_structure_hook_factory(attrs.has, functools.partial(self._object_hook, converter))
@@ -1170,6 +1240,12 @@ class Codec:
         if type(value) is not str or "\0" in value or len(value) > self._limits.text_characters:
             raise Invalid(f"is not a string of at most {self._limits.text_characters} characters")
         return value
+
+    def _check_log_text(self, value: object, _: object = None) -> LogText:
+        """A zero character, which SQLite's JSON does not keep, is shown as a sign for it: no line is refused because of one."""
+        if type(value) is not str or len(value) > self._limits.log_characters:
+            raise Invalid(f"is not a string of at most {self._limits.log_characters} characters")
+        return LogText(value.replace("\0", "\u2400"))
 
     def _check_labels(self, content: object, _: object = None) -> Labels:
         if type(content) is not dict:
@@ -1400,6 +1476,63 @@ def csv_lines(rows: bytes, *, spreadsheet: bool = False) -> bytes:
     return "".join(",".join(map(csv_field, row)) + "\n" for row in shown).encode()
 
 
+def escaped(text: str) -> str:
+    """A text in one line and without control characters, which a terminal would obey; they are written as in JSON."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+
+
+def line_as_json(line: Mapping[str, Any]) -> bytes:
+    """A line of a log, as one line of JSON (https://github.com/ndjson/ndjson-spec)."""
+    return orjson.dumps(line) + b"\n"
+
+
+def line_as_text(line: Mapping[str, Any]) -> bytes:
+    """A line of a log for people to read."""
+    logger = f"{escaped(line['logger'])}: " if line["logger"] else ""
+    return f"{line['at']} {line['device']} {line['level']} {logger}{escaped(line['message'])}\n".encode()
+
+
+LINE_COLUMNS: Final = ("at", "received_at", "device", "level", "logger", "host", "message", "fields")
+
+
+def line_as_csv(line: Mapping[str, Any]) -> bytes:
+    """A line of a log as a line of CSV (RFC 4180)."""
+    cells = {**line, "fields": None if line["fields"] is None else canonical(line["fields"]).decode()}
+    return (",".join(csv_field(cells[name]) for name in LINE_COLUMNS) + "\n").encode()
+
+
+def line_as_ecs(line: Mapping[str, Any]) -> bytes:
+    """A line of a log in the Elastic Common Schema (https://www.elastic.co/docs/reference/ecs), which names no place for what else a
+    sender tells: that stands under a name of our own."""
+    shown = {
+        "@timestamp": line["at"], "event.ingested": line["received_at"], "ecs.version": "8.11.0", "message": line["message"],
+        "log.level": line["level"], "log.logger": line["logger"], "host.name": line["device"], "host.hostname": line["host"],
+        "iiot.fields": line["fields"],
+    }  # fmt: skip
+    return orjson.dumps({name: value for name, value in shown.items() if value is not None}) + b"\n"
+
+
+@attrs.frozen
+class LineFormat:
+    """How lines of a log are written in a stream."""
+
+    content_type: str
+    write: Callable[[Mapping[str, Any]], bytes]
+    header: bytes = b""
+
+
+LINE_FORMATS: Final = MappingProxyType(
+    {
+        "ndjson": LineFormat("application/x-ndjson", line_as_json),
+        "ecs": LineFormat("application/x-ndjson", line_as_ecs),
+        "text": LineFormat("text/plain; charset=utf-8", line_as_text),
+        "csv": LineFormat("text/csv; charset=utf-8", line_as_csv, (",".join(LINE_COLUMNS) + "\n").encode()),
+    }
+)
+
+
 def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """An address, as sockets and proxies write it: alone, with a port, in brackets, or IPv4 within IPv6."""
     text = text.strip()
@@ -1435,6 +1568,250 @@ def network_of(address: str) -> str:
     if parsed is None or parsed.version == 4:
         return address
     return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+# How the index of logs (unicode61 of SQLite's FTS5, remove_diacritics 2) sees letters. Its tables are of Unicode 6.1: CASED are the
+# letters that it may write otherwise, MARKS what it takes away inside a word, and YOUNG what is no letter but came after its
+# tables (pictographs, currencies) or is nobody's: all of that is a letter to it.
+CASED: Final = (
+    *(range(0x41, 0x37F), range(0x380, 0x528), range(0x531, 0x557), range(0x10A0, 0x10CE), range(0x1D79, 0x2000), range(0x2126, 0x2185)),
+    *(range(0x2C00, 0x2C2F), range(0x2C30, 0x2D2E), range(0xA640, 0xA698), range(0xA722, 0xA796), range(0xA7A0, 0xA7AB)),
+    *(range(0xFF21, 0xFF3B), range(0x10400, 0x10428)),
+)
+MARKS: Final = "\u0300-\u0304\u0306-\u030c\u030f\u0311\u031b\u0323-\u0328\u032d\u032e\u0330\u0331"
+YOUNG: Final = (
+    "\u20ba-\u20cf\u23f4-\u23ff\u2427-\u243f\u244b-\u245f\u2700\u2b4d-\u2b4f\u2b5a-\u2bff\ue000-\uf8ff\U0001f02c-\U0001f02f"
+    "\U0001f094-\U0001f09f\U0001f0af-\U0001f0b0\U0001f0bf-\U0001f0c0\U0001f0d0\U0001f0e0-\U0001f10f\U0001f12f\U0001f16c-\U0001f16f"
+    "\U0001f19b-\U0001f1e5\U0001f203-\U0001f20f\U0001f23b-\U0001f23f\U0001f249-\U0001f24f\U0001f252-\U0001f2ff\U0001f321-\U0001f32f"
+    "\U0001f336\U0001f37d-\U0001f37f\U0001f394-\U0001f39f\U0001f3c5\U0001f3cb-\U0001f3df\U0001f3f1-\U0001f3ff\U0001f43f\U0001f441"
+    "\U0001f4f8\U0001f4fd-\U0001f4ff\U0001f53e-\U0001f53f\U0001f544-\U0001f54f\U0001f568-\U0001f5fa\U0001f641-\U0001f644"
+    "\U0001f650-\U0001f67f\U0001f6c6-\U0001f6ff\U0001f774-\U000e0000\U000e01f0-\U0010ffff"
+)
+LETTERS: Final = re.compile(rf"[\w{YOUNG}][\w{YOUNG}{MARKS}]*")
+ASCII_LETTERS: Final = bytes(ord(chr(code).lower()) if code < 128 and chr(code).isalnum() else ord(" ") for code in range(256))
+
+
+def folded_letter(letter: str) -> str:
+    """A letter without case (one letter for one) and, if it is a Latin one, without diacritics."""
+    small = letter.casefold() if len(letter.casefold()) == 1 else letter.lower()[0]
+    base = unicodedata.normalize("NFD", small)[0]
+    return base if base.isascii() and small != "\u01e1" else small  # that one is not in the index's table
+
+
+FOLDED: Final = MappingProxyType(
+    {letter: folded_letter(letter) for run in CASED for letter in map(chr, run) if letter.isalnum() and folded_letter(letter) != letter}
+    | {mark: "" for mark in map(chr, range(0x300, 0x332)) if re.match(f"[{MARKS}]", mark)}
+)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in their order, as the index of logs sees them: runs of letters and digits, without case and diacritics."""
+    if text.isascii():
+        return text.encode().translate(ASCII_LETTERS).decode().split()
+    words = LETTERS.findall(text.replace("_", " "))
+    return [word.lower() if word.isascii() else "".join([FOLDED.get(letter, letter) for letter in word]) for word in words]
+
+
+PART_LETTERS: Final = 3  # parts of words are found by three letters at a time
+
+
+@attrs.frozen
+class Term:
+    """What stands in a line: the words of `text` one after the other, of the last only its beginning if it is a `prefix`. `part` is
+    what words may contain instead, or empty: one word that is neither a phrase nor a prefix, and not too short to be looked up."""
+
+    text: str
+    prefix: bool = False
+    part: str = ""
+
+
+@attrs.frozen
+class Group:
+    """Searches joined by AND or OR, at least two; or NOT of one: every line that it does not find."""
+
+    operator: Literal["AND", "OR", "NOT"]
+    of: tuple[Term | Group, ...]
+
+
+Search = Term | Group
+OPERATORS: Final = ("AND", "OR", "NOT")
+LEXEME: Final = re.compile(r'\s*(?:([()])|("(?:[^"\\]|\\.|"")*"\**)|([^\s()"][^\s()]*))', re.DOTALL)
+ESCAPED_QUOTE: Final = re.compile(r'""|\\(["\\])')
+NO_TEXT: Final = re.compile(r"[\x00\ud800-\udfff]")  # what SQLite does not take within a text
+
+
+@attrs.frozen
+class Lexeme:
+    """A piece of a search: `kind` is an operator, a parenthesis, `phrase`, `word` or `end`; `at` counts from 1."""
+
+    kind: str
+    text: str
+    at: int
+
+
+def bad_search(text: str, at: int) -> Invalid:
+    return Invalid(f"at character {at}: {text}", f":{at}")
+
+
+def lexemes_of(text: str) -> Iterator[Lexeme]:
+    """The pieces of a search, `end` the last. A quotation mark inside a word is a character of it. Invalid."""
+    position, end = 0, len(text.rstrip())
+    while position < end:
+        found = LEXEME.match(text, position)
+        if found is None:  # at a quotation mark, for everything else begins something
+            at = text.index('"', position) + 1
+            raise bad_search('the phrase has no closing quotation mark; inside a phrase \\" is one, and \\\\ a backslash', at)
+        bracket, phrase, word = found.groups()
+        at = found.end() - len(bracket or phrase or word) + 1
+        kind = bracket or (phrase and "phrase") or (word if word in OPERATORS else "word")
+        yield Lexeme(kind, found[0].lstrip(), at)
+        position = found.end()
+    yield Lexeme("end", "", end)
+
+
+def term_of(lexeme: Lexeme) -> Term:
+    """The term of a word or a phrase. A star at its end makes it a prefix; one before a word says what is so anyway: a word is
+    found inside of others too. Invalid if it holds no letter and no digit."""
+    bare = lexeme.text.rstrip("*")
+    prefix = bare != lexeme.text and not bare.startswith("*")
+    text = ESCAPED_QUOTE.sub(lambda mark: mark[1] or '"', bare[1:-1]) if lexeme.kind == "phrase" else bare
+    words = words_of(text)
+    if not words:
+        raise bad_search(f"{lexeme.text[:40]} has no letter and no digit, and nothing else can be searched for", lexeme.at)
+    is_part = lexeme.kind == "word" and not prefix and len(words) == 1 and len(words[0]) >= PART_LETTERS
+    return Term(text, prefix, words[0] if is_part else "")
+
+
+def group(operator: Literal["AND", "OR"], found: list[Search]) -> Search:
+    """Searches joined; a group within a group of its kind is one with it."""
+    of: list[Search] = []
+    for search in found:
+        of.extend(search.of if isinstance(search, Group) and search.operator == operator else [search])
+    return of[0] if len(of) == 1 else Group(operator, tuple(of))
+
+
+def negated(search: Search) -> Search:
+    return search.of[0] if isinstance(search, Group) and search.operator == "NOT" else Group("NOT", (search,))
+
+
+class SearchParser:
+    """Reads a search from its left: OR of ANDs of words, phrases and parentheses, each after any number of NOT."""
+
+    def __init__(self, text: str, limits: Limits) -> None:
+        self._limits = limits
+        self._lexemes = list(lexemes_of(text))
+        self._next = 0
+        self._terms = 0
+
+    def whole(self) -> Search:
+        if len(self._lexemes) == 1:
+            raise bad_search("there is nothing to search for", 1)
+        search = self._any(0)
+        if self._kind() == ")":
+            raise bad_search("the parenthesis was not opened; in quotation marks it is searched through", self._lexemes[self._next].at)
+        return search
+
+    def _kind(self) -> str:
+        return self._lexemes[self._next].kind
+
+    def _take(self) -> Lexeme:
+        self._next += 1
+        return self._lexemes[self._next - 1]
+
+    def _any(self, depth: int) -> Search:
+        found = [self._all(depth)]
+        while self._kind() == "OR":
+            self._take()
+            found.append(self._all(depth))
+        return group("OR", found)
+
+    def _all(self, depth: int) -> Search:
+        found = [self._one(depth)]
+        while self._kind() not in ("OR", ")", "end"):
+            if self._kind() == "AND":
+                self._take()
+            found.append(self._one(depth))
+        return group("AND", found)
+
+    def _one(self, depth: int) -> Search:
+        is_negated = False
+        while self._kind() == "NOT":
+            is_negated = not is_negated
+            self._take()
+        lexeme = self._take()
+        search = self._enclosed(lexeme, depth + 1) if lexeme.kind == "(" else self._term(lexeme)
+        return negated(search) if is_negated else search
+
+    def _enclosed(self, opening: Lexeme, depth: int) -> Search:
+        if depth > self._limits.search_depth:
+            raise bad_search(f"parentheses are nested deeper than {self._limits.search_depth}", opening.at)
+        search = self._any(depth)
+        if self._take().kind != ")":
+            raise bad_search("the parenthesis is not closed", opening.at)
+        return search
+
+    def _term(self, lexeme: Lexeme) -> Term:
+        if lexeme.kind == "end":
+            last = self._lexemes[-2]
+            raise bad_search(f"after {last.text} a word is missing", last.at)
+        if lexeme.kind not in ("word", "phrase"):
+            raise bad_search(f"a word is missing before {lexeme.text}, which is searched for in quotation marks only", lexeme.at)
+        self._terms += 1
+        if self._terms > self._limits.search_terms:
+            raise bad_search(f"there are more than {self._limits.search_terms} words", lexeme.at)
+        return term_of(lexeme)
+
+
+def parse_search(text: str, limits: Limits) -> Search:
+    """A search of logs: words (`motor` finds `Motorstart`), "phrases", beginnings (`over*`), AND, OR, NOT (in capitals) and
+    parentheses; without an operator between them, AND. NOT binds first, then AND, then OR. What is none of these is text, whatever
+    characters it has: its words are searched for one after the other. Invalid, with the character, counted from 1, in `at` (`:7`)."""
+    if len(text) > limits.search_characters:
+        raise bad_search(f"the search is longer than {limits.search_characters} characters", limits.search_characters + 1)
+    return SearchParser(text, limits).whole()
+
+
+def parts_of(search: Search) -> set[str]:
+    """The words of a search that other words may contain, as `words_of` writes them: to be looked up in the tenant's dictionary."""
+    if isinstance(search, Term):
+        return {search.part} - {""}
+    return {part for inner in search.of for part in parts_of(inner)}
+
+
+def quoted_for_index(text: str) -> str:
+    """A string of FTS5: no character in it is grammar."""
+    return '"' + NO_TEXT.sub(" ", text).replace('"', '""') + '"'
+
+
+def joined_for_index(operator: str, expressions: list[str]) -> str:
+    return expressions[0] if len(expressions) == 1 else f"({f' {operator} '.join(expressions)})"
+
+
+def sides_for_index(search: Search, words: Mapping[str, Collection[str]]) -> tuple[str, bool]:
+    """The lines of a search as an expression of FTS5, and whether it is those or all others. FTS5 knows NOT only between two: so what
+    is negated goes to the right of what is not, and an OR with something negated is told by what it does not find."""
+    if isinstance(search, Term):
+        if search.prefix:
+            return f"{quoted_for_index(search.text)} *", False
+        found = sorted({*words.get(search.part, ())} - {search.part}) if search.part else []
+        return joined_for_index("OR", [quoted_for_index(text) for text in (search.text, *found)]), False
+    sides = [sides_for_index(inner, words) for inner in search.of]
+    if search.operator == "NOT":
+        return sides[0][0], not sides[0][1]
+    is_or = search.operator == "OR"
+    base = [expression for expression, others in sides if others == is_or]
+    without = [expression for expression, others in sides if others != is_or]
+    if not base:
+        return joined_for_index("OR", without), not is_or
+    whole = joined_for_index("AND", base)
+    return (f"({whole} NOT {joined_for_index('OR', without)})" if without else whole), is_or
+
+
+def match_expression(search: Search, words: Mapping[str, Collection[str]], who: str) -> str:
+    """What MATCH is given for a search. `words` are those of the dictionary that contain a part; `who` is an expression over the
+    column of that name, which the server puts together: nothing outside it is found."""
+    expression, others = sides_for_index(search, words)
+    return f"{{who}} : ({who}) {'NOT' if others else 'AND'} {{text}} : ({expression})"
 
 
 # ==== Allowances ====
@@ -1719,7 +2096,7 @@ class Allowances:
 # know: what the rows mean. Rows go in as one JSON text a statement and answers come out as one, because sqlite3 takes the
 # interpreter lock at every row.
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
 # A step for each version after the first: MIGRATIONS[n] leads from version n + 1 to n + 2.
 MIGRATIONS: Final[tuple[str, ...]] = (
@@ -1896,6 +2273,63 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     ) strict, without rowid;
     insert into hour select 'event', at / 3600000, min(id), max(id) from event group by at / 3600000;
     insert into hour select 'audit', at / 3600000, min(id), max(id) from audit group by at / 3600000;
+    create trigger hour_of_event after insert on event
+    begin
+        insert into hour (kind, hour, first, last) values ('event', new.at / 3600000, new.id, new.id)
+        on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+    end;
+    create trigger hour_of_moved_event after update of at on event
+    begin
+        insert into hour (kind, hour, first, last) values ('event', new.at / 3600000, new.id, new.id)
+        on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+    end;
+    create trigger hour_of_audit after insert on audit
+    begin
+        insert into hour (kind, hour, first, last) values ('audit', new.at / 3600000, new.id, new.id)
+        on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
+    end;
+    """,
+    """
+    create table log_line (
+        id           integer primary key autoincrement,
+        tenant_id    integer not null,
+        device_id    integer not null,
+        at           integer not null,
+        received_at  integer not null,
+        level        integer not null check (level between 2 and 7),
+        message      text not null,
+        logger       text,
+        host         text,
+        fields       text
+    ) strict;
+    create virtual table log_index using fts5 (who, text, content = '', columnsize = 0, tokenize = 'unicode61 remove_diacritics 2');
+    create table log_word (
+        id         integer primary key,
+        tenant_id  integer not null,
+        word       text not null,
+        unique (tenant_id, word)
+    ) strict;
+    create virtual table log_word_index using fts5 (word, content = 'log_word', content_rowid = 'id', columnsize = 0, tokenize = 'trigram');
+    create virtual table log_vocabulary using fts5vocab (log_index, 'row');
+    create table retention (
+        tenant_id  integer not null references tenant on delete cascade,
+        kind       text not null check (kind in ('logs')),
+        days       integer not null check (days > 0),
+        primary key (tenant_id, kind)
+    ) strict, without rowid;
+    create table new_hour (
+        kind   text not null check (kind in ('event', 'audit', 'log')),
+        hour   integer not null,
+        first  integer not null,
+        last   integer not null,
+        primary key (kind, hour)
+    ) strict, without rowid;
+    insert into new_hour select kind, hour, first, last from hour;
+    drop trigger hour_of_event;
+    drop trigger hour_of_moved_event;
+    drop trigger hour_of_audit;
+    drop table hour;
+    alter table new_hour rename to hour;
     create trigger hour_of_event after insert on event
     begin
         insert into hour (kind, hour, first, last) values ('event', new.at / 3600000, new.id, new.id)
@@ -2435,6 +2869,25 @@ class Bell:
     async def heard(ring: asyncio.Future[None], seconds: float) -> None:
         """Return at the ring, or after so many seconds."""
         await asyncio.wait((ring,), timeout=seconds)
+
+
+class TenantBells:
+    """Wakes those who listen for something of one tenant."""
+
+    def __init__(self) -> None:
+        self._rings: dict[int, asyncio.Future[None]] = {}
+
+    def next(self, tenant_id: int) -> asyncio.Future[None]:
+        """Done at the next ring. Whoever looks for something takes it before the look."""
+        return self._rings.setdefault(tenant_id, asyncio.get_running_loop().create_future())
+
+    def ring(self, tenant_id: int) -> None:
+        if tenant_id in self._rings:
+            self._rings.pop(tenant_id).set_result(None)
+
+    def ring_all(self) -> None:
+        for tenant_id in list(self._rings):
+            self.ring(tenant_id)
 
 
 def is_held_by_another(error: Exception) -> bool:
@@ -3781,6 +4234,259 @@ def remove_readings(
     return [row[0] for row in rows.fetchall()]
 
 
+# ==== Logs ====
+# Owns: every line of SQL about lines of logs: how they are stored and found, and how long they are kept. Must not know: HTTP, sockets,
+# the shape of frames.
+
+
+@attrs.frozen
+class LogLine:
+    """A line as it is stored; times in milliseconds, `level` as in `LEVELS`, `fields` is JSON."""
+
+    tenant_id: int
+    device_id: int
+    at: int
+    received_at: int
+    level: int
+    message: str
+    logger: str | None
+    host: str | None
+    fields: str | None
+
+    @property
+    def text(self) -> str:
+        """What is searched: `LINE_TEXT` in SQL."""
+        return "\n".join((self.message, self.logger or "", self.host or "", self.fields or ""))
+
+
+LINE_TEXT: Final = "message || char(10) || coalesce(logger, '') || char(10) || coalesce(host, '') || char(10) || coalesce(fields, '')"
+# Words by which the index narrows a search: the tenant, the device, and a level of the tenant.
+LINE_WHO: Final = "'t' || tenant_id || ' d' || device_id || ' t' || tenant_id || 'l' || level"
+LISTED_WORD: Final = re.compile(r"(?=.{4,64}\Z)(?:\D*\d){0,4}\D*")  # numbers and the like are found whole, or by how they begin
+
+
+class Dictionary:
+    """Words that are in the database already, by tenant: most words of a line are."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: set[tuple[int, str]] = set()
+
+    def new_words(self, lines: Iterable[LogLine]) -> set[tuple[int, str]]:
+        """Those of the lines that are not known yet."""
+        words = {(line.tenant_id, word) for line in lines for word in words_of(line.text)} - self._known
+        return {known for known in words if LISTED_WORD.fullmatch(known[1])}
+
+    def know(self, words: set[tuple[int, str]]) -> None:
+        """They are in the database now."""
+        if len(self._known) + len(words) > self._most:
+            self._known.clear()
+        self._known |= words
+
+    def forget(self, words: set[tuple[int, str]]) -> None:
+        """They are not there any more."""
+        self._known -= words
+
+
+def insert_words(connection: sqlite3.Connection, words: set[tuple[int, str]]) -> None:
+    (before,) = connection.execute("select coalesce(max(id), 0) from log_word").fetchone()
+    connection.execute(
+        "insert into log_word (tenant_id, word) select value ->> 0, value ->> 1 from json_each(?) where true on conflict do nothing",
+        bind(sorted(words)),
+    )
+    connection.execute("insert into log_word_index (rowid, word) select id, word from log_word where id > ?", (before,))
+
+
+def insert_log_lines(connection: sqlite3.Connection, lines: list[LogLine]) -> None:
+    """Lines, in order; those of devices that were removed meanwhile are left out."""
+    (before,) = connection.execute("select coalesce(max(id), 0) from log_line").fetchone()
+    for part in bind_in_parts(map(attrs.astuple, lines)):
+        connection.execute(
+            """insert into log_line (tenant_id, device_id, at, received_at, level, message, logger, host, fields)
+               select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5, value ->> 6, value ->> 7, value ->> 8
+               from json_each(?) where value ->> 1 in (select id from device) order by key""",
+            part,
+        )
+    connection.execute(f"insert into log_index (rowid, who, text) select id, {LINE_WHO}, {LINE_TEXT} from log_line where id > ?", (before,))
+    connection.execute(
+        f"""insert into hour (kind, hour, first, last)
+            select 'log', at / {HOUR}, min(id), max(id) from log_line where id > ? group by at / {HOUR}
+            on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last)""",
+        (before,),
+    )
+
+
+def delete_log_lines(connection: sqlite3.Connection, lines: list[int]) -> None:
+    """By their numbers. The index must be told what it had of them."""
+    connection.execute(
+        f"""insert into log_index (log_index, rowid, who, text) select 'delete', id, {LINE_WHO}, {LINE_TEXT}
+            from log_line where id in (select value from json_each(?))""",
+        bind(lines),
+    )
+    connection.execute("delete from log_line where id in (select value from json_each(?))", bind(lines))
+
+
+def delete_lines_of(connection: sqlite3.Connection, who: str, most: int) -> bool:
+    """Some lines of those who are told as the index has them; whether there were any."""
+    (lines,) = connection.execute(
+        "select json_group_array(rowid) from (select rowid from log_index where log_index match ? limit ?)", (f"{{who}} : ({who})", most)
+    ).fetchone()
+    if lines == "[]":
+        return False
+    delete_log_lines(connection, orjson.loads(lines))
+    return True
+
+
+def delete_words(connection: sqlite3.Connection, words: list[int]) -> None:
+    """By their numbers."""
+    connection.execute(
+        """insert into log_word_index (log_word_index, rowid, word)
+           select 'delete', id, word from log_word where id in (select value from json_each(?))""",
+        bind(words),
+    )
+    connection.execute("delete from log_word where id in (select value from json_each(?))", bind(words))
+
+
+def delete_unused_words(connection: sqlite3.Connection, dictionary: Dictionary, after: int, most: int) -> int:
+    """Of so many words after a number those that no line has any more; the number to go on after, 0 at the end."""
+    (text,) = connection.execute(
+        """select json_group_array(json_array(id, tenant_id, word, exists (select 1 from log_vocabulary where term = word)))
+           from (select id, tenant_id, word from log_word where id > ? order by id limit ?)""",
+        (after, most),
+    ).fetchone()
+    looked = orjson.loads(text)
+    unused = [(number, (tenant, word)) for number, tenant, word, used in looked if not used]
+    if unused:
+        delete_words(connection, [number for number, _ in unused])
+        dictionary.forget({known for _, known in unused})
+    return looked[-1][0] if len(looked) == most else 0
+
+
+def delete_old_lines(connection: sqlite3.Connection, cuts: Mapping[int, int], most: int) -> int:
+    """Lines of tenants that came before the times that are given, the oldest first, up to so many; how many there were."""
+    (text,) = connection.execute(
+        """select json_group_array(id) from (
+            select log_line.id from json_each(:cuts) cut join log_line on log_line.id in (
+                select rowid from log_index where log_index match '{who} : "t' || cut.key || '"' order by rowid limit :most)
+            where received_at < cut.value limit :most)""",
+        {"cuts": bind({str(tenant): cut for tenant, cut in cuts.items()})[0], "most": most},
+    ).fetchone()
+    lines = orjson.loads(text)
+    if lines:
+        delete_log_lines(connection, lines)
+    return len(lines)
+
+
+def set_log_days(connection: sqlite3.Connection, tenant_id: int, days: int | None) -> None:
+    """For how many days a tenant's lines are kept; None: as the installation says."""
+    connection.execute("delete from retention where tenant_id = ? and kind = 'logs'", (tenant_id,))
+    if days is not None:
+        connection.execute("insert into retention (tenant_id, kind, days) values (?, 'logs', ?)", (tenant_id, days))
+
+
+@attrs.frozen
+class LogFilter:
+    """Which lines are meant: of a device or of those whose names match, of a level at least, with these words, from `start` up to but
+    without `stop`."""
+
+    device: str | None
+    match: str | None
+    level: str
+    search: Search | None
+    start: int
+    stop: int
+
+
+LINE_JSON: Final = f"""json_object('id', log_line.id, 'at', {time_sql("log_line.at")}, 'received_at', {time_sql("received_at")},
+    'device', device.name, 'level', case level {" ".join(f"when {number} then '{name}'" for name, number in LEVELS.items())} end,
+    'message', message, 'logger', logger, 'host', host, 'fields', json(fields))"""
+
+
+class LogReads(Queries):
+    """Questions about a tenant's logs."""
+
+    def __init__(self, readers: Readers, limits: Limits) -> None:
+        super().__init__(readers)
+        self._limits = limits
+
+    async def lines(self, tenant: int, wanted: LogFilter, limit: int, after: int) -> str | None:
+        """A page of lines, newest first, from before the line `after`; None where there is no such device. Refusal: bad_query."""
+        return await self._lines(tenant, wanted, limit, 0, after, "desc")
+
+    async def newer_lines(self, tenant: int, wanted: LogFilter, limit: int, after: int) -> str | None:
+        """A page of the lines after one, oldest first; None where there is no such device. Refusal: bad_query."""
+        return await self._lines(tenant, wanted, limit, after, INTEGERS - 1, "asc")
+
+    async def _lines(self, tenant: int, wanted: LogFilter, limit: int, above: int, below: int, order: str) -> str | None:
+        devices = await self._devices(tenant, wanted)
+        if wanted.device is not None and not devices:
+            return None
+        low, high = await self._numbers("log", tenant, wanted.start, wanted.stop)
+        return await self._list(
+            f"""select log_line.id position, {LINE_JSON} item from log_index join log_line on log_line.id = log_index.rowid
+                join device on device.id = device_id
+                where log_index match :expression and log_index.rowid > :low and log_index.rowid < :high
+                and log_line.at >= :start and log_line.at < :stop and device.tenant_id = :tenant and name is not null
+                order by log_index.rowid {order}""",
+            limit, tenant=tenant, expression=await self._expression(tenant, wanted, devices), low=max(low, above), high=min(high, below),
+            start=wanted.start, stop=wanted.stop,
+        )  # fmt: skip
+
+    async def newest(self) -> int:
+        """The number of the newest line of all."""
+        row = await self._readers.row("select coalesce(max(id), 0) from log_line", {})
+        return int(row[0]) if row else 0
+
+    async def _devices(self, tenant: int, wanted: LogFilter) -> list[int] | None:
+        """Numbers of the devices that are meant; None for all."""
+        if wanted.device is None and wanted.match is None:
+            return None
+        text = await self._json(
+            """select json_group_array(id) from device where tenant_id = :tenant and name is not null
+               and (:device is null or name = :device) and (:match is null or name glob :match)""",
+            tenant=tenant, device=wanted.device, match=wanted.match,
+        )  # fmt: skip
+        return cast("list[int]", orjson.loads(text or "[]"))
+
+    async def _expression(self, tenant: int, wanted: LogFilter, devices: list[int] | None) -> str:
+        """What the index is asked for."""
+        levels = " OR ".join(f'"t{tenant}l{number}"' for name, number in LEVELS.items() if number <= LEVELS[wanted.level])
+        names = [f'"d{device}"' for device in devices or ()] or ['"none"']
+        who = f'"t{tenant}"' if devices is None else f"({' OR '.join(names)})"
+        narrowed = who if wanted.level == "debug" else f"{who} AND ({levels})"
+        if wanted.search is None:
+            return f"{{who}} : ({narrowed})"
+        words = {part: await self._words_with(tenant, part) for part in sorted(parts_of(wanted.search))}
+        return match_expression(wanted.search, words, narrowed)
+
+    async def _words_with(self, tenant: int, part: str) -> list[str]:
+        """Words of a tenant's lines that hold a part. Refusal: bad_query, when there are too many."""
+        text = await self._json(
+            """select json_group_array(word) from (
+                select log_word.word from log_word_index join log_word on log_word.id = log_word_index.rowid
+                where log_word_index match :part and tenant_id = :tenant limit :most + 1)""",
+            tenant=tenant, part=f'"{part}"', most=self._limits.log_parts,
+        )  # fmt: skip
+        words = cast("list[str]", orjson.loads(text or "[]"))
+        if len(words) > self._limits.log_parts:
+            raise Refusal("bad_query", FieldError("q", f'"{part}" is part of more than {self._limits.log_parts} words: write more of it'))
+        return words
+
+    async def days(self, tenant: int, default: int) -> int:
+        """For how many days lines are kept."""
+        row = await self._readers.row("select days from retention where tenant_id = :tenant and kind = 'logs'", {"tenant": tenant})
+        return default if row is None else int(row[0])
+
+    async def cuts(self, default: int) -> dict[int, int]:
+        """For each tenant the time before which its lines are too old."""
+        text = await self._json(
+            """select json_group_object(tenant.id, :now - coalesce(days, :default) * :day)
+               from tenant left join retention on tenant_id = tenant.id and kind = 'logs' where name is not null""",
+            now=now_ms(), default=default, day=DAY,
+        )  # fmt: skip
+        return {int(tenant): cut for tenant, cut in orjson.loads(text or "{}").items()}
+
+
 # ==== Removal ====
 # Owns: what is left of removed devices, tenants and readings, and its deletion little by little. Must not know: HTTP, sockets.
 
@@ -3877,6 +4583,8 @@ def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], l
     if deleted:
         delete_unused_documents(connection, [document_id for (document_id,) in deleted])
         return
+    if delete_lines_of(connection, " OR ".join(f'"d{device}"' for device in devices), limits.removed_lines):
+        return
     connection.execute(f"insert into removed_series select id from series where {of_them}", ids)
     connection.execute(f"delete from series where {of_them}", ids)
     times = {"ids": ids[0], "most": limits.removed_rows, **removal_times(limits)}
@@ -3889,11 +4597,15 @@ def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], l
 
 
 def delete_removed_tenant(connection: sqlite3.Connection, tenant_id: int, limits: Limits) -> None:
-    """The audit, then the tenant; its devices have gone before."""
+    """The audit and the words of its logs, then the tenant; its devices have gone before."""
     deleted = connection.execute(
         "delete from audit where id in (select id from audit where tenant_id = ? limit ?)", (tenant_id, limits.removed_rows)
     ).rowcount
-    if not deleted:
+    (words,) = connection.execute(
+        "select json_group_array(id) from (select id from log_word where tenant_id = ? limit ?)", (tenant_id, limits.removed_rows)
+    ).fetchone()
+    delete_words(connection, orjson.loads(words))
+    if not deleted and words == "[]":
         connection.execute("delete from tenant where id = ?", (tenant_id,))
 
 
@@ -3989,11 +4701,12 @@ class Batch:
         self.states: list[tuple[int, StateReport]] = []
         self.verdicts: list[tuple[int, VerdictReport]] = []
         self.events: list[TimelineEntry] = []
+        self.lines: list[LogLine] = []
         self.waiting: dict[Committed, tuple[int, int]] = {}
         self.changes: list[Change] = []
 
     def __bool__(self) -> bool:
-        return bool(self.progress or self.configs_sent or self.eventful or self.series or self.points or self.tokens_used)
+        return bool(self.progress or self.configs_sent or self.eventful or self.series or self.points or self.lines or self.tokens_used)
 
     def arrival(self) -> int:
         """The number of the next of what makes an event."""
@@ -4004,8 +4717,14 @@ class Batch:
         """Whether it may add to somebody's timeline."""
         return bool(self.changes or self.partings or self.states or self.verdicts or self.events)
 
-    def write(self, connection: sqlite3.Connection, limits: Limits) -> Outcome:
+    def write(self, connection: sqlite3.Connection, limits: Limits, dictionary: Dictionary) -> Outcome:
         """The whole batch in one transaction. Rows first: a change may remove what they name."""
+        words = dictionary.new_words(self.lines)
+        outcome = self._write(connection, limits, words)
+        dictionary.know(words)
+        return outcome
+
+    def _write(self, connection: sqlite3.Connection, limits: Limits, words: set[tuple[int, str]]) -> Outcome:
         with transaction(connection):
             began = time.perf_counter()
             awaited = write_configs_sent(connection, self.configs_sent) if self.configs_sent else []
@@ -4013,6 +4732,10 @@ class Batch:
             events = self.events + [parting.event(arrival) for arrival, parting in self.partings]
             refused = write_states(connection, self.states, events, limits) + write_verdicts(connection, self.verdicts, events)
             insert_events(connection, events)
+            if self.lines:
+                insert_log_lines(connection, self.lines)
+            if words:
+                insert_words(connection, words)
             results = [self._attempt(connection, change) for change in self.changes]
             return Outcome(results, refused, awaited, time.perf_counter() - began)
 
@@ -4119,11 +4842,13 @@ class Writer:
         self._shares = shares
         self._checkpoint_pages = limits.checkpoint_pages
         self._next_series = next_series
+        self.dictionary = Dictionary(limits.log_words_known)
         self._pending = Batch()
         self._work = asyncio.Event()
         self._stopping = False
         self.failing = False
         self.news = Bell()
+        self.log_news = TenantBells()
         self.awaited = Awaited()
         self.committed_at = time.monotonic()
         self.task = asyncio.create_task(self._run(), name="writer")
@@ -4170,6 +4895,10 @@ class Writer:
     def verdict_reported(self, report: VerdictReport) -> None:
         self._pending.verdicts.append((self._pending.arrival(), report))
         self._work.set()
+
+    def logged(self, lines: Iterable[LogLine]) -> None:
+        """Lines belong to the next transaction; who adds them tells what they weigh."""
+        self._pending.lines.extend(lines)
 
     def config_sent(self, device_id: int, version: int) -> None:
         """A configuration went out on the device's socket, just now."""
@@ -4241,7 +4970,7 @@ class Writer:
         if self._checkpoint_pages != self._shares.checkpoint_pages:
             self._checkpoint_pages = self._shares.checkpoint_pages
             set_checkpoint_pages(connection, self._checkpoint_pages)
-        return batch.write(connection, self._limits)
+        return batch.write(connection, self._limits, self.dictionary)
 
     async def _store(self, batch: Batch) -> None:
         """Commit a batch, however often it takes."""
@@ -4279,6 +5008,8 @@ class Writer:
             owner.committed(mark)
         if batch.eventful:
             self.news.ring()
+        for tenant_id in {line.tenant_id for line in batch.lines}:
+            self.log_news.ring(tenant_id)
 
     def _not_stored(self, batch: Batch, error: BaseException) -> None:
         """Nothing is acknowledged: sessions end with 1013, callers hear it, rows stay in the batch to be tried again."""
@@ -4308,6 +5039,7 @@ class Reads(Queries):
         self.removal = RemovalReads(keys)
         self.news = NewsReads(keys)
         self.pushes = PushReads(keys)
+        self.logs = LogReads(readers, limits)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
@@ -5335,6 +6067,8 @@ class Registry:
         self._running: set[RequestUnderWay] = set()
         self._feeds: set[asyncio.Transport | None] = set()
         self._held: dict[int, int] = {}  # how often
+        self._followers: Counter[int] = Counter()  # of logs, by tenant
+        self._feeds_most = limits.feeds
 
     def serve(self, link: Link, conversation: Coroutine[Any, Any, None]) -> None:
         """Begin a conversation, and keep it until it is over."""
@@ -5361,6 +6095,19 @@ class Registry:
 
     def is_held(self, device_id: int) -> bool:
         return device_id in self._held
+
+    @contextmanager
+    def follower(self, tenant_id: int) -> Iterator[None]:
+        """Somebody follows a tenant's logs. Refusal: too_many_feeds."""
+        if self._followers[tenant_id] >= self._feeds_most:
+            raise Refusal("too_many_feeds", retry_after=1)
+        self._followers[tenant_id] += 1
+        try:
+            yield
+        finally:
+            self._followers[tenant_id] -= 1
+            if not self._followers[tenant_id]:
+                del self._followers[tenant_id]
 
     @contextmanager
     def feed(self, transport: asyncio.Transport | None) -> Iterator[None]:
@@ -5637,10 +6384,13 @@ class Cleaner:
     """Deletes what removed devices and tenants left behind, a little at a time. Tenants may be removed from the command line,
     beside the server: then it is the first to see it, and ends what is under way for them."""
 
-    def __init__(self, store: Store, registry: Registry, limits: Limits) -> None:
+    def __init__(self, store: Store, registry: Registry, limits: Limits, log_days: int) -> None:
         self._store = store
         self._registry = registry
         self._limits = limits
+        self._log_days = log_days
+        self._looked = float("-inf")  # when it was last looked for what is too old
+        self._word = 0  # the last that it was asked of whether a line has it
         self.wanted = asyncio.Event()
         self.wanted.set()  # a removal before the last stop may not be done
 
@@ -5651,8 +6401,9 @@ class Cleaner:
                     await self.wanted.wait()
             try:
                 await self._clean()
+                await self._delete_old()
             except (Refusal, sqlite3.Error) as error:
-                log.warning("cannot delete what was left behind by a removal: %s", error)
+                log.warning("cannot delete what was removed or is too old: %s", error)
                 await asyncio.sleep(self._limits.retry_seconds)
                 self.wanted.set()
 
@@ -5666,6 +6417,20 @@ class Cleaner:
                 self._registry.end(device_id, "device_removed")
             delete = functools.partial(delete_removed, removed=removed, limits=self._limits)
             await self._store.writer.change(delete, weight=self._limits.removed_rows)
+
+
+    async def _delete_old(self) -> None:
+        """What was kept for as long as its tenant wants it, now and then."""
+        now, writer, most = asyncio.get_running_loop().time(), self._store.writer, self._limits.removed_lines
+        if now - self._looked < self._limits.retention_seconds:
+            return
+        self._looked = now
+        delete = functools.partial(delete_old_lines, cuts=await self._store.read.logs.cuts(self._log_days), most=most)
+        while await writer.change(delete, weight=self._limits.removed_rows):
+            pass
+        self._word = await writer.change(
+            lambda connection: delete_unused_words(connection, writer.dictionary, self._word, self._limits.looked_words)
+        )
 
 
 class Pusher:
@@ -6028,13 +6793,15 @@ class Intake:
             self._take_state(frame, size)
         elif isinstance(frame, ConfigStatus):
             self._take_verdict(frame, size)
+        elif isinstance(frame, Log):
+            self._take_log(frame, size)
 
     def _take_telemetry(self, frame: Telemetry, size: int) -> None:
         """Hand the points to the writer. Refusal: too_many_series, invalid; then none of the frame is taken."""
         now = now_ms()
         moments = self._moments(frame, now)
         count = self._add_points(frame.samples, moments, self._writer.points())
-        self._telemetry_taken(frame, now, count, max(count, size // self._limits.point_bytes))
+        self._points_taken(frame.seq, now, count, max(count, size // self._limits.point_bytes))
 
     async def _take_long_telemetry(self, frame: Telemetry, size: int, pause: Callable[[], Awaitable[None]]) -> None:
         """Hand the points over so many samples at a time; a transaction of many would keep others waiting. What has its own times may be
@@ -6055,7 +6822,7 @@ class Intake:
             if self._owner.link.ended:
                 return
         self._hand_over(rows)
-        self._telemetry_taken(frame, now, count, kept)
+        self._points_taken(frame.seq, now, count, kept)
 
     def _moments(self, frame: Telemetry, now: int) -> list[int]:
         """The time of each sample. Refusal: too_many_series, invalid."""
@@ -6086,10 +6853,11 @@ class Intake:
         for number, points in rows.items():
             pending[number] = {**pending[number], **points} if number in pending else points
 
-    def _telemetry_taken(self, frame: Telemetry, now: int, count: int, weight: int) -> None:
+    def _points_taken(self, seq: Seq, now: int, count: int, weight: int) -> None:
+        """`count` points of the quota."""
         self._use.add_points(now, count)
         self._writer.points_taken(self._use.tenant_id, count)
-        self._frame_taken(frame.seq, now, weight)
+        self._frame_taken(seq, now, weight)
         if self._use.points >= self._use.points_most:
             self._throttled().look()
 
@@ -6106,6 +6874,18 @@ class Intake:
         report = VerdictReport(self._owner, self._device_id, frame.seq, now, frame.version, frame.status, frame.message, errors)
         self._writer.verdict_reported(report)
         self._frame_taken(frame.seq, now, max(self._limits.verdict_points, size // self._limits.point_bytes))
+
+    def _take_log(self, frame: Log, size: int) -> None:
+        now = now_ms()
+        self._writer.logged(
+            LogLine(
+                self._use.tenant_id, self._device_id, now if entry.ts is None else entry.ts, now, LEVELS[entry.level], entry.message,
+                entry.logger, None, None if entry.fields is None else canonical(entry.fields).decode(),
+            )
+            for entry in frame.entries
+        )  # fmt: skip
+        count = len(frame.entries) + size // self._limits.point_bytes
+        self._points_taken(frame.seq, now, count, count * self._limits.log_weight)
 
     def _frame_taken(self, seq: int, now: int, weight: int) -> None:
         self._taken = seq
@@ -6394,19 +7174,15 @@ async def serve_link(services: Services, link: Link) -> None:
             session.forget()
 
 
-# ==== HTTP API ====
-# Owns: the route table and its handlers: a request in, JSON out. Must not know: SQL.
+# ==== HTTP queries ====
+# Owns: what the address of a request may ask for: a class for each kind of query, checked. Must not know: SQL, sockets.
 
 Moment = NewType("Moment", int)
 Duration = NewType("Duration", int)
 Names = NewType("Names", tuple[str, ...])
 Aggregates = NewType("Aggregates", tuple[str, ...])
-SERVICES: Final = web.AppKey("services", Services)
-JSON_TYPE: Final = "application/json"
 FUTURE: Final = Moment(LATEST)
-BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # by which spreadsheets know UTF-8
 AGGREGATES_MOST: Final = 8  # values of a bucket: an answer grows with them
-MANY_PAUSE_SECONDS: Final = 0.1  # between two looks at the verdicts of a push to many: each may be thousands of rows
 
 
 @attrs.frozen
@@ -6441,6 +7217,27 @@ class EventQuery:
     kind: Names | None = None
     from_: Moment = Moment(0)
     to_: Moment = FUTURE
+
+
+@attrs.frozen
+class LogQuery:
+    """GET /iiot/{device}/logs."""
+
+    q: str | None = None
+    level: LogLevel = LogLevel("debug")
+    limit: int | None = None
+    after: int | None = None
+    from_: Moment = Moment(0)
+    to_: Moment = FUTURE
+    format: str = "json"
+    follow: bool = False
+
+
+@attrs.frozen
+class TenantLogQuery(LogQuery):
+    """GET /logs."""
+
+    match: str | None = None
 
 
 @attrs.frozen
@@ -6572,6 +7369,7 @@ def make_query_converter() -> Converter:
     converter.register_structure_hook(Moment, lambda values, _: Moment(parse_moment(one_value(values), now_ms())))
     converter.register_structure_hook(Duration, query_duration)
     converter.register_structure_hook(Names, query_names)
+    converter.register_structure_hook(LogLevel, lambda values, _: LogLevel(one_of(*LEVELS)(one_value(values), None)))
     converter.register_structure_hook(Aggregates, query_aggregates)
 
     def structure_query(cls: type[Any]) -> Callable[[Any, Any], Any]:
@@ -6580,6 +7378,15 @@ def make_query_converter() -> Converter:
 
     converter.register_structure_hook_factory(attrs.has, structure_query)
     return converter
+
+
+# ==== HTTP API ====
+# Owns: the route table and its handlers: a request in, JSON out. Must not know: SQL.
+
+SERVICES: Final = web.AppKey("services", Services)
+JSON_TYPE: Final = "application/json"
+BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # by which spreadsheets know UTF-8
+MANY_PAUSE_SECONDS: Final = 0.1  # between two looks at the verdicts of a push to many: each may be thousands of rows
 
 
 def remote_address(request: web.Request, trusted: Networks) -> str:
@@ -6853,6 +7660,102 @@ async def streaming(call: Call, content_type: str, headers: Mapping[str, str] = 
             call.request.transport.abort()
         if not isinstance(error, TimeoutError):  # the client does not read
             raise
+
+
+async def wait_for_turn(services: Services, tenant_id: int | None) -> None:
+    """Until it is the turn of a request, among those of its tenant. Refusal: too_many_requests."""
+    share, limits = services.store.allowances.shares.of(tenant_id), services.limits
+    if share.asking >= limits.requests_waiting:
+        raise Refusal("too_many_requests", retry_after=1)
+    try:
+        await share.turn(for_seconds(limits.request_seconds), storing=False)
+    except TimeoutError:
+        raise Refusal("too_many_requests", retry_after=1) from None
+
+
+async def stream_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> web.StreamResponse:
+    """All lines that are wanted, newest first; with `limit` so many."""
+    logs, limits, rest = call.services.store.read.logs, call.services.limits, call.query.limit
+    last: int | None = call.version_after()
+    async with streaming(call, shown.content_type) as response:
+        if shown.header:
+            await response.write(shown.header)
+        while last is not None and rest != 0:
+            text = await logs.lines(call.tenant, wanted, limits.page_most if rest is None else rest, last)
+            page = orjson.loads(text or '{"items": [], "next": null}')
+            last, rest = page["next"], None if rest is None else rest - len(page["items"])
+            async with asyncio.timeout(limits.stall_seconds):
+                await response.write(b"".join(map(shown.write, page["items"])))
+            await wait_for_turn(call.services, call.tenant)
+    return response
+
+
+async def follow_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> web.StreamResponse:
+    """The newest lines, `limit` of them, then those that come, as they are committed; an empty line where there is none for a while."""
+    services, logs, limits, tenant = call.services, call.services.store.read.logs, call.services.limits, call.tenant
+    last = await logs.newest()
+    text = await logs.lines(tenant, wanted, call.count(limits.tail, limits.page_most), last + 1)
+    with services.registry.follower(tenant), services.registry.feed(call.request.transport):
+        async with streaming(call, shown.content_type) as response:
+            lines = orjson.loads(text or '{"items": []}')["items"][::-1]
+            if first := shown.header + b"".join(map(shown.write, lines)):
+                await response.write(first)
+            while not services.registry.closing.is_set():
+                ring = services.store.writer.log_news.next(tenant)
+                text = await logs.newer_lines(tenant, wanted, limits.page_most, last)
+                lines = orjson.loads(text or '{"items": []}')["items"]
+                last = lines[-1]["id"] if lines else last
+                if not lines:
+                    await asyncio.wait((ring,), timeout=limits.feed_seconds)
+                if lines or not ring.done():
+                    async with asyncio.timeout(limits.stall_seconds):
+                        await response.write(b"".join(map(shown.write, lines)) or b"\n")
+                await asyncio.sleep(limits.follow_seconds)
+                await wait_for_turn(services, tenant)
+    return response
+
+
+async def show_log_lines(call: Call) -> web.StreamResponse:
+    """Of one device, or of all whose names match. Refusal: bad_query, not_found."""
+    query: LogQuery = call.query
+    device = call.request.match_info.get("device")
+    match = query.match if isinstance(query, TenantLogQuery) else None
+    try:
+        search = None if query.q is None else parse_search(query.q, call.services.limits)
+    except Invalid as error:
+        raise Refusal("bad_query", FieldError("q", str(error))) from error
+    wanted = LogFilter(device, match, query.level, search, query.from_, query.to_)
+    lines = await call.services.store.read.logs.lines(call.tenant, wanted, call.page(), call.version_after())
+    if query.format == "json" and not query.follow:
+        return required(lines)
+    shown = LINE_FORMATS.get(query.format)
+    if shown is None:
+        raise Refusal("bad_query", FieldError("format", f"is not one of {', '.join(LINE_FORMATS)}" + ("" if query.follow else ", json")))
+    if lines is None:
+        raise Refusal("not_found")
+    if query.follow:
+        return await follow_log_lines(call, wanted, shown)
+    return await stream_log_lines(call, wanted, shown)
+
+
+async def retention_of(call: Call) -> str:
+    days = await call.services.store.read.logs.days(call.tenant, call.services.settings.log_days)
+    return orjson.dumps({"logs": {"days": days}}).decode()
+
+
+async def show_retention(call: Call) -> web.StreamResponse:
+    return json_response(await retention_of(call))
+
+
+async def set_retention(call: Call) -> web.StreamResponse:
+    body = await call.body(Retention)
+    await call.change(lambda connection: set_log_days(connection, call.tenant, body.logs.days), logs={"days": body.logs.days})
+    return json_response(await retention_of(call))
+
+
+async def reset_retention(call: Call) -> web.StreamResponse:
+    await call.change(lambda connection: set_log_days(connection, call.tenant, None))
+    return web.Response(status=204)
 
 
 async def csv_pieces(
@@ -7341,6 +8244,11 @@ ROUTES: Final = (
     Route("GET", "/iiot/{device}/telemetry", "viewer", show_telemetry, TelemetryQuery),
     Route("DELETE", "/iiot/{device}/telemetry", "admin", remove_telemetry, RangeQuery, "telemetry.remove"),
     Route("POST", "/iiot/{device}/report", "operator", ask_report, action="device.report"),
+    Route("GET", "/iiot/{device}/logs", "viewer", show_log_lines, LogQuery),
+    Route("GET", "/logs", "viewer", show_log_lines, TenantLogQuery),
+    Route("GET", "/retention", "viewer", show_retention),
+    Route("PUT", "/retention", "admin", set_retention, action="retention.set"),
+    Route("DELETE", "/retention", "admin", reset_retention, action="retention.reset"),
     Route("GET", "/provisioning-keys", "admin", list_keys, ListQuery),
     Route("POST", "/provisioning-keys", "admin", create_key, action="key.create"),
     Route("DELETE", "/provisioning-keys/{id}", "admin", delete_key, action="key.remove"),
@@ -7388,17 +8296,6 @@ def refuse_conditions(call: Call) -> None:
         raise Refusal("invalid", FieldError("If-Match", "cannot be used with this request"))
     if call.none_match is not None and (call.request.method not in ("GET", "HEAD") or call.none_match == {"*"}):
         raise Refusal("invalid", FieldError("If-None-Match", "cannot be used with this request"))
-
-
-async def wait_for_turn(services: Services, tenant_id: int | None) -> None:
-    """Until it is the turn of a request, among those of its tenant. Refusal: too_many_requests."""
-    share, limits = services.store.allowances.shares.of(tenant_id), services.limits
-    if share.asking >= limits.requests_waiting:
-        raise Refusal("too_many_requests", retry_after=1)
-    try:
-        await share.turn(for_seconds(limits.request_seconds), storing=False)
-    except TimeoutError:
-        raise Refusal("too_many_requests", retry_after=1) from None
 
 
 def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -7558,7 +8455,7 @@ async def run_services(app: web.Application, settings: Settings, limits: Limits)
     """Open the store, then what stands on it; close them the other way round."""
     async with Store.open(Path(settings.db), limits, settings.query_seconds) as store:
         registry = Registry(limits, store.allowances)
-        cleaner, pusher = Cleaner(store, registry, limits), Pusher(store, registry, limits)
+        cleaner, pusher = Cleaner(store, registry, limits, settings.log_days), Pusher(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
         supervisor, news, trusted = Supervisor(), News(store, limits), networks(settings.trusted_proxy)
         app[SERVICES] = Services(settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted)
@@ -7591,6 +8488,7 @@ async def end_sessions(app: web.Application) -> None:
     app[SERVICES].registry.end_all("shutting_down")
     app[SERVICES].store.writer.news.ring()
     app[SERVICES].news.wake_all()
+    app[SERVICES].store.writer.log_news.ring_all()
     await app[SERVICES].registry.wait_until_left(STOP_SECONDS)
 
 

@@ -226,11 +226,11 @@ begin
     select raise(abort, 'the audit is append-only');
 end;
 
--- Which numbers the entries of an hour have, in the timelines and in the audit, those of all tenants together: by it a range of times is
--- found among the entries of a device or a tenant, which lie in the order of their numbers. Times need not rise with numbers: the
--- clock may be set. Triggers keep it, and no row goes.
+-- Which numbers the entries of an hour have, in the timelines, in the audit and in the logs, those of all tenants together: by it a range
+-- of times is found among the entries of a device or a tenant, which lie in the order of their numbers. Times need not rise with
+-- numbers: the clock may be set. Triggers keep it for timelines and audit, and no row goes.
 create table hour (
-    kind   text not null check (kind in ('event', 'audit')),
+    kind   text not null check (kind in ('event', 'audit', 'log')),
     hour   integer not null,                      -- since 1970-01-01 00:00 UTC
     first  integer not null,                      -- the lowest number, and the highest
     last   integer not null,
@@ -251,6 +251,41 @@ begin
     insert into hour (kind, hour, first, last) values ('audit', new.at / 3600000, new.id, new.id)
     on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
 end;
+
+-- What devices log, in the order in which it came. No foreign keys: they would be looked up for every line.
+create table log_line (
+    id           integer primary key autoincrement,
+    tenant_id    integer not null,
+    device_id    integer not null,
+    at           integer not null,                  -- the sender's time, or that of receipt where it gave none
+    received_at  integer not null,
+    level        integer not null check (level between 2 and 7),  -- as severities of syslog (RFC 5424): 2 is critical, 7 is debug
+    message      text not null,
+    logger       text,                              -- which part of the sender says it
+    host         text,
+    fields       text                               -- JSON: what else the sender told
+) strict;
+-- The words of all lines. `who` holds words of the server's own: t1 is a tenant, d1 a device, t1l4 a level of a tenant. So a search
+-- is narrowed within the index. The texts themselves are not kept here a second time.
+create virtual table log_index using fts5 (who, text, content = '', columnsize = 0, tokenize = 'unicode61 remove_diacritics 2');
+-- The words that a tenant's lines have had, but for numbers and the like, and in which of them a part of a word stands.
+create table log_word (
+    id         integer primary key,
+    tenant_id  integer not null,
+    word       text not null,
+    unique (tenant_id, word)
+) strict;
+create virtual table log_word_index using fts5 (word, content = 'log_word', content_rowid = 'id', columnsize = 0, tokenize = 'trigram');
+-- The words that `log_index` has at present.
+create virtual table log_vocabulary using fts5vocab (log_index, 'row');
+
+-- How long a tenant's data is kept, where it is not as long as the installation says.
+create table retention (
+    tenant_id  integer not null references tenant on delete cascade,
+    kind       text not null check (kind in ('logs')),
+    days       integer not null check (days > 0),
+    primary key (tenant_id, kind)
+) strict, without rowid;
 
 -- A random text, new at every start and every five minutes. It stands in the file beside the database too, so that a write-ahead log
 -- is not replayed over a copy of another time.

@@ -6,8 +6,11 @@ Every server is a process of its own on a fresh database; the load comes from a 
 from __future__ import annotations
 
 import argparse
+import gzip
+import itertools
 import json
 import os
+import random
 import re
 import signal
 import sqlite3
@@ -16,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from load import Worker, answer_configs, connect_and_wait, send_at_full_speed, send_steadily
+from load import LEVELS, Worker, answer_configs, connect_and_wait, send_at_full_speed, send_logs_at_full_speed, send_steadily
 
 import iiot
 
@@ -286,9 +290,77 @@ def queries(points: int, devices: int, frames: int) -> None:
     )
 
 
+WORDS = 20_000
+
+
+class Messages:
+    """Lines as machines write them: a few common words, many rare ones, a number, an id. The same at every run."""
+
+    def __init__(self) -> None:
+        self._chance = random.Random(1)
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        self.words = ["".join(self._chance.choices(letters, k=self._chance.randint(3, 10))) for _ in range(WORDS)]
+        self._weights = list(itertools.accumulate(1 / (rank + 1) for rank in range(WORDS)))
+
+    def some(self, count: int) -> list[str]:
+        chance = self._chance
+        return [
+            f"{' '.join(chance.choices(self.words, cum_weights=self._weights, k=8))} value={chance.random() * 100:.2f} "
+            f"id={chance.getrandbits(32):08x} E-{chance.randint(1000, 9999)}"
+            for _ in range(count)
+        ]
+
+
+def logs(lines: int, devices: int) -> None:
+    """Intake of a part of the lines; then all of them are in the database, and are searched."""
+    made, part = Messages(), lines // 10 // devices
+    with server(devices) as running:
+        messages = [made.some(part) for _ in range(devices)]
+        worker = Worker(send_logs_at_full_speed, running.host, running.port, running.tokens, messages, 50)
+        worker.receive()
+        before = processor_seconds(running.pid)
+        worker.send()
+        seconds = float(worker.receive())
+        used = processor_seconds(running.pid) - before
+        worker.join()
+        running.stop()
+        count, text = part * devices, "\n".join(itertools.chain(*messages)).encode()
+        with closing(sqlite3.connect(running.database)) as connection:
+            assert connection.execute("select count(*) from log_line").fetchone() == (count,)
+        print(
+            f"log lines in frames of 50, {devices} devices: {count / seconds:,.0f} lines/s on disk and acknowledged, "
+            f"{used / count * 1e6:.0f} µs of the processor each; {running.database.stat().st_size / count:.0f} bytes a line on disk with "
+            f"its index (text {len(text) / count:.0f}, gzip {len(gzip.compress(text)) / count:.0f})",
+            flush=True,
+        )
+        with closing(iiot.connect(running.database)) as connection:
+            dictionary = iiot.Dictionary(iiot.Limits().log_words_known)
+            for start in range(count, lines, 5_000):
+                batch = iiot.Batch()
+                for number, message in enumerate(made.some(5_000), start):
+                    at, level = FIRST_TS + number, iiot.LEVELS[LEVELS[number % len(LEVELS)]]
+                    batch.lines.append(iiot.LogLine(1, 1 + number % devices, at, at, level, message, None, None, None))
+                batch.write(connection, iiot.Limits(), dictionary)
+        running.start()
+        searches = {
+            "newest": "limit=100", "rare word": f"q={made.words[-10]}", "common word, device and level": f"q={made.words[0]}&level=error",
+            "phrase": f'q="{made.words[5]} {made.words[40]}"', "part of a word": f"q={made.words[-20][1:-1]}", "a code": "q=E-4711",
+            "beginning of a word": f"q={made.words[3000][:4]}*", "nothing": "q=nothing-of-this",
+        }
+        for name, search in searches.items():
+            path = f"/iiot/device-00017/logs?{search}" if "device" in name else f"/logs?{search}"
+            took = []
+            for _ in range(9):
+                started = time.perf_counter()
+                found = json.loads(running.get(urllib.parse.quote(path, safe="/?=&*")))["items"]
+                took.append((time.perf_counter() - started) * 1000)
+            told = f"{len(found)} on the page, {statistics.median(took):.1f} ms (first {took[0]:.0f} ms)"
+            print(f"search of {lines:,} lines, {name}: {told}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("ingest", "latency", "idle", "size", "queries", "config"), help="one part alone")
+    parser.add_argument("--only", choices=("ingest", "latency", "idle", "size", "queries", "config", "logs"), help="one part alone")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the frames and devices, for a quick look")
     arguments = parser.parse_args()
     scale, only = arguments.scale, arguments.only
@@ -310,6 +382,8 @@ def main() -> None:
         configurations(int(5000 * scale))
     if only in (None, "queries"):
         queries(HISTORY_POINTS, 200, int(3000 * scale))
+    if only in (None, "logs"):
+        logs(int(5_000_000 * scale), 50)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ CHUNK = 64 * 1024
 PATIENCE = 120.0
 
 
+LEVELS = ("debug", "info", "info", "info", "notice", "warning", "error")
+
+
 def client_frame(payload: bytes, opcode: int = 1) -> bytes:
     """A WebSocket frame of a client (RFC 6455, section 5.2), masked with a random key."""
     length, key = len(payload), os.urandom(4)
@@ -228,6 +231,24 @@ def send_at_full_speed(
         pipe.send("ready")
         pipe.recv()
         pipe.send(fleet.send_all(blobs, frames))
+        fleet.close()
+    except Exception as error:  # noqa: BLE001 - raised again where the answer is received
+        pipe.send(error)
+
+
+def send_logs_at_full_speed(pipe: Connection, host: str, port: int, tokens: list[str], messages: list[list[str]], lines: int) -> None:
+    """The same of lines of logs, so many in a frame; for each device its messages."""
+    try:
+        blobs = []
+        for own in messages:
+            frames = [own[at : at + lines] for at in range(0, len(own), lines)]
+            told = [[{"level": LEVELS[len(message) % len(LEVELS)], "message": message} for message in frame] for frame in frames]
+            contents = (json.dumps({"type": "log", "seq": seq, "entries": entries}) for seq, entries in enumerate(told, 1))
+            blobs.append(b"".join(client_frame(content.encode()) for content in contents))
+        fleet = Fleet(host, port, tokens)
+        pipe.send("ready")
+        pipe.recv()
+        pipe.send(fleet.send_all(blobs, -(-len(messages[0]) // lines)))
         fleet.close()
     except Exception as error:  # noqa: BLE001 - raised again where the answer is received
         pipe.send(error)

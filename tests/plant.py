@@ -195,6 +195,14 @@ def rows(database: Path, sql: str) -> list[Any]:
         return connection.execute(sql).fetchall()
 
 
+def tables(connection: sqlite3.Connection) -> set[str]:
+    """All but SQLite's own, and those of indexes of words, which hold nothing that is not in others."""
+    (names,) = connection.execute(
+        """select json_group_array(name) from pragma_table_list where schema = 'main' and type = 'table' and name not like 'sqlite_%'"""
+    ).fetchone()
+    return set(json.loads(names))
+
+
 def expire(database: Path, table: str, identifier: str) -> None:
     """Let a token or key expire: none can be made that has."""
     with closing(sqlite3.connect(database)) as connection, connection:

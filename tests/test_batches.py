@@ -71,7 +71,8 @@ class Bound:
     @property
     def full(self) -> bool:
         """Whether as much waits in the writer as can."""
-        return self.writer is not None and any(share.full for share in self.writer._shares._shares.values())
+        shares = self.writer._shares._shares.values() if self.writer is not None else ()
+        return any(share.weight + share._last > LIMITS.pending_points for share in shares)
 
     def most(self, count: Callable[[iiot.Batch], int]) -> int:
         return max(map(count, self.batches))
@@ -80,6 +81,13 @@ class Bound:
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch) -> Bound:
     return Bound(monkeypatch)
+
+
+@pytest.fixture
+async def plant(tmp_path: Path) -> AsyncIterator[Plant]:
+    """A server whose one tenant may always have all of a transaction."""
+    async with plants.plant(tmp_path, attrs.evolve(LIMITS, alone_seconds=1e-6)) as running:
+        yield running
 
 
 async def connected(plant: Plant, count: int) -> list[Device]:
@@ -188,7 +196,7 @@ def test_more_points_than_can_wait_are_stored_in_parts(tmp_path: Path) -> None:
         batch.points.setdefault(str(series), {})[str(ts)] = value
     with closing(iiot.connect(tmp_path / "iiot.db")) as connection:
         connection.set_trace_callback(lambda sql: texts.append(len(sql)) if "insert into telemetry" in sql else None)
-        batch.write(connection, attrs.evolve(LIMITS, pending_points=100))
+        batch.write(connection, attrs.evolve(LIMITS, pending_points=100), iiot.Dictionary(0))
         connection.set_trace_callback(None)
         assert set(connection.execute("select series_id, ts, value from telemetry")) == expected
     assert len(texts) > 20

@@ -28,8 +28,8 @@ QUOTAS = iiot.default_quotas(iiot.Settings())
 SHARED_DEVICES = ("press-1", "press-2")
 SHARED_METRICS = ("note", "pressure")
 PLACES = (
-    "agent", "author", "code", "config", "device", "error", "glob", "gone", "label", "message", "metric", "nothing", "path", "software",
-    "state", "telemetry", "viewer",
+    "agent", "author", "code", "config", "device", "error", "glob", "gone", "label", "log", "message", "metric", "nothing", "path",
+    "software", "state", "telemetry", "viewer",
 )  # fmt: skip
 
 
@@ -67,8 +67,8 @@ class Side:
 
     @property
     def points(self) -> int:
-        """That it stored in all, of three metrics on three devices."""
-        return 9 * self.samples
+        """That it stored in all, of three metrics on three devices; and what their lines count for."""
+        return 9 * self.samples + 3 * 3
 
     def know(self, token: str) -> str:
         """Note a token or key that was given out; it again."""
@@ -94,6 +94,8 @@ async def load_device(plant: Plant, side: Side, name: str, device: Device) -> No
     await device.store(*({"ts": START + n * 1_000, "values": values} for n in range(side.samples)))
     await tell("state", reported={"serial": side.text("state"), "software_version": side.text("software")})
     await tell("state", reported={"serial": side.text("state") * 2})
+    told = {"level": "error", "message": f"{side.text('log')} {side.text('message')}", "logger": side.text("log")}
+    await tell("log", entries=[told, {**told, "fields": {"place": side.text("log")}}])
     problem = {"path": side.text("path"), "code": side.text("code"), "message": side.text("error")}
     await push("rejected", message=side.text("message"), errors=[problem])
     await push("in_progress", message=side.text("message"))
@@ -204,6 +206,20 @@ def asked_points(world: World, side: Side) -> tuple[object, ...]:
     return tuple(iiot.TelemetryRange(metrics, 0, iiot.LATEST, down) for metrics in (None, some) for down in (False, True))
 
 
+def asked_lines(world: World, side: Side) -> tuple[object, ...]:
+    everything = iiot.LogFilter(None, None, "debug", None, 0, iiot.LATEST)
+    devices = [*SHARED_DEVICES, *(each.text(place) for each in world.all for place in ("device", "gone", "nothing"))]
+    searches = ["log", "NOT nothing", "og OR lo*", *(each.word for each in world.all), *(f'"{each.word} log"' for each in world.all)]
+    return (
+        everything,
+        *(attrs.evolve(everything, device=device) for device in devices),
+        *(attrs.evolve(everything, match=match) for match in ("*", *(f"{each.word}*" for each in world.all))),
+        *(attrs.evolve(everything, search=iiot.parse_search(search, LIMITS)) for search in searches),
+        attrs.evolve(everything, level="error", search=iiot.parse_search("log", LIMITS)),
+        attrs.evolve(everything, start=1),
+    )
+
+
 def asked_entries(world: World, side: Side) -> tuple[object, ...]:
     actors = [name for each in world.all for name in (each.text("author"), each.first, *each.ids)]
     devices = [*SHARED_DEVICES, *(each.text(place) for each in world.all for place in ("device", "gone", "nothing"))]
@@ -234,6 +250,8 @@ ARGUMENTS: Mapping[str, Asked] = {
     "metric: str": lambda world, side: (*SHARED_METRICS, side.text("metric")),
     "wanted: TelemetryRange": asked_points,
     "wanted: AuditFilter": asked_entries,
+    "wanted: LogFilter": asked_lines,
+    "default: int": the_same(30),
     "limit: int": the_same(1_000, 1),
     "after: str": the_same(""),
     "after: int": the_same(0, iiot.INTEGERS - 1),
@@ -252,7 +270,7 @@ ARGUMENTS: Mapping[str, Asked] = {
 }
 
 # Reads of one tenant whose answer is but a number.
-NUMBERS_ALONE = {"Reads.device_id", "Reads.last_event"}
+NUMBERS_ALONE = {"Reads.device_id", "Reads.last_event", "LogReads.days"}
 
 Read = Callable[..., Awaitable[object]]
 
@@ -300,6 +318,12 @@ async def check_newest(world: World, read: Read) -> None:
     assert isinstance(await read(), int)
 
 
+async def check_cuts(world: World, read: Read) -> None:
+    """For the task that deletes what is too old: a time for each tenant, by its number."""
+    cuts: Any = await read(30)
+    assert {side.id for side in world.sides} <= cuts.keys()
+
+
 async def check_news(world: World, read: Read) -> None:
     """For the same task: each event says whose it is, and is told to nobody else."""
     events: Any = await read(0, 10_000)
@@ -339,6 +363,8 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "NewsReads.newest": check_newest,
     "NewsReads.highest": check_newest,
     "NewsReads.after": check_news,
+    "LogReads.newest": check_newest,
+    "LogReads.cuts": check_cuts,
     "RemovalReads.is_range_left": check_range_left,
     "PushReads.tenants": check_pushes,
     "PushReads.is_under_way": check_push,

@@ -57,6 +57,11 @@ ALLOWED = (
     Allowed("not exists (select 1 from operator_token)", "SCAN operator_token USING COVERING INDEX operator_token_by_tenant",
             "once at a start, and ends with the first"),
     # The first of them, up to a limit.
+    Allowed("from log_word where id > ? order by id limit ?", "SEARCH log_word USING INTEGER PRIMARY KEY (rowid>?)", "ends with its limit"),
+    Allowed("select id, word from log_word where id > ?", "SEARCH log_word USING INTEGER PRIMARY KEY (rowid>?)",
+            "those that the transaction has added"),
+    Allowed("from log_line where id > ?", "SEARCH log_line USING INTEGER PRIMARY KEY (rowid>?)", "those that the transaction has added"),
+    Allowed("from log_line where id > ?", "SORT log_line", "those that the transaction has added, by their hour"),
     Allowed("select id from removed_series order by id limit ?", "SCAN removed_series", "ends with its limit"),
     Allowed("exists (select 1 from removed_series)", "SCAN removed_series", "ends with the first"),
     Allowed("exists (select 1 from removed_range)", "SCAN removed_range", "ends with the first"),

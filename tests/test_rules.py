@@ -558,7 +558,8 @@ def test_the_schema_falls_into_statements_that_make_every_table() -> None:
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         for statement in found:
             connection.execute(statement)
-        made = connection.execute("select count(*) from sqlite_schema where sql is not null and name not like 'sqlite_%'").fetchone()[0]
+        made = connection.execute("select count(*) from sqlite_schema where sql is not null and name not like 'sqlite_%' "
+                                  "and name not in (select name from pragma_table_list where type = 'shadow')").fetchone()[0]
     assert made == len(re.findall(r"^create ", iiot.schema_text(), re.MULTILINE))
 
 

@@ -1,0 +1,297 @@
+"""Lines of logs: stored once, in order, found by their words, and kept for as long as their tenant wants."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import attrs
+import plant as plants
+import pytest
+from aiohttp import ClientSession
+from plant import PATIENCE, Device, Plant, Process
+
+import iiot
+
+START = 1_767_225_600_000  # 2026-01-01T00:00:00Z
+
+
+def entry(message: str, level: str = "info", **more: Any) -> dict[str, Any]:
+    return {"level": level, "message": message, **more}
+
+
+async def ship(device: Device, *entries: dict[str, Any]) -> None:
+    """Send lines in one frame, and wait until they are stored."""
+    device.seq += 1
+    await device.send("log", seq=device.seq, entries=entries)
+    await device.acknowledged(device.seq)
+
+
+async def found(plant: Plant, path: str = "/logs", **query: str) -> list[str]:
+    """The messages of a page."""
+    async with plant.client.get(plant.url + path, params=query, headers={"Authorization": f"Bearer {plant.token}"}) as response:
+        body = await response.json()
+        assert response.status == 200, body
+        return [item["message"] for item in body["items"]]
+
+
+async def refused(plant: Plant, **query: str) -> dict[str, Any]:
+    async with plant.client.get(plant.url + "/logs", params=query, headers={"Authorization": f"Bearer {plant.token}"}) as response:
+        error: dict[str, Any] = (await response.json())["error"]
+        assert (response.status, error["code"]) == (400, "bad_query")
+        return error
+
+
+def check_index(database: Path) -> None:
+    """`pragma integrity_check` does not look into an index of words."""
+    with plants.writing(database) as connection:
+        connection.execute("insert into log_index (log_index, rank) values ('integrity-check', 0)")
+        connection.execute("insert into log_word_index (log_word_index, rank) values ('integrity-check', 1)")
+
+
+# ---- what is stored
+
+
+async def test_a_line_comes_back_as_it_was_sent(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    told = {"code": 4711, "axis": {"x": 1.5}}
+    await ship(device, entry("motor started", "notice", ts=START, logger="drive", fields=told), entry("überhitzt \0 ✓ \t\x1b[0m"))
+    second, first = (await plant.get("/iiot/press-1/logs"))["items"]
+    received = first.pop("received_at")
+    assert first == {
+        "id": 1, "at": "2026-01-01T00:00:00.000Z", "device": "press-1", "level": "notice", "message": "motor started", "logger": "drive",
+        "host": None, "fields": told,
+    }  # fmt: skip
+    assert second["message"] == "überhitzt ␀ ✓ \t\x1b[0m"
+    assert second["at"] == second["received_at"] == received
+
+
+async def test_a_frame_that_is_sent_again_is_stored_once(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    for _ in range(2):
+        await device.send("log", seq=1, entries=[entry("once")])
+        await device.acknowledged(1)
+    assert await found(plant) == ["once"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "path"),
+    [
+        ({"level": "fatal"}, "entries[1].level"), ({"message": 5}, "entries[1].message"), ({"message": "x" * 16_385}, "entries[1].message"),
+        ({"ts": 0}, "entries[1].ts"), ({"fields": []}, "entries[1].fields"), ({"host": "here"}, "entries[1].host"),
+    ],
+)  # fmt: skip
+async def test_nothing_of_a_frame_with_a_wrong_line_is_stored(plant: Plant, wrong: dict[str, Any], path: str) -> None:
+    device = await plant.device("press-1")
+    device.seq = 1
+    await device.send("log", seq=device.seq, entries=[entry("good"), {**entry("bad"), **wrong}])
+    error = await device.expect("error")
+    assert (error["code"], [field["path"] for field in error["errors"]]) == ("invalid", [path])
+    await ship(device, entry("after"))
+    assert await found(plant) == ["after"]
+
+
+async def test_acknowledged_lines_survive_kill(process: Process) -> None:
+    iiot.prepare_database(process.database)
+    token = plants.admin_token(process.database)
+    await process.start()
+    async with ClientSession() as client:
+        plant = process.plant(client, token)
+        device = await plant.device("press-1")
+        for number in range(50):
+            device.seq += 1
+            await device.send("log", seq=device.seq, entries=[entry(f"line {number} of many")])
+        await device.acknowledged(30)
+        await process.stop(signal.SIGKILL)
+        check_index(process.database)
+        await process.start()
+        again = process.plant(client, token)
+        again.tokens, plant = plant.tokens, again
+        device = await plant.device("press-1")
+        assert device.welcome["seq"] >= 30
+        lines = (await plant.get("/logs?q=many&limit=1000"))["items"]
+        assert len(lines) == device.welcome["seq"]
+
+
+async def test_lines_count_for_the_quota_of_points(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    before = (await plant.get("/whoami"))["quotas"]["points_per_day"]["used"]
+    await ship(device, entry("x"), entry("y" * 1_680))
+    used = (await plant.get("/whoami"))["quotas"]["points_per_day"]["used"] - before
+    assert 12 <= used <= 13
+
+
+# ---- what is found
+
+
+LINES = (
+    ("press-1", "error", "E-4711: motor-start failed at 10.0.0.7"),
+    ("press-1", "warning", "bearing overheated, 50% load"),
+    ("press-2", "info", "cannot open C:\\temp\\spool.txt"),
+    ("press-2", "debug", "Gehäuse überhitzt"),
+    ("pump-1", "critical", "start motor"),
+)  # fmt: skip
+
+
+@pytest.fixture
+async def logged(plant: Plant) -> Plant:
+    devices: dict[str, Device] = {}
+    for name, level, message in LINES:
+        if name not in devices:
+            devices[name] = await plant.device(name)
+        await ship(devices[name], entry(message, level))
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ({}, [4, 3, 2, 1, 0]), ({"q": "motor"}, [4, 0]), ({"q": "MOTOR"}, [4, 0]), ({"q": "E-4711"}, [0]), ({"q": "motor-start"}, [0]),
+        ({"q": "10.0.0.7"}, [0]), ({"q": "C:\\temp"}, [2]), ({"q": "50%"}, [1]), ({"q": "überhitzt"}, [3]), ({"q": "uberhitzt"}, [3]),
+        ({"q": "heat"}, [1]), ({"q": "hitz"}, [3]), ({"q": "start motor"}, [4, 0]), ({"q": '"start motor"'}, [4]), ({"q": "over*"}, [1]),
+        ({"q": "motor NOT failed"}, [4]), ({"q": "bearing OR temp"}, [2, 1]), ({"q": "nothing"}, []), ({"level": "error"}, [4, 0]),
+        ({"level": "warning", "q": "motor OR load"}, [4, 1, 0]), ({"match": "press-*", "q": "motor"}, [0]), ({"match": "x*"}, []),
+        ({"match": "press-*", "level": "warning"}, [1, 0]), ({"q": "t1"}, []), ({"q": "d1 OR t1l3"}, []),
+    ],
+)  # fmt: skip
+async def test_a_search_finds_what_an_engineer_means(logged: Plant, query: dict[str, str], expected: list[int]) -> None:
+    assert await found(logged, **query) == [LINES[number][2] for number in expected]
+
+
+async def test_a_search_of_one_device_finds_its_lines_alone(logged: Plant) -> None:
+    assert await found(logged, "/iiot/press-1/logs", q="motor") == [LINES[0][2]]
+    assert await found(logged, "/iiot/press-2/logs", level="info") == [LINES[2][2]]
+    async with logged.client.get(f"{logged.url}/iiot/nobody/logs", headers={"Authorization": f"Bearer {logged.token}"}) as response:
+        assert response.status == 404
+
+
+@pytest.mark.parametrize("text", ['"open', "(a", "a)", "AND", "a OR", "NOT", "()", "a AND OR b"])
+async def test_a_bad_expression_is_refused_with_where(logged: Plant, text: str) -> None:
+    (field,) = (await refused(logged, q=text))["details"]
+    assert field["path"] == "q"
+    assert any(character.isdigit() for character in field["message"])
+
+
+async def test_a_part_of_very_many_words_is_refused_in_words(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), log_parts=3)) as plant:
+        device = await plant.device("press-1")
+        await ship(device, entry("pumpa pumpb pumpc pumpd"))
+        (field,) = (await refused(plant, q="pump"))["details"]
+        assert "pump" in field["message"]
+        assert await found(plant, q="pump*") == await found(plant, q="pumpa") == ["pumpa pumpb pumpc pumpd"]
+
+
+async def test_a_page_stays_where_it_is_while_lines_arrive(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    await ship(device, *(entry(f"line {number}") for number in range(10)))
+    page = await plant.get("/logs?q=line&limit=4")
+    seen = [item["message"] for item in page["items"]]
+    while page["next"] is not None:
+        await ship(device, entry("line later"))
+        page = await plant.get(f"/logs?q=line&limit=4&after={page['next']}")
+        seen += [item["message"] for item in page["items"]]
+    assert seen == [f"line {number}" for number in reversed(range(10))]
+
+
+async def test_a_range_of_times_holds_its_start_and_not_its_end_in_whatever_order_lines_came(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    hours = [5, 1, 900, 3, 2]
+    for hour in hours:
+        await ship(device, entry(f"at {hour}", ts=START + hour * 3_600_000))
+    assert await found(plant, **{"from": str(START + 3_600_000), "to": str(START + 3 * 3_600_000)}) == ["at 2", "at 1"]
+    assert await found(plant, q="at", **{"from": str(START + 4 * 3_600_000)}) == ["at 900", "at 5"]
+
+
+async def test_a_tenant_finds_no_line_of_another(plant: Plant) -> None:
+    platform = plants.admin_token(plant.database, "platform")
+    assert (await plant.ask("POST", "/tenants", {"name": "acme"}, token=platform))[0] == 201
+    other = Plant(plant.url, plant.client, plants.admin_token(plant.database, tenant_name="acme"), plant.database)
+    await ship(await plant.device("press-1"), entry("ours alone"))
+    await ship(await other.device("press-1"), entry("theirs alone"))
+    for query in ({}, {"q": "alone"}, {"q": "NOT nothing"}, {"q": "one OR heir"}, {"match": "*"}, {"level": "info"}):
+        assert await found(plant, **query) == ["ours alone"]
+        assert await found(other, **query) == ["theirs alone"]
+
+
+# ---- how long it is kept
+
+
+async def lines_left(plant: Plant) -> int:
+    ((count,),) = plants.rows(plant.database, "select count(*) from log_line")
+    return int(count)
+
+
+async def until_left(plant: Plant, count: int) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while await lines_left(plant) != count:
+            await asyncio.sleep(0.02)
+
+
+async def test_lines_that_were_kept_long_enough_are_deleted_and_no_others(tmp_path: Path) -> None:
+    limits = attrs.evolve(iiot.Limits(), retention_seconds=0.05, clock_seconds=0.05, removed_lines=3)
+    async with plants.plant(tmp_path, limits) as plant:
+        device = await plant.device("press-1")
+        assert (await plant.ask("PUT", "/retention", {"logs": {"days": 10}}))[0] == 200
+        await ship(device, *(entry(f"old{number}") for number in range(8)))
+        await ship(device, entry("newer"))
+        with plants.writing(plant.database) as connection:
+            connection.execute("update log_line set received_at = received_at - 9 * 86400000 where message <> 'newer'")
+        await asyncio.sleep(0.3)
+        assert await lines_left(plant) == 9
+        assert (await plant.ask("PUT", "/retention", {"logs": {"days": 8}}))[1] == {"logs": {"days": 8}}
+        await until_left(plant, 1)
+        assert await found(plant) == await found(plant, q="newer") == ["newer"]
+        assert await found(plant, q="old*") == await found(plant, q="old3") == []
+        async with asyncio.timeout(PATIENCE):
+            while plants.rows(plant.database, "select word from log_word order by word") != [("newer",)]:
+                await asyncio.sleep(0.02)
+        await ship(device, entry("old3 again"))
+        assert await found(plant, q="ld3") == ["old3 again"], "a word that was deleted is known again"
+        check_index(plant.database)
+
+
+async def test_retention_is_as_the_installation_says_until_it_is_set(plant: Plant) -> None:
+    assert await plant.get("/retention") == {"logs": {"days": 30}}
+    assert (await plant.ask("PUT", "/retention", {"logs": {"days": 1}}))[1] == {"logs": {"days": 1}}
+    assert await plant.get("/retention") == {"logs": {"days": 1}}
+    assert (await plant.ask("DELETE", "/retention"))[0] == 204
+    assert await plant.get("/retention") == {"logs": {"days": 30}}
+    for days in (0, -1, 1.5, "7", 36_601, None, True):
+        assert (await plant.ask("PUT", "/retention", {"logs": {"days": days}}))[0] == 422
+
+
+async def test_a_removed_device_leaves_no_lines_and_no_words_in_the_index(plant: Plant) -> None:
+    gone, stays = await plant.device("press-1"), await plant.device("press-2")
+    await ship(gone, *(entry(f"gone {number}") for number in range(700)))
+    await ship(stays, entry("stays"))
+    assert (await plant.ask("DELETE", "/iiot/press-1"))[0] == 204
+    assert await found(plant) == ["stays"], "at once, before they are deleted"
+    await until_left(plant, 1)
+    check_index(plant.database)
+    with sqlite3.connect(plant.database) as connection:
+        assert connection.execute("select count(*) from log_index where log_index match 'gone'").fetchone() == (0,)
+    connection.close()
+
+
+def test_a_wrong_word_in_the_index_is_noticed(tmp_path: Path) -> None:
+    """What `check_index` is worth."""
+    database = tmp_path / "iiot.db"
+    iiot.prepare_database(database)
+    with plants.writing(database) as connection:
+        connection.execute("insert into log_word (id, tenant_id, word) values (1, 1, 'pump')")
+    with pytest.raises(sqlite3.DatabaseError):
+        check_index(database)
+
+
+def test_json_of_a_line_is_told_as_json(tmp_path: Path) -> None:
+    line = iiot.LogLine(1, 1, 0, 0, 3, "m", "l", "h", json.dumps({"a": 1}))
+    assert line.text == 'm\nl\nh\n{"a": 1}'
+    with sqlite3.connect(":memory:") as connection:
+        connection.execute("create table log_line (message, logger, host, fields)")
+        connection.execute("insert into log_line values (?, ?, ?, ?)", (line.message, line.logger, line.host, line.fields))
+        assert connection.execute(f"select {iiot.LINE_TEXT} from log_line").fetchone() == (line.text,)
+    connection.close()
