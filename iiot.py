@@ -16,6 +16,7 @@ schema.sql the whole database.
     Errors                every way to say no
     Frames                what crosses the wire, checked
     Rules                 pure functions: time, durations, cursors
+    Syslog messages       what a syslog message says, and where it ends
     Allowances            who may use how much, and who goes on next
     Database              the file, connections, migrations, transactions, the readers
     Accounts              SQL about tenants, tokens, keys and the audit
@@ -65,7 +66,7 @@ from asyncio import sslproto
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -356,6 +357,9 @@ class Limits:
     # The write-ahead log is copied into the database file whenever it has grown by so many pages (4 KiB each). While several tenants
     # use the server, by a quarter of them: a commit does it, and others wait for it.
     checkpoint_pages: int = 4_000
+    # A syslog message: what is longer is cut there. RFC 5425, section 4.3.1, asks for 8 KiB, which is what rsyslogd sends unless it is
+    # told otherwise; twice that holds a trace of some hundred calls. A message is held whole, and every word of it is indexed.
+    syslog_bytes: int = 16 * 1024
     # A healthy idle server proves at most this long ago that it can commit.
     healthy_seconds: float = 10.0
 
@@ -460,7 +464,7 @@ class Invalid(ValueError):  # noqa: N818 - the project's word for it
         self.at = at
 
 
-SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
+SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov|log)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
 
 
 def redacted(text: str) -> str:
@@ -1211,7 +1215,7 @@ UNITS: Final = MappingProxyType({"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_00
 DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d|)")
 UNQUOTED_PLUS: Final = re.compile(r"(.{19,}) (\d\d:\d\d)")  # in the query of an address + is a space
 ENTITY_TAG: Final = re.compile(r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"|[0-9]{1,18}')
-TOKEN: Final = re.compile(r"iiot_(dev|op|prov)_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+TOKEN: Final = re.compile(r"iiot_(dev|op|prov|log)_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 AGGREGATES: Final = ("avg", "min", "max", "sum", "count", "last")
 
 
@@ -1435,6 +1439,462 @@ def network_of(address: str) -> str:
     if parsed is None or parsed.version == 4:
         return address
     return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+# ==== Syslog messages ====
+# Owns: what a syslog message says (RFC 5424, RFC 3164 and what is sent under its name), where messages end in a stream (RFC 6587),
+# and the token among them. Must not know: asyncio, SQL, sockets.
+
+DateParts = tuple[int, int, int, int, int, int]  # month, day, hour, minute, second, microsecond
+Parameters = NewType("Parameters", dict[str, str | list[str]])  # a repeated name has a list
+Elements = NewType("Elements", dict[str, Parameters])
+
+# RFC 5424, section 6.2.1, numbers 0 to 7; emergency and alert have no level of their own.
+SEVERITY_LEVELS: Final = ("critical", "critical", "critical", "error", "warning", "notice", "info", "debug")
+PRIORITY: Final = re.compile(r" *+<([0-9]{1,3})> *+")
+# Version, time, host, app name, process id, message id. A time is - or begins with a date, else any text after a 1 would be a head.
+HEADER: Final = re.compile(r"1 (-|[0-9]{4}-[0-9]{2}-[0-9]{2}\S*) (\S+) (\S+) (\S+) (\S+)(?: |$)")
+# Within quotation marks ] may stand as it is, though RFC 5424, section 6.3.3, wants it escaped: the marks tell where the value ends.
+ELEMENT: Final = re.compile(r'\[([^\s="\]]++)((?: ++[^\s="\]]++="(?:[^"\\]++|\\.)*+")*+) *+\]', re.DOTALL)
+PARAMETER: Final = re.compile(r'([^\s="\]]++)="((?:[^"\\]++|\\.)*+)"', re.DOTALL)
+ESCAPED: Final = re.compile(r'\\(["\\\]])')
+REGISTERED_ELEMENTS: Final = ("timeQuality", "origin", "meta")  # RFC 5424, section 7: any other name has an @
+OWN_ELEMENT: Final = "iiot@32473"
+OWN_TOKEN: Final = re.compile(r"iiot_log_[0-9a-f]{16}_[A-Za-z0-9_-]{43}")
+FIRST_WORD: Final = re.compile(rf"\s*+({OWN_TOKEN.pattern}):?(?:\s++|$)")
+REPEAT_ID: Final = re.compile(r"[0-9A-Fa-f]{8}(-?)[0-9A-Fa-f]{4}\1[0-9A-Fa-f]{4}\1[0-9A-Fa-f]{4}\1[0-9A-Fa-f]{12}")
+
+MONTH_NAMES: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+MONTHS: Final = MappingProxyType({name: number for number, name in enumerate(MONTH_NAMES, 1)})
+# Hours ahead of UTC. RFC 5322, section 4.3, fixes those of North America. Others may mean several zones.
+ZONE_HOURS: Final = MappingProxyType(
+    {"UTC": 0, "GMT": 0, "WET": 0, "WEST": 1, "CET": 1, "CEST": 2, "EET": 2, "EEST": 3, "MSK": 3, "JST": 9, "AEST": 10, "AEDT": 11}
+    | {"EST": -5, "EDT": -4, "CST": -6, "CDT": -5, "MST": -7, "MDT": -6, "PST": -8, "PDT": -7}
+)
+ZONES: Final = MappingProxyType({name: timezone(timedelta(hours=hours)) for name, hours in ZONE_HOURS.items()})
+HALF_YEAR: Final = 182 * DAY
+# What stands before the time: a version (RFC 3164 with the 1 of RFC 5424), or Cisco's numbers and name (`12: 34: switch: `), and a
+# mark of Cisco's for a clock that is not set. A name of a zone is one only where a colon follows, and an unknown one only before
+# Cisco's %: in `CRON: x` it is who sends.
+STAMP: Final = re.compile(
+    r"(?:1 |([0-9]{1,10}): (?:([0-9]{1,10}): )?(?:([\w./-]{1,255}): ?)?|: ?)?([*.])?"
+    rf"((?:([0-9]{{4}}) )?({'|'.join(MONTH_NAMES)}) {{1,2}}([0-9]{{1,2}}) (?:([0-9]{{4}}) )?"
+    r"([0-9]{2}):([0-9]{2}):([0-9]{2})(?:[.,]([0-9]{1,9}))?(?: ((?:19|20)[0-9]{2})(?= |: ))?"
+    rf"(?: ({'|'.join(sorted(ZONE_HOURS))})(?=:)| ([A-Z]{{2,5}})(?=: [*.]?%))?"
+    # RFC 3339 as rsyslogd and syslog-ng write it, without a zone, with spaces, and as Sophos writes it (2019:11:06-00:08:03)
+    r"|([0-9]{4}[:-][0-9]{2}[:-][0-9]{2})[T -]([0-9]{2}:[0-9]{2}:[0-9]{2}(?:[.,][0-9]{1,9})?)(?: ?(Z|[+-][0-9]{2}:?[0-9]{2}))?)"
+    r"(?:(:)| |$) *+"
+)
+# The first word after the time is the host, unless it ends as a tag does, or is the word of syslogd itself. An address that ends
+# in :: is a host. A % begins Cisco's name of a message, which engineers read and search as part of the text.
+HOST: Final = re.compile(r"(?!last message repeated )((?:::)?+[\w.][\w.:%/@-]{0,254})(?: :)? ++(?=\S)")
+TAG: Final = re.compile(
+    r"(?![0-9]+:|(?:[0-9A-Fa-f]{1,4}:)*:[0-9A-Fa-f:.]*(?:%\S*)? )([\w./(][\w./()+@#:%~-]{0,127})(?:\[([^\s\[\]]{0,128})\]:?|:(?=\s|$)) ?"
+)
+
+TRAILERS: Final = b"\r\n\0"
+LINE_END: Final = re.compile(rb"[\n\0]")
+# What a stream that counts goes on with after a wrong count: the next count before a priority.
+LINE_END_OR_COUNT: Final = re.compile(rb"[\n\0]|(?=[1-9][0-9]{0,4} <[0-9]{1,3}>)")
+COUNT_BYTES: Final = 16  # room for a count and a priority, and what a search has to look at again
+# Ten megabytes: no sender has such messages. A count of more digits is text, or one wrong count would mute a connection for hours.
+OCTET_COUNT: Final = re.compile(rb"([1-9][0-9]{0,6})(?![0-9])( ?)(<?)")
+UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # with those that turn the direction of writing
+SHORT_ESCAPES: Final = MappingProxyType({"\n": r"\n", "\r": r"\r", "\t": r"\t"})
+
+
+@attrs.frozen
+class SyslogMessage:
+    """What a message says. `time` is the sender's, in milliseconds, None if there is none or it cannot be right; `time_as_sent` its
+    text where that is all there is of it, or its zone is not known. `token` and `repeat_id` are cut out of all the rest."""
+
+    message: str
+    priority: int | None = None
+    time: int | None = None
+    time_as_sent: str | None = None
+    host: str | None = None
+    app_name: str | None = None
+    process_id: str | None = None
+    message_id: str | None = None
+    structured_data: Elements = attrs.field(factory=lambda: Elements({}))
+    token: str | None = None
+    repeat_id: str | None = None
+
+    @property
+    def facility(self) -> int | None:
+        return None if self.priority is None else self.priority >> 3
+
+    @property
+    def severity(self) -> int | None:
+        return None if self.priority is None else self.priority & 7
+
+    @property
+    def level(self) -> str:
+        """One of debug, info, notice, warning, error, critical. Without a priority it is notice (RFC 3164, section 4.3.3)."""
+        return "notice" if self.priority is None else SEVERITY_LEVELS[self.priority & 7]
+
+
+@attrs.frozen
+class SyslogFrame:
+    """One message of a stream, without its frame. It was longer than it may be and is `cut`, or the stream ended within it: `torn`."""
+
+    data: bytes
+    cut: bool = False
+    torn: bool = False
+
+
+def decoded(data: bytes) -> str:
+    r"""The text of bytes that should be UTF-8. A byte that is not, and a zero, which SQLite's JSON cannot hold, become four characters,
+    as in `\xfc` and `\x00`: it is seen which they were. Other control characters stay."""
+    text = data.decode(errors="backslashreplace")
+    return text.replace("\0", r"\x00") if "\0" in text else text
+
+
+def escape_of(found: re.Match[str]) -> str:
+    character = found[0]
+    return SHORT_ESCAPES.get(character) or (f"\\x{ord(character):02x}" if character < "\u0100" else f"\\u{ord(character):04x}")
+
+
+def printable(text: str) -> str:
+    r"""`text` as one line that does nothing to a terminal: control characters, ends of lines and what turns the direction of writing
+    are escaped, as in `\n`, `\x1b` and `\u202e`. A backslash stays one, so that paths can be read."""
+    return UNPRINTABLE.sub(escape_of, text)
+
+
+def add_parameter(parameters: Parameters, name: str, value: str) -> None:
+    there = parameters.get(name)
+    if there is None:
+        parameters[name] = value
+    elif isinstance(there, list):
+        there.append(value)
+    else:
+        parameters[name] = [there, value]
+
+
+def values_of(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+def parse_elements(text: str, start: int) -> tuple[Elements, int]:
+    """The structured data that begins at `start` (RFC 5424, section 6.3), and where it ends. An element without parameters is one if
+    its name is that of one and it stands apart: `[7]:` and `[error] x` are text. So is what is not well-formed."""
+    elements = Elements({})
+    while (found := ELEMENT.match(text, start)) is not None:
+        name, inner = found.groups()
+        if not inner and not (("@" in name or name in REGISTERED_ELEMENTS) and text[found.end() : found.end() + 1] in ("", " ", "[")):
+            break
+        parameters = elements.setdefault(name, Parameters({}))
+        for parameter, value in PARAMETER.findall(inner):
+            # A backslash before any other character is itself (RFC 5424, section 6.3.3).
+            add_parameter(parameters, parameter, ESCAPED.sub(r"\1", value) if "\\" in value else value)
+        start = found.end()
+    return elements, start
+
+
+def moment_of(time: datetime) -> int | None:
+    """Milliseconds; a time without a zone is one of the machine's. None where no clock can show it."""
+    try:
+        return round(time.timestamp() * 1000)
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def iso_moment(text: str, zone: tzinfo | None) -> int | None:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment_of(time if time.tzinfo else time.replace(tzinfo=zone))
+
+
+def dated_moment(year: int, parts: DateParts, zone: tzinfo | None) -> int | None:
+    try:
+        time = datetime(year, *parts, tzinfo=zone)
+    except ValueError:
+        return None
+    return moment_of(time)
+
+
+def yearless_moment(parts: DateParts, received_at: int, zone: tzinfo | None) -> int | None:
+    """A date in the year that puts it nearest to the time of receipt: RFC 3164 has no year."""
+    year, nearest = datetime.fromtimestamp(received_at / 1000, zone).year, None
+    for candidate in (year, year - 1, year + 1):
+        moment = dated_moment(candidate, parts, zone)
+        if moment is not None and (nearest is None or abs(moment - received_at) < abs(nearest - received_at)):
+            nearest = moment
+        if nearest is not None and abs(nearest - received_at) < HALF_YEAR:
+            break
+    return nearest
+
+
+def usable(moment: int | None, received_at: int) -> int | None:
+    """The moment, if it can be right: within the bounds that a device's times have."""
+    return moment if moment is not None and EARLIEST <= moment <= received_at + DAY else None
+
+
+def parse_header(text: str, start: int, priority: int | None, received_at: int, zone: tzinfo | None) -> SyslogMessage | None:
+    """A message of RFC 5424 from its version on. Structured data may be left out, and the space before the text."""
+    found = HEADER.match(text, start)
+    if found is None:
+        return None
+    stamp, *fields = found.groups()
+    elements, end = parse_elements(text, found.end())
+    if not elements:
+        if text.startswith("-", end) and text[end + 1 : end + 2] in ("", " ", "\ufeff"):
+            end += 1
+        elif fields[1].endswith(":"):
+            return None  # a tag: this is RFC 3164 with a version before it, and the words after the tag are text
+    end += text.startswith(" ", end)
+    time = None if stamp == "-" else usable(iso_moment(stamp, zone), received_at)
+    host, app_name, process_id, message_id = [None if field == "-" else field for field in fields]
+    return SyslogMessage(
+        text[end:].removeprefix("\ufeff"),  # RFC 5424, section 6.4
+        priority=priority,
+        time=time,
+        time_as_sent=stamp if time is None and stamp != "-" else None,
+        host=host,
+        app_name=app_name,
+        process_id=process_id,
+        message_id=message_id,
+        structured_data=elements,
+    )
+
+
+def stamp_moment(groups: tuple[str | Any, ...], received_at: int, zone: tzinfo | None) -> int | None:
+    """What the time of a `STAMP` means, by its groups."""
+    year, month, day, later, hour, minute, second, fraction, last, name, _, date, clock, offset = groups
+    if date is not None:
+        return iso_moment(f"{date.replace(':', '-')}T{clock}{offset or ''}", zone)
+    microsecond = int(fraction[:6].ljust(6, "0")) if fraction else 0
+    parts = MONTHS[month], int(day), int(hour), int(minute), int(second), microsecond
+    zone = ZONES[name] if name else zone
+    given = year or later or last
+    return dated_moment(int(given), parts, zone) if given else yearless_moment(parts, received_at, zone)
+
+
+def parse_stamped(text: str, start: int, priority: int | None, received_at: int, zone: tzinfo | None) -> SyslogMessage | None:
+    """A message that begins with a time: RFC 3164, section 4.1, and what Cisco's devices send. What stands before the time is kept
+    under the names of RFC 5424, section 7: Cisco's numbers as `sequenceId`, its mark of a clock that is not set as `isSynced`."""
+    found = STAMP.match(text, start)
+    if found is None:
+        return None
+    groups = found.groups()
+    number, second_number, origin, mark, stamp = groups[:5]
+    host, end, elements = origin, found.end(), Elements({})
+    if number:
+        elements["meta"] = Parameters({"sequenceId": [number, second_number] if second_number else number})
+    if mark:
+        elements["timeQuality"] = Parameters({"isSynced": "0"})
+    tag = TAG.match(text, end)
+    # After a time that ends with a colon no host comes.
+    if tag is None and origin is None and groups[19] is None and (word := HOST.match(text, end)) is not None:
+        host, end = word[1], word.end()
+        tag = TAG.match(text, end)
+    time = usable(stamp_moment(groups[5:19], received_at, zone), received_at)
+    return SyslogMessage(
+        text[end if tag is None else tag.end() :].removeprefix("\ufeff"),
+        priority=priority,
+        time=time,
+        time_as_sent=stamp if time is None or groups[15] else None,
+        host=host,
+        app_name=tag and tag[1],
+        process_id=(tag and tag[2]) or None,
+        structured_data=elements,
+    )
+
+
+def parse_bare(text: str, start: int, priority: int | None) -> SyslogMessage:
+    """A message without a time: text, for whether its first word is a host cannot be told. Only `name[123]: ` is certain."""
+    tag = TAG.match(text, start) if start else None
+    if tag is None or not (tag[2] or "").isdecimal():
+        return SyslogMessage(text[start:].removeprefix("\ufeff"), priority)
+    return SyslogMessage(text[tag.end() :], priority, app_name=tag[1], process_id=tag[2])
+
+
+def take_own(elements: Elements, text: str) -> tuple[list[Parameters], str]:
+    """Our elements out of structured data, and out of the start of the text, for RFC 3164 knows no structured data; and the text left."""
+    found = [elements.pop(OWN_ELEMENT)] if OWN_ELEMENT in elements else []
+    while text.startswith(f"[{OWN_ELEMENT} ") and (element := ELEMENT.match(text)) is not None:
+        found.append(parse_elements(element[0], 0)[0][OWN_ELEMENT])
+        text = text[element.end() :].removeprefix(" ")
+    return found, text
+
+
+def take_first_words(text: str) -> tuple[list[str], str]:
+    """The tokens in front of the text, and the text left."""
+    tokens = []
+    while (first := FIRST_WORD.match(text)) is not None:
+        tokens.append(first[1])
+        text = text[first.end() :]
+    return tokens, text
+
+
+def take_repeat_ids(own: Parameters) -> list[str]:
+    numbers = values_of(own.get("id", []))
+    if not all(map(REPEAT_ID.fullmatch, numbers)):
+        return []
+    own.pop("id", None)
+    return [number.replace("-", "").lower() for number in numbers]
+
+
+def redacted_elements(elements: Elements) -> Elements:
+    shown = Elements({})
+    for name, parameters in elements.items():
+        kept = shown.setdefault(redacted(name), Parameters({}))
+        for parameter, value in parameters.items():
+            for one in values_of(value):
+                add_parameter(kept, redacted(parameter), redacted(one))
+    return shown
+
+
+def without_secrets(message: SyslogMessage, mentions: int) -> SyslogMessage:
+    """The message with the sender's token, if it shows one, in `token`, and its number in `repeat_id`, and with no token in anything
+    else. A token counts in structured data as `[iiot@32473 token="…"]`, and as the first word; the first one counts. Our parameter
+    `token` goes whatever it holds, for that may be a token mistyped. Of tokens elsewhere, of any kind, the id stays, as in the log.
+    `mentions` is how often `iiot_` stands in the whole: when so many tokens were taken, the rest need not be searched."""
+    elements = Elements(dict(message.structured_data))
+    owned, text = take_own(elements, message.message)
+    tokens = [token for own in owned for token in values_of(own.pop("token", [])) if OWN_TOKEN.fullmatch(token)]
+    numbers = [number for own in owned for number in take_repeat_ids(own)]
+    for parameters in owned:
+        for name, value in parameters.items():
+            for one in values_of(value):
+                add_parameter(elements.setdefault(OWN_ELEMENT, Parameters({})), name, one)
+    first_words, text = take_first_words(text)
+    head = {name: getattr(message, name) for name in ("time_as_sent", "host", "app_name", "process_id", "message_id")}
+    if mentions > len(tokens) + len(first_words):
+        # Where only a time stands before the token, a host or a tag was looked for there.
+        in_head = [value for value in head.values() if value is not None and OWN_TOKEN.fullmatch(value)]
+        head = {name: None if value is None or value in in_head else redacted(value) for name, value in head.items()}
+        first_words = in_head + first_words
+        text, elements = redacted(text), redacted_elements(elements)
+    return SyslogMessage(
+        text,
+        message.priority,
+        message.time,
+        **head,
+        structured_data=elements,
+        token=next(iter(tokens + first_words), None),
+        repeat_id=next(iter(numbers), None),
+    )
+
+
+def parse_syslog(data: bytes, received_at: int, zone: tzinfo | None = None) -> SyslogMessage:
+    """What a sender says in one message, whatever the bytes: nothing raises. A time without a zone is one of `zone`, None is that of
+    the machine. Without a priority of 0 to 191 (RFC 5424, section 6.2.1; leading zeros count for nothing) all is text, unless it
+    begins with a time. Ends of lines and zeros at the end, and a byte order mark before the head or the text, are no part of it."""
+    text = decoded(data.rstrip(TRAILERS)).removeprefix("\ufeff")
+    found = PRIORITY.match(text)
+    priority, start = (int(found[1]), found.end()) if found is not None and int(found[1]) < 192 else (None, 0)
+    message = parse_header(text, start, priority, received_at, zone) if start else None
+    message = message or parse_stamped(text, start, priority, received_at, zone) or parse_bare(text, start, priority)
+    return without_secrets(message, text.count("iiot_")) if "iiot" in text else message
+
+
+def cut_frame(data: bytes, most: int, *, torn: bool = False) -> SyslogFrame:
+    """A message cut to `most` bytes, not within a character of UTF-8: one of a datagram, or of a stream."""
+    if len(data) <= most:
+        return SyslogFrame(data, torn=torn)
+    end = next((at for at in range(most, max(most - 4, 0), -1) if data[at] & 0xC0 != 0x80), most)
+    return SyslogFrame(data[:end], cut=True, torn=torn)
+
+
+class SyslogFraming:
+    """Where messages end in a stream (RFC 6587, section 3.4), decided message by message. Digits, a space and < begin an octet count;
+    once a stream has counted, digits and a space do. Anything else is a line, and ends with LF, CR LF or NUL.
+
+    What is longer than `most` bytes is cut there, and its rest skipped: by the count, unread, or to the end of the line. Where a count
+    was wrong, what is left in front of the next count is a line. However little is fed at a time, the same messages come out, and no
+    more is held than `most` bytes and a few."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = b""
+        self._skip = 0  # bytes of a counted message that are still to be skipped
+        self._searched = 0  # so much of what is held has no end of line in it
+        self._overlong: re.Pattern[bytes] | None = None  # the end of the line of which the rest is skipped
+        self._counted = False  # whether the last message with a priority was counted
+
+    def feed(self, data: bytes) -> list[SyslogFrame]:
+        """The messages that are complete with these bytes; empty ones are none."""
+        frames: list[SyslogFrame] = []
+        held, at = self._held + data, 0
+        while (after := self._next(held, at, frames)) is not None:
+            at = after
+        self._held = held[at:]
+        return frames
+
+    def end(self) -> list[SyslogFrame]:
+        """What there is of a message at the end of the stream. A line without its end is taken for torn: it cannot be told."""
+        held, self._held = self._held, b""
+        if self._skip or self._overlong:
+            return []
+        count = OCTET_COUNT.match(held)
+        if count is not None and self._is_count(count):
+            held = held[count.start(3) :]
+        held = held.strip(TRAILERS)
+        return [cut_frame(held, self._most, torn=True)] if held.strip() else []
+
+    def _is_count(self, found: re.Match[bytes]) -> bool:
+        return bool(found[3] or (found[2] and self._counted))
+
+    def _next(self, held: bytes, at: int, frames: list[SyslogFrame]) -> int | None:
+        """Take one message, or what is skipped, at `at`: where the next begins, None when that has not come yet."""
+        if at >= len(held):
+            return None
+        if self._skip:
+            skipped = min(self._skip, len(held) - at)
+            self._skip -= skipped
+            return at + skipped
+        if self._overlong is not None:
+            return self._skip_line(held, at, self._overlong)
+        if held[at] in TRAILERS:
+            return at + 1
+        count = OCTET_COUNT.match(held, at) if not self._searched else None
+        if count is None:
+            return self._line(held, at, frames)
+        if self._is_count(count):
+            return self._counted_message(held, count, frames)
+        return None if count.end() == len(held) else self._line(held, at, frames)
+
+    def _counted_message(self, held: bytes, count: re.Match[bytes], frames: list[SyslogFrame]) -> int | None:
+        length, start = int(count[1]), count.start(3)
+        end = start + min(length, self._most + 1)
+        if len(held) < end:
+            return None
+        self._counted = True
+        self._skip = start + length - end
+        self._add(held[start:end], frames)
+        return end
+
+    def _line(self, held: bytes, at: int, frames: list[SyslogFrame]) -> int | None:
+        pattern = LINE_END_OR_COUNT if self._counted else LINE_END
+        found = pattern.search(held, at + self._searched)
+        if found is None and len(held) - at <= self._most + COUNT_BYTES:
+            self._searched = max(0, len(held) - at - COUNT_BYTES)
+            return None
+        self._searched = 0
+        if found is None:
+            self._add(held[at : at + self._most + COUNT_BYTES], frames)
+            self._overlong = pattern
+            return at + self._most
+        self._add(held[at : found.start()], frames)
+        if held[at : at + 1] == b"<" and found[0]:
+            self._counted = False
+        return found.end()
+
+    def _skip_line(self, held: bytes, at: int, pattern: re.Pattern[bytes]) -> int | None:
+        found = pattern.search(held, at)
+        if found is not None:
+            self._overlong = None
+            return found.end()
+        rest = max(at, len(held) - COUNT_BYTES)
+        return rest if rest > at else None
+
+    def _add(self, data: bytes, frames: list[SyslogFrame]) -> None:
+        data = data.rstrip(TRAILERS)
+        if data.strip():
+            frames.append(cut_frame(data, self._most))
 
 
 # ==== Allowances ====
@@ -4549,7 +5009,8 @@ def token_text(kind: str, identifier: str, secret: str) -> str:
 
 
 def mint(kind: str, made: str | None = None) -> Secret:
-    """A new token or key: `kind` is dev, op or prov. The id is for look-up; the secret has 256 random bits, unless its holder made it."""
+    """A new token or key: `kind` is dev, op, prov or log. The id is for look-up; the secret has 256 random bits, unless its holder
+    made it."""
     identifier, secret = secrets.token_hex(8), made or secrets.token_urlsafe(32)
     return Secret(token_text(kind, identifier, secret), NewSecret(identifier, hashlib.sha256(secret.encode()).digest()))
 
