@@ -16,6 +16,7 @@ schema.sql the whole database.
     Errors                every way to say no
     Frames                what crosses the wire, checked
     Rules                 pure functions: time, durations, cursors, searches of logs
+    Syslog messages       what a syslog message says, and where it ends
     Allowances            who may use how much, and who goes on next
     Database              the file, connections, migrations, transactions, the readers
     Accounts              SQL about tenants, tokens, keys and the audit
@@ -29,6 +30,7 @@ schema.sql the whole database.
     Connections           sockets from their accept to their end, and who makes room
     Registry              the live sessions, their heartbeat
     Sessions              one device's WebSocket from hello to close
+    Syslog                the listeners for syslog
     HTTP queries          what the address of a request asks for, checked
     HTTP API              the route table and its handlers
     Application           how the parts are put together, started and stopped
@@ -68,7 +70,7 @@ from asyncio import sslproto
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -145,7 +147,8 @@ def quota(default: int, text: str) -> Any:
     return setting(default, f"{text} that a tenant may have if it has no quota of its own", lambda number: number >= 0, "at least 0")
 
 
-Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Networks = tuple[Network, ...]
 
 
 def networks(text: str) -> Networks:
@@ -190,6 +193,12 @@ class Settings:
     quota_devices: int = quota(15_000, "devices")
     quota_connections: int = quota(15_000, "connected devices")
     quota_points: int = quota(5_000_000_000, "points stored in a day (UTC)")
+    syslog_port: int = setting(
+        0, "port for syslog without TLS, over TCP and UDP; 0 is none", lambda port: 0 <= port < 65_536, "between 0 and 65535"
+    )
+    syslog_tls_port: int = setting(
+        0, "port for syslog with TLS, with the server's certificate; 0 is none", lambda port: 0 <= port < 65_536, "between 0 and 65535"
+    )
     log_days: int = setting(30, "days for which lines of logs are kept, where a tenant says nothing else", positive, "above 0")
     log_level: str = setting(
         "info",
@@ -367,6 +376,14 @@ class Limits:
     held_bytes: int = 16 * 1024
     # Rows of the audit that an export reads at one time.
     audit_rows: int = 1_000
+    # Connections that syslog comes on at one time; datagrams that wait for their turn, beyond which they are counted as lost; addresses
+    # whose refused lines are counted apart. What is known of a sender is looked up again after a few seconds.
+    syslog_connections: int = 1_000
+    syslog_datagrams: int = 2_000
+    refused_senders: int = 1_000
+    sender_seconds: float = 5.0
+    sources: int = 100
+    log_tokens: int = 10
     # A search of logs. Each of its words costs a look into the index, or as many as words contain it. FTS5 reads parentheses with a
     # stack of a hundred entries, which overflows at eleven levels in the worst case.
     search_characters: int = 1_024
@@ -380,6 +397,9 @@ class Limits:
     # The write-ahead log is copied into the database file whenever it has grown by so many pages (4 KiB each). While several tenants
     # use the server, by a quarter of them: a commit does it, and others wait for it.
     checkpoint_pages: int = 4_000
+    # A syslog message: what is longer is cut there. RFC 5425, section 4.3.1, asks for 8 KiB, which is what rsyslogd sends unless it is
+    # told otherwise; twice that holds a trace of some hundred calls. A message is held whole, and every word of it is indexed.
+    syslog_bytes: int = 16 * 1024
     # A healthy idle server proves at most this long ago that it can commit.
     healthy_seconds: float = 10.0
 
@@ -434,6 +454,7 @@ FAULTS: Final = fault_table(
     ("seq_reset",            409, 4409, "An operator reset the device's frame counter."),
     ("session_conflict",     409, 4429, "Two clients use the token of this device. Wait, then try again."),
     ("shutting_down",        503, 1001, "The server is shutting down."),
+    ("source_taken",         409, 4400, "The address belongs to another device already."),
     ("storage_unavailable",  503, 1013, "Nothing can be stored now. Keep the data and try again later."),
     ("superseded",           409, 4409, "The device opened a newer session."),
     ("tenant_exists",        409, 4400, "A tenant of this name exists already."),
@@ -484,7 +505,7 @@ class Invalid(ValueError):  # noqa: N818 - the project's word for it
         self.at = at
 
 
-SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
+SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov|log)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
 
 
 def redacted(text: str) -> str:
@@ -748,6 +769,13 @@ class KeptFor:
     """For how many days something is kept."""
 
     days: Days
+
+
+@attrs.frozen
+class SyslogSource:
+    """Body of PUT /iiot/{device}/syslog-source: addresses and networks."""
+
+    addresses: tuple[str, ...]
 
 
 @attrs.frozen
@@ -1287,7 +1315,7 @@ UNITS: Final = MappingProxyType({"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_00
 DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d|)")
 UNQUOTED_PLUS: Final = re.compile(r"(.{19,}) (\d\d:\d\d)")  # in the query of an address + is a space
 ENTITY_TAG: Final = re.compile(r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"|[0-9]{1,18}')
-TOKEN: Final = re.compile(r"iiot_(dev|op|prov)_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+TOKEN: Final = re.compile(r"iiot_(dev|op|prov|log)_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 AGGREGATES: Final = ("avg", "min", "max", "sum", "count", "last")
 
 
@@ -1476,11 +1504,19 @@ def csv_lines(rows: bytes, *, spreadsheet: bool = False) -> bytes:
     return "".join(",".join(map(csv_field, row)) + "\n" for row in shown).encode()
 
 
-def escaped(text: str) -> str:
-    """A text in one line and without control characters, which a terminal would obey; they are written as in JSON."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # with those that turn the direction of writing
+SHORT_ESCAPES: Final = MappingProxyType({"\n": r"\n", "\r": r"\r", "\t": r"\t"})
+
+
+def escape_of(found: re.Match[str]) -> str:
+    character = found[0]
+    return SHORT_ESCAPES.get(character) or (f"\\x{ord(character):02x}" if character < "\u0100" else f"\\u{ord(character):04x}")
+
+
+def printable(text: str) -> str:
+    r"""`text` as one line that does nothing to a terminal: control characters, ends of lines and what turns the direction of writing
+    are escaped, as in `\n`, `\x1b` and `\u202e`. A backslash stays one, so that paths can be read."""
+    return UNPRINTABLE.sub(escape_of, text)
 
 
 def line_as_json(line: Mapping[str, Any]) -> bytes:
@@ -1490,8 +1526,8 @@ def line_as_json(line: Mapping[str, Any]) -> bytes:
 
 def line_as_text(line: Mapping[str, Any]) -> bytes:
     """A line of a log for people to read."""
-    logger = f"{escaped(line['logger'])}: " if line["logger"] else ""
-    return f"{line['at']} {line['device']} {line['level']} {logger}{escaped(line['message'])}\n".encode()
+    logger = f"{printable(line['logger'])}: " if line["logger"] else ""
+    return f"{line['at']} {line['device']} {line['level']} {logger}{printable(line['message'])}\n".encode()
 
 
 LINE_COLUMNS: Final = ("at", "received_at", "device", "level", "logger", "host", "message", "fields")
@@ -1812,6 +1848,447 @@ def match_expression(search: Search, words: Mapping[str, Collection[str]], who: 
     column of that name, which the server puts together: nothing outside it is found."""
     expression, others = sides_for_index(search, words)
     return f"{{who}} : ({who}) {'NOT' if others else 'AND'} {{text}} : ({expression})"
+# ==== Syslog messages ====
+# Owns: what a syslog message says (RFC 5424, RFC 3164 and what is sent under its name), where messages end in a stream (RFC 6587),
+# and the token among them. Must not know: asyncio, SQL, sockets.
+
+DateParts = tuple[int, int, int, int, int, int]  # month, day, hour, minute, second, microsecond
+Parameters = NewType("Parameters", dict[str, str | list[str]])  # a repeated name has a list
+Elements = NewType("Elements", dict[str, Parameters])
+
+# RFC 5424, section 6.2.1, numbers 0 to 7; emergency and alert have no level of their own.
+SEVERITY_LEVELS: Final = ("critical", "critical", "critical", "error", "warning", "notice", "info", "debug")
+PRIORITY: Final = re.compile(r" *+<([0-9]{1,3})> *+")
+# Version, time, host, app name, process id, message id. A time is - or begins with a date, else any text after a 1 would be a head.
+HEADER: Final = re.compile(r"1 (-|[0-9]{4}-[0-9]{2}-[0-9]{2}\S*) (\S+) (\S+) (\S+) (\S+)(?: |$)")
+# Within quotation marks ] may stand as it is, though RFC 5424, section 6.3.3, wants it escaped: the marks tell where the value ends.
+ELEMENT: Final = re.compile(r'\[([^\s="\]]++)((?: ++[^\s="\]]++="(?:[^"\\]++|\\.)*+")*+) *+\]', re.DOTALL)
+PARAMETER: Final = re.compile(r'([^\s="\]]++)="((?:[^"\\]++|\\.)*+)"', re.DOTALL)
+ESCAPED: Final = re.compile(r'\\(["\\\]])')
+REGISTERED_ELEMENTS: Final = ("timeQuality", "origin", "meta")  # RFC 5424, section 7: any other name has an @
+OWN_ELEMENT: Final = "iiot@32473"
+OWN_TOKEN: Final = re.compile(r"iiot_log_[0-9a-f]{16}_[A-Za-z0-9_-]{43}")
+FIRST_WORD: Final = re.compile(rf"\s*+({OWN_TOKEN.pattern}):?(?:\s++|$)")
+REPEAT_ID: Final = re.compile(r"[0-9A-Fa-f]{8}(-?)[0-9A-Fa-f]{4}\1[0-9A-Fa-f]{4}\1[0-9A-Fa-f]{4}\1[0-9A-Fa-f]{12}")
+
+MONTH_NAMES: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+MONTHS: Final = MappingProxyType({name: number for number, name in enumerate(MONTH_NAMES, 1)})
+# Hours ahead of UTC. RFC 5322, section 4.3, fixes those of North America. Others may mean several zones.
+ZONE_HOURS: Final = MappingProxyType(
+    {"UTC": 0, "GMT": 0, "WET": 0, "WEST": 1, "CET": 1, "CEST": 2, "EET": 2, "EEST": 3, "MSK": 3, "JST": 9, "AEST": 10, "AEDT": 11}
+    | {"EST": -5, "EDT": -4, "CST": -6, "CDT": -5, "MST": -7, "MDT": -6, "PST": -8, "PDT": -7}
+)
+ZONES: Final = MappingProxyType({name: timezone(timedelta(hours=hours)) for name, hours in ZONE_HOURS.items()})
+HALF_YEAR: Final = 182 * DAY
+# What stands before the time: a version (RFC 3164 with the 1 of RFC 5424), or Cisco's numbers and name (`12: 34: switch: `), and a
+# mark of Cisco's for a clock that is not set. A name of a zone is one only where a colon follows, and an unknown one only before
+# Cisco's %: in `CRON: x` it is who sends.
+STAMP: Final = re.compile(
+    r"(?:1 |([0-9]{1,10}): (?:([0-9]{1,10}): )?(?:([\w./-]{1,255}): ?)?|: ?)?([*.])?"
+    rf"((?:([0-9]{{4}}) )?({'|'.join(MONTH_NAMES)}) {{1,2}}([0-9]{{1,2}}) (?:([0-9]{{4}}) )?"
+    r"([0-9]{2}):([0-9]{2}):([0-9]{2})(?:[.,]([0-9]{1,9}))?(?: ((?:19|20)[0-9]{2})(?= |: ))?"
+    rf"(?: ({'|'.join(sorted(ZONE_HOURS))})(?=:)| ([A-Z]{{2,5}})(?=: [*.]?%))?"
+    # RFC 3339 as rsyslogd and syslog-ng write it, without a zone, with spaces, and as Sophos writes it (2019:11:06-00:08:03)
+    r"|([0-9]{4}[:-][0-9]{2}[:-][0-9]{2})[T -]([0-9]{2}:[0-9]{2}:[0-9]{2}(?:[.,][0-9]{1,9})?)(?: ?(Z|[+-][0-9]{2}:?[0-9]{2}))?)"
+    r"(?:(:)| |$) *+"
+)
+# The first word after the time is the host, unless it ends as a tag does, or is the word of syslogd itself. An address that ends
+# in :: is a host. A % begins Cisco's name of a message, which engineers read and search as part of the text.
+HOST: Final = re.compile(r"(?!last message repeated )((?:::)?+[\w.][\w.:%/@-]{0,254})(?: :)? ++(?=\S)")
+TAG: Final = re.compile(
+    r"(?![0-9]+:|(?:[0-9A-Fa-f]{1,4}:)*:[0-9A-Fa-f:.]*(?:%\S*)? )([\w./(][\w./()+@#:%~-]{0,127})(?:\[([^\s\[\]]{0,128})\]:?|:(?=\s|$)) ?"
+)
+
+TRAILERS: Final = b"\r\n\0"
+LINE_END: Final = re.compile(rb"[\n\0]")
+# What a stream that counts goes on with after a wrong count: the next count before a priority.
+LINE_END_OR_COUNT: Final = re.compile(rb"[\n\0]|(?=[1-9][0-9]{0,4} <[0-9]{1,3}>)")
+COUNT_BYTES: Final = 16  # room for a count and a priority, and what a search has to look at again
+# Ten megabytes: no sender has such messages. A count of more digits is text, or one wrong count would mute a connection for hours.
+OCTET_COUNT: Final = re.compile(rb"([1-9][0-9]{0,6})(?![0-9])( ?)(<?)")
+
+
+@attrs.frozen
+class SyslogMessage:
+    """What a message says. `time` is the sender's, in milliseconds, None if there is none or it cannot be right; `time_as_sent` its
+    text where that is all there is of it, or its zone is not known. `token` and `repeat_id` are cut out of all the rest."""
+
+    message: str
+    priority: int | None = None
+    time: int | None = None
+    time_as_sent: str | None = None
+    host: str | None = None
+    app_name: str | None = None
+    process_id: str | None = None
+    message_id: str | None = None
+    structured_data: Elements = attrs.field(factory=lambda: Elements({}))
+    token: str | None = None
+    repeat_id: str | None = None
+
+    @property
+    def facility(self) -> int | None:
+        return None if self.priority is None else self.priority >> 3
+
+    @property
+    def severity(self) -> int | None:
+        return None if self.priority is None else self.priority & 7
+
+    @property
+    def level(self) -> str:
+        """One of debug, info, notice, warning, error, critical. Without a priority it is notice (RFC 3164, section 4.3.3)."""
+        return "notice" if self.priority is None else SEVERITY_LEVELS[self.priority & 7]
+
+
+@attrs.frozen
+class SyslogFrame:
+    """One message of a stream, without its frame. It was longer than it may be and is `cut`, or the stream ended within it: `torn`."""
+
+    data: bytes
+    cut: bool = False
+    torn: bool = False
+
+
+def decoded(data: bytes) -> str:
+    r"""The text of bytes that should be UTF-8. A byte that is not, and a zero, which SQLite's JSON cannot hold, become four characters,
+    as in `\xfc` and `\x00`: it is seen which they were. Other control characters stay."""
+    text = data.decode(errors="backslashreplace")
+    return text.replace("\0", r"\x00") if "\0" in text else text
+
+
+def add_parameter(parameters: Parameters, name: str, value: str) -> None:
+    there = parameters.get(name)
+    if there is None:
+        parameters[name] = value
+    elif isinstance(there, list):
+        there.append(value)
+    else:
+        parameters[name] = [there, value]
+
+
+def values_of(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+def parse_elements(text: str, start: int) -> tuple[Elements, int]:
+    """The structured data that begins at `start` (RFC 5424, section 6.3), and where it ends. An element without parameters is one if
+    its name is that of one and it stands apart: `[7]:` and `[error] x` are text. So is what is not well-formed."""
+    elements = Elements({})
+    while (found := ELEMENT.match(text, start)) is not None:
+        name, inner = found.groups()
+        if not inner and not (("@" in name or name in REGISTERED_ELEMENTS) and text[found.end() : found.end() + 1] in ("", " ", "[")):
+            break
+        parameters = elements.setdefault(name, Parameters({}))
+        for parameter, value in PARAMETER.findall(inner):
+            # A backslash before any other character is itself (RFC 5424, section 6.3.3).
+            add_parameter(parameters, parameter, ESCAPED.sub(r"\1", value) if "\\" in value else value)
+        start = found.end()
+    return elements, start
+
+
+def moment_of(time: datetime) -> int | None:
+    """Milliseconds; a time without a zone is one of the machine's. None where no clock can show it."""
+    try:
+        return round(time.timestamp() * 1000)
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def iso_moment(text: str, zone: tzinfo | None) -> int | None:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment_of(time if time.tzinfo else time.replace(tzinfo=zone))
+
+
+def dated_moment(year: int, parts: DateParts, zone: tzinfo | None) -> int | None:
+    try:
+        time = datetime(year, *parts, tzinfo=zone)
+    except ValueError:
+        return None
+    return moment_of(time)
+
+
+def yearless_moment(parts: DateParts, received_at: int, zone: tzinfo | None) -> int | None:
+    """A date in the year that puts it nearest to the time of receipt: RFC 3164 has no year."""
+    year, nearest = datetime.fromtimestamp(received_at / 1000, zone).year, None
+    for candidate in (year, year - 1, year + 1):
+        moment = dated_moment(candidate, parts, zone)
+        if moment is not None and (nearest is None or abs(moment - received_at) < abs(nearest - received_at)):
+            nearest = moment
+        if nearest is not None and abs(nearest - received_at) < HALF_YEAR:
+            break
+    return nearest
+
+
+def usable(moment: int | None, received_at: int) -> int | None:
+    """The moment, if it can be right: within the bounds that a device's times have."""
+    return moment if moment is not None and EARLIEST <= moment <= received_at + DAY else None
+
+
+def parse_header(text: str, start: int, priority: int | None, received_at: int, zone: tzinfo | None) -> SyslogMessage | None:
+    """A message of RFC 5424 from its version on. Structured data may be left out, and the space before the text."""
+    found = HEADER.match(text, start)
+    if found is None:
+        return None
+    stamp, *fields = found.groups()
+    elements, end = parse_elements(text, found.end())
+    if not elements:
+        if text.startswith("-", end) and text[end + 1 : end + 2] in ("", " ", "\ufeff"):
+            end += 1
+        elif fields[1].endswith(":"):
+            return None  # a tag: this is RFC 3164 with a version before it, and the words after the tag are text
+    end += text.startswith(" ", end)
+    time = None if stamp == "-" else usable(iso_moment(stamp, zone), received_at)
+    host, app_name, process_id, message_id = [None if field == "-" else field for field in fields]
+    return SyslogMessage(
+        text[end:].removeprefix("\ufeff"),  # RFC 5424, section 6.4
+        priority=priority,
+        time=time,
+        time_as_sent=stamp if time is None and stamp != "-" else None,
+        host=host,
+        app_name=app_name,
+        process_id=process_id,
+        message_id=message_id,
+        structured_data=elements,
+    )
+
+
+def stamp_moment(groups: tuple[str | Any, ...], received_at: int, zone: tzinfo | None) -> int | None:
+    """What the time of a `STAMP` means, by its groups."""
+    year, month, day, later, hour, minute, second, fraction, last, name, _, date, clock, offset = groups
+    if date is not None:
+        return iso_moment(f"{date.replace(':', '-')}T{clock}{offset or ''}", zone)
+    microsecond = int(fraction[:6].ljust(6, "0")) if fraction else 0
+    parts = MONTHS[month], int(day), int(hour), int(minute), int(second), microsecond
+    zone = ZONES[name] if name else zone
+    given = year or later or last
+    return dated_moment(int(given), parts, zone) if given else yearless_moment(parts, received_at, zone)
+
+
+def parse_stamped(text: str, start: int, priority: int | None, received_at: int, zone: tzinfo | None) -> SyslogMessage | None:
+    """A message that begins with a time: RFC 3164, section 4.1, and what Cisco's devices send. What stands before the time is kept
+    under the names of RFC 5424, section 7: Cisco's numbers as `sequenceId`, its mark of a clock that is not set as `isSynced`."""
+    found = STAMP.match(text, start)
+    if found is None:
+        return None
+    groups = found.groups()
+    number, second_number, origin, mark, stamp = groups[:5]
+    host, end, elements = origin, found.end(), Elements({})
+    if number:
+        elements["meta"] = Parameters({"sequenceId": [number, second_number] if second_number else number})
+    if mark:
+        elements["timeQuality"] = Parameters({"isSynced": "0"})
+    tag = TAG.match(text, end)
+    # After a time that ends with a colon no host comes.
+    if tag is None and origin is None and groups[19] is None and (word := HOST.match(text, end)) is not None:
+        host, end = word[1], word.end()
+        tag = TAG.match(text, end)
+    time = usable(stamp_moment(groups[5:19], received_at, zone), received_at)
+    return SyslogMessage(
+        text[end if tag is None else tag.end() :].removeprefix("\ufeff"),
+        priority=priority,
+        time=time,
+        time_as_sent=stamp if time is None or groups[15] else None,
+        host=host,
+        app_name=tag and tag[1],
+        process_id=(tag and tag[2]) or None,
+        structured_data=elements,
+    )
+
+
+def parse_bare(text: str, start: int, priority: int | None) -> SyslogMessage:
+    """A message without a time: text, for whether its first word is a host cannot be told. Only `name[123]: ` is certain."""
+    tag = TAG.match(text, start) if start else None
+    if tag is None or not (tag[2] or "").isdecimal():
+        return SyslogMessage(text[start:].removeprefix("\ufeff"), priority)
+    return SyslogMessage(text[tag.end() :], priority, app_name=tag[1], process_id=tag[2])
+
+
+def take_own(elements: Elements, text: str) -> tuple[list[Parameters], str]:
+    """Our elements out of structured data, and out of the start of the text, for RFC 3164 knows no structured data; and the text left."""
+    found = [elements.pop(OWN_ELEMENT)] if OWN_ELEMENT in elements else []
+    while text.startswith(f"[{OWN_ELEMENT} ") and (element := ELEMENT.match(text)) is not None:
+        found.append(parse_elements(element[0], 0)[0][OWN_ELEMENT])
+        text = text[element.end() :].removeprefix(" ")
+    return found, text
+
+
+def take_first_words(text: str) -> tuple[list[str], str]:
+    """The tokens in front of the text, and the text left."""
+    tokens = []
+    while (first := FIRST_WORD.match(text)) is not None:
+        tokens.append(first[1])
+        text = text[first.end() :]
+    return tokens, text
+
+
+def take_repeat_ids(own: Parameters) -> list[str]:
+    numbers = values_of(own.get("id", []))
+    if not all(map(REPEAT_ID.fullmatch, numbers)):
+        return []
+    own.pop("id", None)
+    return [number.replace("-", "").lower() for number in numbers]
+
+
+def redacted_elements(elements: Elements) -> Elements:
+    shown = Elements({})
+    for name, parameters in elements.items():
+        kept = shown.setdefault(redacted(name), Parameters({}))
+        for parameter, value in parameters.items():
+            for one in values_of(value):
+                add_parameter(kept, redacted(parameter), redacted(one))
+    return shown
+
+
+def without_secrets(message: SyslogMessage, mentions: int) -> SyslogMessage:
+    """The message with the sender's token, if it shows one, in `token`, and its number in `repeat_id`, and with no token in anything
+    else. A token counts in structured data as `[iiot@32473 token="…"]`, and as the first word; the first one counts. Our parameter
+    `token` goes whatever it holds, for that may be a token mistyped. Of tokens elsewhere, of any kind, the id stays, as in the log.
+    `mentions` is how often `iiot_` stands in the whole: when so many tokens were taken, the rest need not be searched."""
+    elements = Elements(dict(message.structured_data))
+    owned, text = take_own(elements, message.message)
+    tokens = [token for own in owned for token in values_of(own.pop("token", [])) if OWN_TOKEN.fullmatch(token)]
+    numbers = [number for own in owned for number in take_repeat_ids(own)]
+    for parameters in owned:
+        for name, value in parameters.items():
+            for one in values_of(value):
+                add_parameter(elements.setdefault(OWN_ELEMENT, Parameters({})), name, one)
+    first_words, text = take_first_words(text)
+    head = {name: getattr(message, name) for name in ("time_as_sent", "host", "app_name", "process_id", "message_id")}
+    if mentions > len(tokens) + len(first_words):
+        # Where only a time stands before the token, a host or a tag was looked for there.
+        in_head = [value for value in head.values() if value is not None and OWN_TOKEN.fullmatch(value)]
+        head = {name: None if value is None or value in in_head else redacted(value) for name, value in head.items()}
+        first_words = in_head + first_words
+        text, elements = redacted(text), redacted_elements(elements)
+    return SyslogMessage(
+        text,
+        message.priority,
+        message.time,
+        **head,
+        structured_data=elements,
+        token=next(iter(tokens + first_words), None),
+        repeat_id=next(iter(numbers), None),
+    )
+
+
+def parse_syslog(data: bytes, received_at: int, zone: tzinfo | None = None) -> SyslogMessage:
+    """What a sender says in one message, whatever the bytes: nothing raises. A time without a zone is one of `zone`, None is that of
+    the machine. Without a priority of 0 to 191 (RFC 5424, section 6.2.1; leading zeros count for nothing) all is text, unless it
+    begins with a time. Ends of lines and zeros at the end, and a byte order mark before the head or the text, are no part of it."""
+    text = decoded(data.rstrip(TRAILERS)).removeprefix("\ufeff")
+    found = PRIORITY.match(text)
+    priority, start = (int(found[1]), found.end()) if found is not None and int(found[1]) < 192 else (None, 0)
+    message = parse_header(text, start, priority, received_at, zone) if start else None
+    message = message or parse_stamped(text, start, priority, received_at, zone) or parse_bare(text, start, priority)
+    return without_secrets(message, text.count("iiot_")) if "iiot" in text else message
+
+
+def cut_frame(data: bytes, most: int, *, torn: bool = False) -> SyslogFrame:
+    """A message cut to `most` bytes, not within a character of UTF-8: one of a datagram, or of a stream."""
+    if len(data) <= most:
+        return SyslogFrame(data, torn=torn)
+    end = next((at for at in range(most, max(most - 4, 0), -1) if data[at] & 0xC0 != 0x80), most)
+    return SyslogFrame(data[:end], cut=True, torn=torn)
+
+
+class SyslogFraming:
+    """Where messages end in a stream (RFC 6587, section 3.4), decided message by message. Digits, a space and < begin an octet count;
+    once a stream has counted, digits and a space do. Anything else is a line, and ends with LF, CR LF or NUL.
+
+    What is longer than `most` bytes is cut there, and its rest skipped: by the count, unread, or to the end of the line. Where a count
+    was wrong, what is left in front of the next count is a line. However little is fed at a time, the same messages come out, and no
+    more is held than `most` bytes and a few."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = b""
+        self._skip = 0  # bytes of a counted message that are still to be skipped
+        self._searched = 0  # so much of what is held has no end of line in it
+        self._overlong: re.Pattern[bytes] | None = None  # the end of the line of which the rest is skipped
+        self._counted = False  # whether the last message with a priority was counted
+
+    def feed(self, data: bytes) -> list[SyslogFrame]:
+        """The messages that are complete with these bytes; empty ones are none."""
+        frames: list[SyslogFrame] = []
+        held, at = self._held + data, 0
+        while (after := self._next(held, at, frames)) is not None:
+            at = after
+        self._held = held[at:]
+        return frames
+
+    def end(self) -> list[SyslogFrame]:
+        """What there is of a message at the end of the stream. A line without its end is taken for torn: it cannot be told."""
+        held, self._held = self._held, b""
+        if self._skip or self._overlong:
+            return []
+        count = OCTET_COUNT.match(held)
+        if count is not None and self._is_count(count):
+            held = held[count.start(3) :]
+        held = held.strip(TRAILERS)
+        return [cut_frame(held, self._most, torn=True)] if held.strip() else []
+
+    def _is_count(self, found: re.Match[bytes]) -> bool:
+        return bool(found[3] or (found[2] and self._counted))
+
+    def _next(self, held: bytes, at: int, frames: list[SyslogFrame]) -> int | None:
+        """Take one message, or what is skipped, at `at`: where the next begins, None when that has not come yet."""
+        if at >= len(held):
+            return None
+        if self._skip:
+            skipped = min(self._skip, len(held) - at)
+            self._skip -= skipped
+            return at + skipped
+        if self._overlong is not None:
+            return self._skip_line(held, at, self._overlong)
+        if held[at] in TRAILERS:
+            return at + 1
+        count = OCTET_COUNT.match(held, at) if not self._searched else None
+        if count is None:
+            return self._line(held, at, frames)
+        if self._is_count(count):
+            return self._counted_message(held, count, frames)
+        return None if count.end() == len(held) else self._line(held, at, frames)
+
+    def _counted_message(self, held: bytes, count: re.Match[bytes], frames: list[SyslogFrame]) -> int | None:
+        length, start = int(count[1]), count.start(3)
+        end = start + min(length, self._most + 1)
+        if len(held) < end:
+            return None
+        self._counted = True
+        self._skip = start + length - end
+        self._add(held[start:end], frames)
+        return end
+
+    def _line(self, held: bytes, at: int, frames: list[SyslogFrame]) -> int | None:
+        pattern = LINE_END_OR_COUNT if self._counted else LINE_END
+        found = pattern.search(held, at + self._searched)
+        if found is None and len(held) - at <= self._most + COUNT_BYTES:
+            self._searched = max(0, len(held) - at - COUNT_BYTES)
+            return None
+        self._searched = 0
+        if found is None:
+            self._add(held[at : at + self._most + COUNT_BYTES], frames)
+            self._overlong = pattern
+            return at + self._most
+        self._add(held[at : found.start()], frames)
+        if held[at : at + 1] == b"<" and found[0]:
+            self._counted = False
+        return found.end()
+
+    def _skip_line(self, held: bytes, at: int, pattern: re.Pattern[bytes]) -> int | None:
+        found = pattern.search(held, at)
+        if found is not None:
+            self._overlong = None
+            return found.end()
+        rest = max(at, len(held) - COUNT_BYTES)
+        return rest if rest > at else None
+
+    def _add(self, data: bytes, frames: list[SyslogFrame]) -> None:
+        data = data.rstrip(TRAILERS)
+        if data.strip():
+            frames.append(cut_frame(data, self._most))
 
 
 # ==== Allowances ====
@@ -2311,6 +2788,18 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     ) strict;
     create virtual table log_word_index using fts5 (word, content = 'log_word', content_rowid = 'id', columnsize = 0, tokenize = 'trigram');
     create virtual table log_vocabulary using fts5vocab (log_index, 'row');
+    create table log_token (
+        id           text primary key,
+        device_id    integer not null references device on delete cascade,
+        secret_hash  blob not null,
+        created_at   integer not null
+    ) strict, without rowid;
+    create index log_token_by_device on log_token (device_id);
+    create table syslog_source (
+        network    text primary key,
+        device_id  integer not null references device on delete cascade
+    ) strict, without rowid;
+    create index syslog_source_by_device on syslog_source (device_id);
     create table retention (
         tenant_id  integer not null references tenant on delete cascade,
         kind       text not null check (kind in ('logs')),
@@ -3062,7 +3551,8 @@ def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
         raise Refusal("not_found")
     connection.execute("delete from operator_token where tenant_id = ?", row)
     connection.execute("delete from provisioning_key where tenant_id = ?", row)
-    connection.execute("delete from device_token where device_id in (select id from device where tenant_id = ?)", row)
+    for table in ("device_token", "log_token", "syslog_source"):
+        connection.execute(f"delete from {table} where device_id in (select id from device where tenant_id = ?)", row)
     connection.execute("update device set name = null, removed_at = 0 where tenant_id = ?", row)
     return int(row[0])
 
@@ -3139,6 +3629,28 @@ class TokenReads:
             {"id": token_id, "day": now_ms() // DAY},
         )
         return None if row is None else DeviceToken(*row)
+
+    async def log_sender(self, token_id: str) -> DeviceToken | None:
+        """Whose lines are those that show a log token."""
+        row = await self._readers.row(
+            """select log_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
+                      coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)
+               from log_token join device on device.id = device_id join tenant on tenant.id = tenant_id
+               where log_token.id = :id and disabled = 0""",
+            {"id": token_id, "day": now_ms() // DAY},
+        )
+        return None if row is None else DeviceToken(*row)
+
+    async def log_sources(self) -> list[tuple[str, DeviceToken]]:
+        """Whose lines are those that come from an address: (network, device), for all tenants."""
+        row = await self._readers.row(
+            """select json_group_array(json_array(
+                      network, device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
+                      coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)))
+               from syslog_source cross join device on device.id = device_id join tenant on tenant.id = tenant_id where disabled = 0""",
+            {"day": now_ms() // DAY},
+        )
+        return [(network, DeviceToken("", b"", *rest)) for network, *rest in orjson.loads(row[0] if row else "[]")]
 
     async def operator(self, token_id: str) -> OperatorToken | None:
         row = await self._readers.row(
@@ -3459,6 +3971,39 @@ def rotate_token(
     return device_id
 
 
+def insert_log_token(connection: sqlite3.Connection, tenant_id: int, name: str, new: NewSecret, most: int, *, revoke: bool) -> None:
+    """Give a device one more token for its lines alone; with `revoke` those before it end. Refusal: not_found, invalid (too many)."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    if revoke:
+        connection.execute("delete from log_token where device_id = ?", (device_id,))
+    (count,) = connection.execute("select count(*) from log_token where device_id = ?", (device_id,)).fetchone()
+    if count >= most:
+        raise Refusal("invalid", FieldError("revoke", f"the device has {most} log tokens: end those before with true"))
+    connection.execute(
+        "insert into log_token (id, device_id, secret_hash, created_at) values (?, ?, ?, ?)", (new.id, device_id, new.secret_hash, now_ms())
+    )
+
+
+def delete_log_tokens(connection: sqlite3.Connection, tenant_id: int, name: str) -> None:
+    """Refusal: not_found."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    connection.execute("delete from log_token where device_id = ?", (device_id,))
+
+
+def set_syslog_sources(connection: sqlite3.Connection, tenant_id: int, name: str, networks: list[str]) -> None:
+    """The networks whose lines are a device's, instead of those before. Refusal: not_found; source_taken, by another device."""
+    device_id, _ = device_row(connection, tenant_id, name)
+    connection.execute("delete from syslog_source where device_id = ?", (device_id,))
+    taken = connection.execute(
+        "select network from syslog_source where network in (select value from json_each(?))", bind(networks)
+    ).fetchone()
+    if taken is not None:
+        raise Refusal("source_taken", FieldError("addresses", f"{taken[0]} belongs to another device"))
+    connection.execute(
+        "insert into syslog_source (network, device_id) select distinct value, ?2 from json_each(?1)", (*bind(networks), device_id)
+    )
+
+
 def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: str, address: str) -> None:
     """A device shows its token: if it is a new one, the one before it ends. Refusal: unauthorized when the token is gone by
     now, device_disabled."""
@@ -3544,6 +4089,8 @@ def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str, by:
     now = now_ms()
     add_event(connection, device_id, now, "removed", {**by})
     connection.execute("delete from device_token where device_id = ?", (device_id,))
+    connection.execute("delete from log_token where device_id = ?", (device_id,))
+    connection.execute("delete from syslog_source where device_id = ?", (device_id,))
     connection.execute("update device set old_name = name, name = null, removed_at = ? where id = ?", (now, device_id))
     return device_id
 
@@ -4347,34 +4894,35 @@ def delete_words(connection: sqlite3.Connection, words: list[int]) -> None:
     connection.execute("delete from log_word where id in (select value from json_each(?))", bind(words))
 
 
-def delete_unused_words(connection: sqlite3.Connection, dictionary: Dictionary, after: int, most: int) -> int:
-    """Of so many words after a number those that no line has any more; the number to go on after, 0 at the end."""
+def delete_unused_words(connection: sqlite3.Connection, dictionary: Dictionary, words: list[int]) -> None:
+    """Of words, by their numbers, those that no line has."""
     (text,) = connection.execute(
-        """select json_group_array(json_array(id, tenant_id, word, exists (select 1 from log_vocabulary where term = word)))
-           from (select id, tenant_id, word from log_word where id > ? order by id limit ?)""",
-        (after, most),
+        """select json_group_array(json_array(id, tenant_id, word)) from log_word
+           where id in (select value from json_each(?)) and not exists (select 1 from log_vocabulary where term = word)""",
+        bind(words),
     ).fetchone()
-    looked = orjson.loads(text)
-    unused = [(number, (tenant, word)) for number, tenant, word, used in looked if not used]
-    if unused:
-        delete_words(connection, [number for number, _ in unused])
-        dictionary.forget({known for _, known in unused})
-    return looked[-1][0] if len(looked) == most else 0
+    unused = orjson.loads(text)
+    delete_words(connection, [number for number, _, _ in unused])
+    dictionary.forget({(tenant, word) for _, tenant, word in unused})
 
 
-def delete_old_lines(connection: sqlite3.Connection, cuts: Mapping[int, int], most: int) -> int:
-    """Lines of tenants that came before the times that are given, the oldest first, up to so many; how many there were."""
+OLD_LINES: Final = """select log_line.id from json_each(:cuts) cut join log_line on log_line.id in (
+    select rowid from log_index where log_index match '{who} : "t' || cut.key || '"' order by rowid limit :most)
+    where received_at < cut.value limit :most"""
+
+
+def cuts_text(cuts: Mapping[int, int]) -> str:
+    return bind({str(tenant): cut for tenant, cut in cuts.items()})[0]
+
+
+def delete_old_lines(connection: sqlite3.Connection, cuts: Mapping[int, int], most: int) -> bool:
+    """Lines of tenants that came before the times that are given, the oldest first, up to so many; whether there may be more."""
     (text,) = connection.execute(
-        """select json_group_array(id) from (
-            select log_line.id from json_each(:cuts) cut join log_line on log_line.id in (
-                select rowid from log_index where log_index match '{who} : "t' || cut.key || '"' order by rowid limit :most)
-            where received_at < cut.value limit :most)""",
-        {"cuts": bind({str(tenant): cut for tenant, cut in cuts.items()})[0], "most": most},
+        f"select json_group_array(id) from ({OLD_LINES})", {"cuts": cuts_text(cuts), "most": most}
     ).fetchone()
     lines = orjson.loads(text)
-    if lines:
-        delete_log_lines(connection, lines)
-    return len(lines)
+    delete_log_lines(connection, lines)
+    return len(lines) == most
 
 
 def set_log_days(connection: sqlite3.Connection, tenant_id: int, days: int | None) -> None:
@@ -4485,6 +5033,20 @@ class LogReads(Queries):
             now=now_ms(), default=default, day=DAY,
         )  # fmt: skip
         return {int(tenant): cut for tenant, cut in orjson.loads(text or "{}").items()}
+
+    async def has_old(self, cuts: Mapping[int, int]) -> bool:
+        """Whether there are lines from before the times that are given for tenants."""
+        return await self._readers.row(OLD_LINES, {"cuts": cuts_text(cuts), "most": 1}) is not None
+
+    async def unused_words(self, after: int, most: int) -> tuple[list[int], int]:
+        """Of so many words after a number those that no line has any more; the number to go on after, 0 at the end."""
+        text = await self._json(
+            """select json_group_array(json_array(id, exists (select 1 from log_vocabulary where term = word)))
+               from (select id, word from log_word where id > :after order by id limit :most)""",
+            after=after, most=most,
+        )  # fmt: skip
+        looked = orjson.loads(text or "[]")
+        return [number for number, used in looked if not used], looked[-1][0] if len(looked) == most else 0
 
 
 # ==== Removal ====
@@ -5093,6 +5655,15 @@ class Reads(Queries):
         row = await self._readers.row("select coalesce(max(id), 0) from event where tenant_id = :tenant", {"tenant": tenant})
         return int(row[0]) if row else 0
 
+    async def syslog_sources(self, tenant: int, device: str) -> str | None:
+        """The networks whose lines are the device's."""
+        return await self._json(
+            """select json_object('device', name, 'addresses', (
+                   select json_group_array(network) from (select network from syslog_source where device_id = device.id order by network)))
+               from device where tenant_id = :tenant and name = :device""",
+            tenant=tenant, device=device,
+        )  # fmt: skip
+
     async def state(self, tenant: int, device: str, at: int | None, version: int | None) -> bytes | None:
         """The document that a device reported: the last, that of a version, or the one that was in force at a time."""
         text = await self._json(
@@ -5281,7 +5852,8 @@ def token_text(kind: str, identifier: str, secret: str) -> str:
 
 
 def mint(kind: str, made: str | None = None) -> Secret:
-    """A new token or key: `kind` is dev, op or prov. The id is for look-up; the secret has 256 random bits, unless its holder made it."""
+    """A new token or key: `kind` is dev, op, prov or log. The id is for look-up; the secret has 256 random bits, unless its holder
+    made it."""
     identifier, secret = secrets.token_hex(8), made or secrets.token_urlsafe(32)
     return Secret(token_text(kind, identifier, secret), NewSecret(identifier, hashlib.sha256(secret.encode()).digest()))
 
@@ -5393,6 +5965,10 @@ class Identity:
         """Refusal: unauthorized, too_many_attempts."""
         return await self._known("dev", text, address, self._store.read.tokens.device)
 
+    async def log_sender(self, text: str, address: str) -> DeviceToken:
+        """Refusal: unauthorized, too_many_attempts."""
+        return await self._known("log", text, address, self._store.read.tokens.log_sender)
+
     async def provision(self, frame: Provision, address: str) -> Credentials:
         """Register a device by a provisioning key. The same key, device and secret get the same answer again, when the first was
         lost. Refusal: unauthorized, too_many_attempts, device_exists or too_many_devices (then no use of the key is taken)."""
@@ -5433,6 +6009,85 @@ class Identity:
         if not right or known is None:
             raise self._guesses.wrong(address)
         return known
+
+
+class LogSenders:
+    """Whose lines arrive by syslog: by the token in a line, or by the address that it comes from, the narrowest network first. What was
+    found is believed for a few seconds, and no longer than nothing changes."""
+
+    def __init__(self, identity: Identity, tokens: TokenReads, limits: Limits) -> None:
+        self._identity = identity
+        self._tokens = tokens
+        self._limits = limits
+        self._known: dict[tuple[str, str], DeviceToken | Refusal | None] = {}  # by kind, and token or address
+        self._sources: list[tuple[Network, DeviceToken]] = []
+        self._until = 0.0
+
+    def forget(self) -> None:
+        """Something has changed."""
+        self._known.clear()
+        self._until = 0.0
+
+    async def find(self, token: str | None, address: str) -> DeviceToken | None:
+        """The device, None if the address is nobody's. Refusal: unauthorized, too_many_attempts, for a wrong token."""
+        if time.monotonic() >= self._until or len(self._known) > self._limits.refused_senders:
+            sources = [(ipaddress.ip_network(network), device) for network, device in await self._tokens.log_sources()]
+            self._sources = sorted(sources, key=lambda source: -source[0].prefixlen)
+            self._known.clear()
+            self._until = time.monotonic() + self._limits.sender_seconds
+        key = ("address", address) if token is None else ("token", token)
+        if key not in self._known:
+            self._known[key] = self._of_address(address) if token is None else await self._of_token(token, address)
+        known = self._known.get(key)
+        if isinstance(known, Refusal):
+            raise known
+        return known
+
+    def _of_address(self, address: str) -> DeviceToken | None:
+        parsed = parse_address(address)
+        return next((device for network, device in self._sources if parsed is not None and parsed in network), None)
+
+    async def _of_token(self, token: str, address: str) -> DeviceToken | Refusal:
+        try:
+            return await self._identity.log_sender(token, address)
+        except Refusal as refusal:
+            return refusal.with_traceback(None)
+
+
+@attrs.define
+class RefusedLines:
+    """Lines from one address that were not stored: how many, when the last came, and why that was not."""
+
+    lines: int
+    last_at: int
+    reason: str
+
+
+class TurnedAway:
+    """Lines that were not stored, since the start: those of nobody, and those that came faster than they could be taken."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._since = now_ms()
+        self._by_address: dict[str, RefusedLines] = {}
+
+    def add(self, address: str, reason: str) -> None:
+        """Of more addresses than are counted apart the last ones are counted together."""
+        known = self._by_address.get(address)
+        if known is None:
+            address = address if len(self._by_address) < self._most else "others"
+            known = self._by_address.setdefault(address, RefusedLines(0, 0, reason))
+        known.lines, known.last_at, known.reason = known.lines + 1, now_ms(), reason
+
+    def shown(self) -> dict[str, Any]:
+        last = sorted(self._by_address.items(), key=lambda item: -item[1].last_at)
+        return {
+            "since": moment_text(self._since),
+            "items": [
+                {"address": address, "lines": refused.lines, "last_at": moment_text(refused.last_at), "reason": refused.reason}
+                for address, refused in last
+            ],
+        }
 
 
 # ==== Connections ====
@@ -6421,16 +7076,18 @@ class Cleaner:
 
     async def _delete_old(self) -> None:
         """What was kept for as long as its tenant wants it, now and then."""
-        now, writer, most = asyncio.get_running_loop().time(), self._store.writer, self._limits.removed_lines
-        if now - self._looked < self._limits.retention_seconds:
+        now, writer, logs, limits = asyncio.get_running_loop().time(), self._store.writer, self._store.read.logs, self._limits
+        if now - self._looked < limits.retention_seconds:
             return
         self._looked = now
-        delete = functools.partial(delete_old_lines, cuts=await self._store.read.logs.cuts(self._log_days), most=most)
-        while await writer.change(delete, weight=self._limits.removed_rows):
-            pass
-        self._word = await writer.change(
-            lambda connection: delete_unused_words(connection, writer.dictionary, self._word, self._limits.looked_words)
-        )
+        cuts = await logs.cuts(self._log_days)
+        delete = functools.partial(delete_old_lines, cuts=cuts, most=limits.removed_lines)
+        more = await logs.has_old(cuts)
+        while more:
+            more = await writer.change(delete, weight=limits.removed_rows)
+        words, self._word = await logs.unused_words(self._word, limits.looked_words)
+        if words:
+            await writer.change(lambda connection: delete_unused_words(connection, writer.dictionary, words))
 
 
 class Pusher:
@@ -6501,6 +7158,8 @@ class Services:
     supervisor: Supervisor
     news: News
     trusted: Networks
+    senders: LogSenders
+    turned_away: TurnedAway
 
 
 def metrics_of(frame: Telemetry) -> set[str]:
@@ -7174,6 +7833,142 @@ async def serve_link(services: Services, link: Link) -> None:
             session.forget()
 
 
+# ==== Syslog ====
+# Owns: the listeners for syslog, and the way of a line from there to the writer. Must not know: HTTP.
+
+
+class Datagrams(asyncio.DatagramProtocol):
+    """Messages that came by UDP, one in each datagram (RFC 5426), and wait for their turn. UDP tells its sender nothing: what does not
+    fit is counted."""
+
+    def __init__(self, waiting: asyncio.Queue[tuple[bytes, str]], turned_away: TurnedAway) -> None:
+        self._waiting = waiting
+        self._turned_away = turned_away
+
+    def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
+        try:
+            self._waiting.put_nowait((data, addr[0]))
+        except asyncio.QueueFull:
+            self._turned_away.add(addr[0], "too_fast")
+
+
+def line_of(message: SyslogMessage, frame: SyslogFrame, sender: DeviceToken, received_at: int) -> LogLine:
+    """A message as a line; what has no place of its own there is among its fields."""
+    more = {
+        "facility": message.facility, "severity": message.severity, "process_id": message.process_id, "message_id": message.message_id,
+        "structured_data": message.structured_data or None, "time_as_sent": message.time_as_sent,
+        "cut": frame.cut or None, "torn": frame.torn or None,
+    }  # fmt: skip
+    fields = canonical({name: value for name, value in more.items() if value is not None}).decode()
+    at = received_at if message.time is None else message.time
+    return LogLine(
+        sender.tenant_id, sender.device_id, at, received_at, LEVELS[message.level], message.message, message.app_name, message.host,
+        None if fields == "{}" else fields,
+    )  # fmt: skip
+
+
+class SyslogListener:
+    """Takes syslog over TCP, TLS (RFC 5425) and UDP. A stream is read no faster than its lines can be stored; there is no answer in
+    this protocol, so what was under way at a stop or a crash is lost."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._limits = services.limits
+        self._waiting: asyncio.Queue[tuple[bytes, str]] = asyncio.Queue(services.limits.syslog_datagrams)
+        self._servers: list[asyncio.Server] = []
+        self._endpoints: list[asyncio.DatagramTransport] = []
+        self._streams: set[asyncio.Task[None]] = set()
+
+    async def listen(self, sockets: list[socket.socket], context: ssl.SSLContext | None) -> None:
+        """On sockets that listen; without TLS on the same addresses for datagrams, too."""
+        for listener in sockets:
+            handshake = self._limits.hello_seconds if context else None
+            server = await asyncio.start_server(self._begin, sock=listener, ssl=context, ssl_handshake_timeout=handshake)
+            self._servers.append(server)
+            if context is None:
+                endpoint, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+                    lambda: Datagrams(self._waiting, self._services.turned_away), local_addr=listener.getsockname()[:2]
+                )
+                self._endpoints.append(endpoint)
+
+    async def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        for endpoint in self._endpoints:
+            endpoint.close()
+        for stream in self._streams:
+            stream.cancel()
+        await asyncio.gather(*self._streams, return_exceptions=True)
+
+    async def take_datagrams(self) -> None:
+        """Take what came by UDP, in its order."""
+        while True:
+            data, address = await self._waiting.get()
+            try:
+                await self._take(cut_frame(data, self._limits.syslog_bytes), address, patient=False)
+            except Refusal as refusal:
+                self._services.turned_away.add(address, refusal.fault.code)
+
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        address = str((writer.get_extra_info("peername") or ("unknown",))[0])
+        if len(self._streams) >= self._limits.syslog_connections:
+            self._services.turned_away.add(address, "too_many_connections")
+            writer.transport.abort()
+            return
+        task = asyncio.create_task(self._serve(reader, writer, address), name="syslog stream")
+        self._streams.add(task)
+        task.add_done_callback(self._streams.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> None:
+        give_up_after(writer.get_extra_info("socket"), self._limits.stall_seconds)
+        framing = SyslogFraming(self._limits.syslog_bytes)
+        try:
+            while data := await reader.read(READ_BYTES):
+                for frame in framing.feed(data):
+                    await self._take(frame, address, patient=True)
+            for frame in framing.end():
+                await self._take(frame, address, patient=True)
+        except (OSError, TimeoutError) as error:  # it broke off; or nothing can be stored, and its sender keeps what it has not sent
+            log.debug("a stream of syslog from %s ended: %s", address, type(error).__name__)
+        except Refusal as refusal:
+            log.warning("a stream of syslog from %s was closed: %s", address, refusal.fault.message)
+        finally:
+            writer.transport.abort()
+
+    async def _take(self, frame: SyslogFrame, address: str, *, patient: bool) -> None:
+        """A message on its way to the writer. Whoever is not patient loses what cannot be taken now. Refusal: storage_unavailable.
+        TimeoutError, when the storage does not keep up."""
+        services, now = self._services, now_ms()
+        message = parse_syslog(frame.data, now)
+        try:
+            sender = await services.senders.find(message.token, address)
+        except Refusal as refusal:
+            if refusal.fault.code not in ("unauthorized", "too_many_attempts"):
+                raise
+            services.turned_away.add(address, refusal.fault.code)
+            return
+        if sender is None:
+            services.turned_away.add(address, "unknown_address")
+            return
+        use = services.registry.use_of(sender, default_quotas(services.settings))
+        share = services.store.allowances.shares.of(sender.tenant_id)
+        if not patient and (share.full or use.rest(now)):
+            services.turned_away.add(address, "points_per_day" if use.rest(now) else "too_fast")
+            return
+        while rest := use.rest(now_ms()):  # noqa: ASYNC110 - nothing happens when a day begins
+            await asyncio.sleep(min(rest, THROTTLE_SECONDS))
+        if share.crowded:
+            await share.turn(services.store.writer.patience())
+        self._store(line_of(message, frame, sender, now), 1 + len(frame.data) // self._limits.point_bytes, use, share)
+
+    def _store(self, line: LogLine, count: int, use: TenantUse, share: Share) -> None:
+        writer = self._services.store.writer
+        use.add_points(line.received_at, count)
+        writer.points_taken(line.tenant_id, count)
+        writer.logged((line,))
+        writer.weigh(share, count * self._limits.log_weight)
+
+
 # ==== HTTP queries ====
 # Owns: what the address of a request may ask for: a class for each kind of query, checked. Must not know: SQL, sockets.
 
@@ -7589,6 +8384,7 @@ async def patch_device(call: Call) -> web.StreamResponse:
         lambda connection: update_device(connection, tenant, name, body, call.by, call.services.limits.labels),
         **attrs.asdict(body, filter=lambda _, value: value not in (None, {})),
     )
+    call.services.senders.forget()
     if body.disabled:
         call.services.registry.end(device_id, "device_disabled")
     return await show_device(call)
@@ -7605,9 +8401,58 @@ async def rotate_device_token(call: Call) -> web.StreamResponse:
     return answer({"device": name, "token": token.text}, 201)
 
 
+async def make_log_token(call: Call) -> web.StreamResponse:
+    tenant, name, token, body = call.tenant, call.device, mint("log"), await call.body(Rotation)
+    most = call.services.limits.log_tokens
+    await call.change(
+        lambda connection: insert_log_token(connection, tenant, name, token.stored, most, revoke=body.revoke),
+        token=token.stored.id, revoke=body.revoke,
+    )  # fmt: skip
+    call.services.senders.forget()
+    return answer({"device": name, "token": token.text}, 201)
+
+
+async def revoke_log_tokens(call: Call) -> web.StreamResponse:
+    tenant, name = call.tenant, call.device
+    await call.change(lambda connection: delete_log_tokens(connection, tenant, name))
+    call.services.senders.forget()
+    return web.Response(status=204)
+
+
+async def show_syslog_source(call: Call) -> web.StreamResponse:
+    return required(await call.services.store.read.syslog_sources(call.tenant, call.device))
+
+
+def as_networks(addresses: Iterable[str], most: int) -> list[str]:
+    """Addresses and networks as they are stored. Refusal: invalid."""
+    found = []
+    for index, text in enumerate(addresses):
+        try:
+            network = ipaddress.ip_network(text.strip())
+        except ValueError:
+            raise Refusal("invalid", FieldError(f"addresses[{index}]", "is neither an address nor a network such as 10.0.0.0/24")) from None
+        found.append(str(network))
+    if len(found) > most:
+        raise Refusal("invalid", FieldError("addresses", f"are more than {most}"))
+    return found
+
+
+async def set_syslog_source(call: Call) -> web.StreamResponse:
+    tenant, name, body = call.tenant, call.device, await call.body(SyslogSource)
+    networks = as_networks(body.addresses, call.services.limits.sources)
+    await call.change(lambda connection: set_syslog_sources(connection, tenant, name, networks), addresses=networks)
+    call.services.senders.forget()
+    return await show_syslog_source(call)
+
+
+async def show_refused_lines(call: Call) -> web.StreamResponse:
+    return answer(call.services.turned_away.shown())
+
+
 async def delete_device(call: Call) -> web.StreamResponse:
     tenant, name = call.tenant, call.device
     device_id = await call.change(lambda connection: remove_device(connection, tenant, name, call.by))
+    call.services.senders.forget()
     call.services.registry.end(device_id, "device_removed")
     call.services.cleaner.wanted.set()
     return web.Response(status=204)
@@ -8134,6 +8979,7 @@ async def delete_tenant(call: Call) -> web.StreamResponse:
     if call.query.confirm != name:
         raise Refusal("bad_query", FieldError("confirm", "does not repeat the tenant's name"))
     tenant = await call.change(lambda connection: remove_tenant(connection, name))
+    call.services.senders.forget()
     call.services.registry.end_tenant(tenant)
     call.services.cleaner.wanted.set()
     return web.Response(status=204)
@@ -8244,6 +9090,11 @@ ROUTES: Final = (
     Route("GET", "/iiot/{device}/telemetry", "viewer", show_telemetry, TelemetryQuery),
     Route("DELETE", "/iiot/{device}/telemetry", "admin", remove_telemetry, RangeQuery, "telemetry.remove"),
     Route("POST", "/iiot/{device}/report", "operator", ask_report, action="device.report"),
+    Route("POST", "/iiot/{device}/log-token", "admin", make_log_token, action="device.log_token"),
+    Route("DELETE", "/iiot/{device}/log-token", "admin", revoke_log_tokens, action="device.log_token.revoke"),
+    Route("GET", "/iiot/{device}/syslog-source", "viewer", show_syslog_source),
+    Route("PUT", "/iiot/{device}/syslog-source", "admin", set_syslog_source, action="device.syslog_source"),
+    Route("GET", "/syslog/refused", "admin", show_refused_lines),
     Route("GET", "/iiot/{device}/logs", "viewer", show_log_lines, LogQuery),
     Route("GET", "/logs", "viewer", show_log_lines, TenantLogQuery),
     Route("GET", "/retention", "viewer", show_retention),
@@ -8458,7 +9309,10 @@ async def run_services(app: web.Application, settings: Settings, limits: Limits)
         cleaner, pusher = Cleaner(store, registry, limits, settings.log_days), Pusher(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
         supervisor, news, trusted = Supervisor(), News(store, limits), networks(settings.trusted_proxy)
-        app[SERVICES] = Services(settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted)
+        senders, turned_away = LogSenders(identity, store.read.tokens, limits), TurnedAway(limits.refused_senders)
+        app[SERVICES] = Services(
+            settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted, senders, turned_away
+        )
         supervisor.watch(store.writer.task)
         supervisor.start("heartbeat", Heartbeat(registry, store.writer, limits, settings.heartbeat).run())
         supervisor.start("config clock", ConfigClock(store.writer, limits).run())
@@ -8585,6 +9439,24 @@ def warn_of_plain_text(addresses: Iterable[Any]) -> None:
         )  # fmt: skip
 
 
+async def open_syslog(services: Services, context: ssl.SSLContext | None, stack: AsyncExitStack) -> None:
+    """The listeners for syslog that the settings want. OSError."""
+    settings, listener = services.settings, SyslogListener(services)
+    stack.push_async_callback(listener.close)
+    services.supervisor.start("syslog datagrams", listener.take_datagrams())
+    for flag, port, tls in (("syslog-port", settings.syslog_port, None), ("syslog-tls-port", settings.syslog_tls_port, context)):
+        if not port:
+            continue
+        if flag == "syslog-tls-port" and tls is None:
+            raise OSError("--syslog-tls-port needs --tls-cert and --tls-key")
+        try:
+            await listener.listen(listen_on(settings.host, port), tls)
+        except OSError as error:
+            told = f"cannot listen for syslog on {settings.host} port {port}: {error.strerror or error}"
+            raise OSError(f"{told}; choose another with --{flag}") from error
+        log.info("listening for syslog on %s port %d%s", settings.host, port, " with TLS" if tls else "")
+
+
 @asynccontextmanager
 async def serving(
     settings: Settings, limits: Limits | None = None, context: ssl.SSLContext | None = None, stop: asyncio.Event | None = None
@@ -8609,6 +9481,7 @@ async def serving(
         services.supervisor.start("watch over silent peers", door.peers.look_at_strangers())
         for listener in listeners:
             services.supervisor.watch(door.open(listener))
+        await open_syslog(services, context, stack)
         if context is None:
             warn_of_plain_text(addresses)
         host, port = addresses[0][:2]

@@ -279,6 +279,22 @@ create virtual table log_word_index using fts5 (word, content = 'log_word', cont
 -- The words that `log_index` has at present.
 create virtual table log_vocabulary using fts5vocab (log_index, 'row');
 
+-- A secret that is good for nothing but adding lines to a device: it crosses the wire in clear where TLS is not used.
+create table log_token (
+    id           text primary key,
+    device_id    integer not null references device on delete cascade,
+    secret_hash  blob not null,
+    created_at   integer not null
+) strict, without rowid;
+create index log_token_by_device on log_token (device_id);
+
+-- Addresses and networks whose lines are a device's, for senders that cannot show a token.
+create table syslog_source (
+    network    text primary key,                    -- 10.0.0.7/32
+    device_id  integer not null references device on delete cascade
+) strict, without rowid;
+create index syslog_source_by_device on syslog_source (device_id);
+
 -- How long a tenant's data is kept, where it is not as long as the installation says.
 create table retention (
     tenant_id  integer not null references tenant on delete cascade,

@@ -22,7 +22,7 @@ import pytest
 from plant import PATIENCE, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RUNNABLE = {"sh", "python", "js", "ini", "nginx", "caddy"}
+RUNNABLE = {"sh", "python", "js", "ini", "nginx", "caddy", "rsyslog"}
 
 
 @attrs.frozen

@@ -129,6 +129,8 @@ class World:
             ("POST", "/provisioning-keys", {}, None),
             ("POST", "/tokens", {"name": "spare", "role": "viewer"}, None),
             ("PUT", "/retention", {"logs": {"days": 9}}, None),
+            ("POST", "/iiot/press-2/log-token", {}, None),
+            ("PUT", "/iiot/press-2/syslog-source", {"addresses": ["10.0.0.7"]}, None),
             ("POST", "/tenants", {"name": "acme"}, platform),
             ("POST", "/platform/tokens", {"name": "spare", "role": "platform"}, platform),
         ):
@@ -274,6 +276,21 @@ CASES = {
             Refused(404, "not_found", f"{NOBODY}/telemetry?from=0&to=1"),
             Refused(404, "not_found", "/iiot/press-1/telemetry?metric=x&from=0&to=1"),
             Refused(400, "bad_query", "/iiot/press-1/telemetry?from=0"), Refused(400, "bad_query", "/iiot/press-1/telemetry?from=1&to=0"),
+        ),
+    ),
+    ("POST", "/iiot/{device}/log-token"): Case(
+        "/iiot/press-1/log-token", {"revoke": True}, 201,
+        lambda answer: [("press-1", "press-1", {"token": answer["token"].split("_")[2], "revoke": True})],
+        (Refused(404, "not_found", f"{NOBODY}/log-token", {}), Refused(422, "invalid", body={"revoke": 1})),
+    ),
+    ("DELETE", "/iiot/{device}/log-token"): Case(
+        "/iiot/press-2/log-token", None, 204, device_row(device="press-2"), (Refused(404, "not_found", f"{NOBODY}/log-token"),),
+    ),
+    ("PUT", "/iiot/{device}/syslog-source"): Case(
+        "/iiot/press-1/syslog-source", {"addresses": ["10.0.0.8"]}, 200, device_row({"addresses": ["10.0.0.8/32"]}),
+        (
+            Refused(404, "not_found", f"{NOBODY}/syslog-source", {"addresses": []}), Refused(422, "invalid", body={"addresses": ["x"]}),
+            Refused(409, "source_taken", body={"addresses": ["10.0.0.7"]}),
         ),
     ),
     ("PUT", "/retention"): Case(

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import attrs
 import plant as plants
@@ -139,6 +139,8 @@ async def load(plant: Plant, side: Side) -> None:
         if status == 201:
             side.know(answer["token"])
     side.know((await plant.ask("POST", "/iiot/press-2/token"))[1]["token"])
+    side.know((await plant.ask("POST", "/iiot/press-1/log-token"))[1]["token"])
+    assert (await plant.ask("PUT", "/iiot/press-1/syslog-source", {"addresses": [f"{side.address}/32"]}))[0] == 200
 
 
 @attrs.frozen
@@ -252,6 +254,8 @@ ARGUMENTS: Mapping[str, Asked] = {
     "wanted: AuditFilter": asked_entries,
     "wanted: LogFilter": asked_lines,
     "default: int": the_same(30),
+    "cuts: Mapping[int, int]": lambda world, side: ({side.id: 0},),
+    "most: int": the_same(10),
     "limit: int": the_same(1_000, 1),
     "after: str": the_same(""),
     "after: int": the_same(0, iiot.INTEGERS - 1),
@@ -290,7 +294,7 @@ async def check_token(world: World, read: Read, kind: str) -> None:
                 assert known.points_of_day in (side.points, 0)  # 0 when a new day began meanwhile
             assert found([mark for other in world.others(side) for mark in other.marks + other.names], known) == []
             checked += 1
-        assert checked == {"dev": 4, "op": 3, "prov": 1}[kind]
+        assert checked == {"dev": 4, "op": 3, "prov": 1, "log": 1}[kind]
     for identifier in (*world.removed.ids, world.removed.first):
         assert await read(identifier) is None
 
@@ -318,10 +322,29 @@ async def check_newest(world: World, read: Read) -> None:
     assert isinstance(await read(), int)
 
 
+async def check_sources(world: World, read: Read) -> None:
+    """For the listeners of syslog: each network says whose it is, and no two are one."""
+    sources: Any = await read()
+    assert {device.tenant_id for _, device in sources} == {side.id for side in world.sides}
+    assert len({network for network, _ in sources}) == len(sources)
+
+
 async def check_cuts(world: World, read: Read) -> None:
     """For the task that deletes what is too old: a time for each tenant, by its number."""
     cuts: Any = await read(30)
     assert {side.id for side in world.sides} <= cuts.keys()
+
+
+async def check_old(world: World, read: Read) -> None:
+    """For the same task."""
+    assert await read({side.id: 0 for side in world.all}) is False
+    assert await read({side.id: iiot.LATEST for side in world.sides}) is True
+
+
+async def check_words(world: World, read: Read) -> None:
+    """For the same task: numbers, which nobody sees."""
+    words, after = cast("tuple[list[int], int]", await read(0, 10))
+    assert all(type(number) is int for number in (*words, after))
 
 
 async def check_news(world: World, read: Read) -> None:
@@ -357,6 +380,8 @@ async def check_health(world: World, read: Read) -> None:
 UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "TokenReads.device": lambda world, read: check_token(world, read, "dev"),
     "TokenReads.operator": lambda world, read: check_token(world, read, "op"),
+    "TokenReads.log_sender": lambda world, read: check_token(world, read, "log"),
+    "TokenReads.log_sources": check_sources,
     "TokenReads.provisioning_key": lambda world, read: check_token(world, read, "prov"),
     "AccountReads.tenants": check_tenants,
     "RemovalReads.removed": check_removed,
@@ -365,6 +390,8 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "NewsReads.after": check_news,
     "LogReads.newest": check_newest,
     "LogReads.cuts": check_cuts,
+    "LogReads.has_old": check_old,
+    "LogReads.unused_words": check_words,
     "RemovalReads.is_range_left": check_range_left,
     "PushReads.tenants": check_pushes,
     "PushReads.is_under_way": check_push,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import plant as plants
 import pytest
 import test_isolation as isolation
 from plant import Device, Plant
@@ -28,7 +29,7 @@ from test_access import EXAMPLES, LIMITS, MAY, Site, bearer, check_allowed, open
 import iiot
 
 Parameters = Mapping[str, object] | tuple[object, ...]
-QUICK = attrs.evolve(LIMITS, resume_seconds=0.0, clock_seconds=0.05, refusals=5, seen_seconds=0.1, push_devices=1)
+QUICK = attrs.evolve(LIMITS, resume_seconds=0.0, clock_seconds=0.05, refusals=5, seen_seconds=0.1, push_devices=1, retention_seconds=0.1)
 
 # Tables whose rows can be counted by hand: the customers, and one row for each table or for the file.
 SMALL = {"tenant", "salt", "sqlite_sequence"}
@@ -57,10 +58,13 @@ ALLOWED = (
     Allowed("not exists (select 1 from operator_token)", "SCAN operator_token USING COVERING INDEX operator_token_by_tenant",
             "once at a start, and ends with the first"),
     # The first of them, up to a limit.
-    Allowed("from log_word where id > ? order by id limit ?", "SEARCH log_word USING INTEGER PRIMARY KEY (rowid>?)", "ends with its limit"),
+    Allowed("from log_word where id > :after order by id limit :most", "SEARCH log_word USING INTEGER PRIMARY KEY (rowid>?)",
+            "ends with its limit"),
     Allowed("select id, word from log_word where id > ?", "SEARCH log_word USING INTEGER PRIMARY KEY (rowid>?)",
             "those that the transaction has added"),
     Allowed("from log_line where id > ?", "SEARCH log_line USING INTEGER PRIMARY KEY (rowid>?)", "those that the transaction has added"),
+    Allowed("from syslog_source cross join device", "SCAN syslog_source USING COVERING INDEX syslog_source_by_device",
+            "each device has a bounded number; now and then, while syslog comes"),
     Allowed("from log_line where id > ?", "SORT log_line", "those that the transaction has added, by their hour"),
     Allowed("select id from removed_series order by id limit ?", "SCAN removed_series", "ends with its limit"),
     Allowed("exists (select 1 from removed_series)", "SCAN removed_series", "ends with the first"),
@@ -253,6 +257,11 @@ async def live(folder: Path) -> Path:
         device = await live_in_the_field(site.plant)
         use_command_line(database)
         await site.cleaned()
+        with plants.writing(database) as connection:
+            connection.execute("update log_line set received_at = 0")
+        async with asyncio.timeout(plants.PATIENCE):
+            while plants.rows(database, "select 1 from log_line union all select 1 from log_word"):
+                await asyncio.sleep(0.01)
         await device.close()
     async with iiot.Store.open(database, QUICK) as store:
         await ask_everything(store, database)

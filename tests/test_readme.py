@@ -200,6 +200,16 @@ async def test_access_and_tenants_are_true(terminal: Terminal) -> None:
     assert [item["name"] for item in left["items"]] == ["default"]
 
 
+async def test_receiving_syslog_is_true(terminal: Terminal) -> None:
+    await terminal.start(blocks("Five minutes")[1])
+    await seen(terminal)
+    await terminal.run('curl -s -X PUT -H "Authorization: Bearer $TOKEN" "$IIOT_URL/iiot/press-7"')
+    commands = blocks("Receive syslog")
+    token, source = [json.loads(await terminal.run(commands[at])) for at in (0, 3)]
+    assert token["token"].startswith("iiot_log_")
+    assert source == json.loads(commands[4])
+
+
 # ---- Part 7: an example for every topic ----
 
 
@@ -223,7 +233,7 @@ def test_actions_are_the_readme_s() -> None:
     shown = re.search(r"Actions: (.*?)\.\n", section("Audit").text, re.DOTALL)
     assert shown is not None
     of_devices = {"device.provision"}  # at the socket, not at a route
-    assert set(re.findall(r"`([a-z.]+)`", shown[1])) == {route.action for route in iiot.ROUTES if route.action} | of_devices
+    assert set(re.findall(r"`([a-z_.]+)`", shown[1])) == {route.action for route in iiot.ROUTES if route.action} | of_devices
 
 
 def test_faults_are_the_readme_s() -> None:

@@ -126,6 +126,9 @@ async def populate(tenant: Plant, connected: int = 1) -> list[Device]:
         await device.send("log", seq=device.seq, entries=[{"level": "info", "message": f"line{number} of {name}"} for number in range(9)])
         await device.acknowledged(device.seq)
         devices.append(device)
+    assert (await tenant.ask("POST", "/iiot/press-1/log-token"))[0] == 201
+    ((number,),) = plants.rows(tenant.database, "select count(*) + 1 from syslog_source")
+    assert (await tenant.ask("PUT", "/iiot/press-1/syslog-source", {"addresses": [f"10.0.0.{number}"]}))[0] == 200
     assert (await tenant.ask("PUT", "/retention", {"logs": {"days": 7}}))[0] == 200
     assert (await tenant.ask("PATCH", "/iiot/press-1", {"labels": {"line": "3"}}))[0] == 200
     assert (await tenant.ask("POST", "/iiot/press-1/token"))[0] == 201
