@@ -16,6 +16,7 @@ contract in README.md and by nothing else. The file reads bottom-up: a section u
     Files                what the agent keeps on the disk
     Configuration        the command that applies a configuration
     Spool                frames until the server has them on disk, and how many of them are under way
+    Logs                 lines of logs, gathered into frames
     Link                 one connection: whether it lives, and how it ended
     Agent                the session with the server, and coming back to it
     Command line         python agent.py …
@@ -46,7 +47,9 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mappi
 from contextlib import asynccontextmanager, suppress
 from dataclasses import Field, dataclass, field, fields
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Final, NoReturn, cast
 from zoneinfo import ZoneInfo
 
@@ -83,6 +86,15 @@ LOSSES_SHOWN: Final = 20
 MOMENTS: Final = 50_000  # values that are compared with later ones of the same millisecond; about 15 MB
 SECONDS_BELOW: Final = 1e11  # a smaller number is seconds since 1970 (until the year 5138), a larger one milliseconds (from 1973)
 MILLISECONDS_BELOW: Final = 1e14
+
+# Lines of logs.
+MESSAGE_MOST: Final = 8_192  # characters of a line; a longer one is cut
+LOGGER_CHARACTERS: Final = 256
+FIELDS_BYTES: Final = 64 * 1024  # as JSON; larger ones are left out
+FIELD_CHARACTERS: Final = 1_024  # of a text among the fields
+LOG_ENTRIES: Final = 500  # in one frame
+LOG_BYTES: Final = 64 * 1024  # likewise; one line alone may take more, and stays under a quarter of a frame all the same
+LOG_SPOOL_BYTES: Final = 1024 * 1024  # of lines that are read and not acknowledged; the others stay where they are
 
 # Bytes under way: see Window.
 WINDOW_FIRST: Final = 16 * 1024
@@ -211,7 +223,13 @@ CLOSE_UNAUTHORIZED: Final = 4401
 CLOSE_FORBIDDEN: Final = 4403
 CLOSE_BAD_HANDSHAKE: Final = 4400
 CLOSE_FRAME_TOO_BIG: Final = 1009
-SAMPLE_PATH: Final = re.compile(r"samples\[([0-9]{1,9})\](?:\.values\.(.+))?.*", re.DOTALL)
+ITEM_PATH: Final = re.compile(r"(?:samples|entries)\[([0-9]{1,9})\](?:\.values\.(.+))?.*", re.DOTALL)
+
+# The levels of lines, and Python's numbers for them.
+LEVELS: Final[Mapping[str, int]] = MappingProxyType(
+    {"debug": 10, "info": 20, "notice": 25, "warning": 30, "error": 40, "critical": 50},
+)
+CUT: Final = "… (cut)"
 
 
 def now_ms() -> int:
@@ -252,6 +270,37 @@ def is_final(code: str, close: int | None, *, welcomed: bool) -> bool:
     if code:
         return code in FINAL_CODES or (not welcomed and code in FINAL_FIRST_CODES)
     return close in (CLOSE_UNAUTHORIZED, CLOSE_FORBIDDEN) or (not welcomed and close == CLOSE_BAD_HANDSHAKE)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of a line, with a sign in place of a zero character, which no database takes; what is cut is marked."""
+    text = text.replace("\0", "\u2400")
+    return text if len(text) <= most else text[: most - len(CUT)] + CUT
+
+
+def log_entry(level: str, message: str, ts: int, logger: str = "", fields: Mapping[str, Value] | None = None) -> dict[str, Any]:
+    """A line as the wire takes it. What is too long is cut, and says so. A clock before 2000 is wrong: then the server's counts."""
+    entry: dict[str, Any] = {"ts": ts} if ts >= EARLIEST else {}
+    entry |= {"level": level, "message": shortened(message, MESSAGE_MOST)}
+    if logger:
+        entry["logger"] = shortened(logger, LOGGER_CHARACTERS)
+    kept = {name: shortened(value, FIELD_CHARACTERS) if isinstance(value, str) else value for name, value in (fields or {}).items()}
+    if kept and len(encode(kept)) <= FIELDS_BYTES:
+        entry["fields"] = kept
+    return entry
+
+
+def wanted_level(document: object) -> object:
+    """The `log_level` of a configuration; none where it says nothing about it."""
+    return document.get("log_level") if isinstance(document, dict) else None
+
+
+def config_errors(document: object) -> list[dict[str, str]]:
+    """What of a configuration the agent itself cannot take, as the verdict tells it."""
+    level = wanted_level(document)
+    if isinstance(document, dict) and "log_level" in document and not (isinstance(level, str) and level in LEVELS):
+        return [{"path": "log_level", "code": "value", "message": f"is none of {', '.join(LEVELS)}"}]
+    return []
 
 
 @dataclass(frozen=True)
@@ -878,7 +927,7 @@ async def run_on_config(command: str, document: object) -> tuple[str, str]:
 @dataclass(eq=False)
 class Outgoing:
     """A frame on its way. `lines` are those of a recorded file, one for each sample; `rows` is how many of the file's rows are
-    done with when this frame is."""
+    done with when this frame is. `size` is counted for lines of logs alone."""
 
     content: dict[str, Any]
     lines: tuple[int, ...] = ()
@@ -886,6 +935,16 @@ class Outgoing:
     seq: int = 0
     text: bytes = b""
     sent: float = 0.0
+    size: int = 0
+
+    @property
+    def kind(self) -> str:
+        return str(self.content.get("type", ""))
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """What a frame can be cut between: samples, or lines of a log."""
+        return cast("list[dict[str, Any]]", self.content.get("entries") or self.samples)
 
     @property
     def samples(self) -> list[dict[str, Any]]:
@@ -893,10 +952,10 @@ class Outgoing:
 
 
 def part_of(frame: Outgoing, start: int, stop: int) -> Outgoing:
-    """A frame with some of the samples of another one."""
-    samples = frame.samples[start:stop]
-    rows = frame.rows if len(frame.samples) == 1 else min(len(samples), frame.rows)
-    return Outgoing({**frame.content, "samples": samples}, frame.lines[start:stop], rows)
+    """A frame with some of the samples or lines of another one."""
+    items = frame.items[start:stop]
+    rows = frame.rows if len(frame.items) == 1 else min(len(items), frame.rows)
+    return Outgoing({**frame.content, "entries" if "entries" in frame.content else "samples": items}, frame.lines[start:stop], rows)
 
 
 def metrics_of(frame: Outgoing) -> list[str]:
@@ -919,8 +978,8 @@ def parts_by_metric(frame: Outgoing) -> list[Outgoing]:
 
 
 def halves(frame: Outgoing) -> list[Outgoing]:
-    """Two frames with half of the samples each, or half of the values of the only one; none for what cannot be halved."""
-    count = len(frame.samples)
+    """Two frames with half of the samples or lines each, or half of the values of the only one; none for what cannot be halved."""
+    count = len(frame.items)
     if count > 1:
         return [part_of(frame, 0, count // 2), part_of(frame, count // 2, count)]
     return parts_by_metric(frame)
@@ -929,19 +988,19 @@ def halves(frame: Outgoing) -> list[Outgoing]:
 def parts_without(frame: Outgoing, path: str) -> tuple[list[Outgoing], Outgoing | None]:
     """A refused frame, where the server names the value at fault: what is to be sent again, and what is lost. The server looks
     no further than to the first fault, so what stands behind it may hold more. Nothing lost where the path names nothing."""
-    found = SAMPLE_PATH.fullmatch(path)
-    index = int(found[1]) if found else len(frame.samples)
-    if found is None or index >= len(frame.samples):
+    found = ITEM_PATH.fullmatch(path)
+    index = int(found[1]) if found else len(frame.items)
+    if found is None or index >= len(frame.items):
         return halves(frame), None
     lost = part_of(frame, index, index + 1)
-    rest = [part_of(frame, 0, index), part_of(frame, index + 1, len(frame.samples))]
+    rest = [part_of(frame, 0, index), part_of(frame, index + 1, len(frame.items))]
     metric = found[2]
-    values = lost.samples[0]["values"]
+    values = lost.items[0].get("values", {})
     if metric in values and len(values) > 1:
         others = {name: value for name, value in values.items() if name != metric}
         rest.insert(1, Outgoing({**lost.content, "samples": [{**lost.samples[0], "values": others}]}, lost.lines, lost.rows))
         lost = Outgoing({**lost.content, "samples": [{**lost.samples[0], "values": {metric: values[metric]}}]}, lost.lines)
-    return [part for part in rest if part.samples], lost
+    return [part for part in rest if part.items], lost
 
 
 class Window:
@@ -985,6 +1044,7 @@ class Spool:
         self._sent: deque[Outgoing] = deque()
         self._waiting: deque[Outgoing] = deque()
         self._under_way = 0  # bytes
+        self._line_bytes = 0  # of lines of logs
         self.most = most
         self._seq = 0
         self._changed = asyncio.Condition()
@@ -1000,21 +1060,51 @@ class Spool:
 
     async def put(self, content: dict[str, Any], lines: tuple[int, ...] = ()) -> None:
         """Keep a frame; where there is no room, let go of the oldest."""
+        frame = Outgoing(content, lines, len(lines))
         async with self._changed:
             while len(self) >= self.most:
-                if self._sent:
-                    self._under_way -= len(self._sent.popleft().text)
-                else:
-                    self._waiting.popleft()
-                self.dropped += 1
-            self._waiting.append(Outgoing(content, lines, len(lines)))
+                self._drop()
+            self._enter(frame)
+            self._waiting.append(frame)
             self._changed.notify_all()
 
-    async def put_first(self, frames: list[Outgoing]) -> None:
-        """Parts of a frame that was refused: they are sent next."""
+    async def put_first(self, frames: list[Outgoing], instead: Outgoing | None) -> None:
+        """Parts of a frame that was refused, in its place: they are sent next."""
         async with self._changed:
+            self._replace(instead, frames)
             self._waiting.extendleft(reversed(frames))
             self._changed.notify_all()
+
+    async def room_for_lines(self) -> None:
+        """Wait until lines of logs may be put. They can wait where they are, so they take no more than half of the room."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._line_bytes < LOG_SPOOL_BYTES and 2 * len(self) <= self.most)
+
+    def _drop(self) -> None:
+        """Let go of the oldest readings; where there are none, of the oldest frame."""
+        oldest = next((frame for frame in chain(self._sent, self._waiting) if frame.kind == "telemetry"), None)
+        frame = oldest or (self._sent or self._waiting)[0]
+        if frame in self._sent:
+            self._sent.remove(frame)
+            self._under_way -= len(frame.text)
+        else:
+            self._waiting.remove(frame)
+        self._leave(frame)
+        self.dropped += 1
+
+    def _enter(self, frame: Outgoing) -> None:
+        if frame.kind == "log":
+            frame.size = len(encode(frame.content))
+            self._line_bytes += frame.size
+
+    def _leave(self, frame: Outgoing) -> None:
+        self._line_bytes -= frame.size
+
+    def _replace(self, frame: Outgoing | None, parts: list[Outgoing]) -> None:
+        for part in parts:
+            self._enter(part)
+        if frame is not None:
+            self._leave(frame)
 
     async def next(self) -> Outgoing:
         """The next frame to send, numbered, cut to the size that the link is good for."""
@@ -1027,6 +1117,7 @@ class Spool:
                     frame.text = encode({**frame.content, "seq": frame.seq})
                 if len(frame.text) > self.window.frame and (parts := halves(frame)):
                     self._waiting.popleft()
+                    self._replace(frame, parts)
                     self._waiting.extendleft(reversed(parts))
                 elif self._sent and self._under_way + len(frame.text) > self.window.size:
                     await self._changed.wait()
@@ -1046,6 +1137,7 @@ class Spool:
                 frame = self._sent.popleft()
                 rows += frame.rows
                 self._under_way -= len(frame.text)
+                self._leave(frame)
                 self.window.acknowledged(len(frame.text), frame.sent, now, under_way)
             self._changed.notify_all()
         return rows
@@ -1066,7 +1158,9 @@ class Spool:
         rows = 0
         async with self._changed:
             while self._sent and self._sent[0].seq <= seq:
-                rows += self._sent.popleft().rows
+                frame = self._sent.popleft()
+                rows += frame.rows
+                self._leave(frame)
             self._waiting.extendleft(reversed(self._sent))
             self._sent.clear()
             self._under_way = 0
@@ -1095,6 +1189,52 @@ class Spool:
         """Wait until no more than so many frames are kept."""
         async with self._changed:
             await self._changed.wait_for(lambda: len(self) <= frames)
+
+
+# ==== Logs ====
+# Owns: lines of logs, gathered into frames. Must not know: sockets.
+
+
+class Level:
+    """The lowest level of lines that are sent, as the configuration says it; without a word of it all are. What the agent logs
+    itself follows: without a word of it, --log-level decides."""
+
+    def __init__(self) -> None:
+        self._least = 0
+
+    def follow(self, document: object) -> None:
+        """A configuration was applied."""
+        level = wanted_level(document)
+        self._least = LEVELS.get(level, 0) if isinstance(level, str) else 0
+        log.setLevel(self._least)
+
+    def takes(self, level: str) -> bool:
+        return LEVELS[level] >= self._least
+
+
+class LogFrames:
+    """Makes frames of the lines of one source, in their order. Lines below the level that is wanted are left out."""
+
+    def __init__(self, spool: Spool, level: Level) -> None:
+        self._spool = spool
+        self._level = level
+        self._entries: list[dict[str, Any]] = []
+        self._bytes = 0
+
+    async def add(self, entry: dict[str, Any]) -> None:
+        """Take a line; a full frame is put."""
+        if self._level.takes(entry["level"]):
+            self._entries.append(entry)
+            self._bytes += len(encode(entry))
+        if len(self._entries) >= LOG_ENTRIES or self._bytes >= LOG_BYTES:
+            await self.put()
+
+    async def put(self) -> None:
+        """Make a frame of what is there, as soon as there is room for one."""
+        if self._entries:
+            await self._spool.room_for_lines()
+            entries, self._entries, self._bytes = self._entries, [], 0
+            await self._spool.put({"type": "log", "entries": entries})
 
 
 # ==== Link ====
@@ -1275,9 +1415,12 @@ class Refusals:
             log.warning("the server refused frame %s after it had acknowledged it: %s", error.get("seq"), error.get("message"))
             return
         lost: Outgoing | None
+        parts: list[Outgoing] = []
         errors = [fault for fault in error.get("errors") or [] if isinstance(fault, dict)]
         path = str(errors[0].get("path", "")) if errors else ""
-        if error.get("code") == "too_many_series":
+        if error.get("code") == "unknown_type":  # a server that is older than the agent takes no part of it either
+            lost = frame
+        elif error.get("code") == "too_many_series":
             parts, lost = self._without_unwelcome(frame)
         else:
             parts, lost = parts_without(frame, path)
@@ -1286,7 +1429,7 @@ class Refusals:
         if lost is not None:
             told = f"{path} {errors[0].get('message', '')}".strip() if errors else str(error.get("message"))
             self._lose(lost, f"the server refuses it: {told}")
-        await self._spool.put_first(parts)
+        await self._spool.put_first(parts, frame)
 
     def _without_unwelcome(self, frame: Outgoing) -> tuple[list[Outgoing], Outgoing | None]:
         """The device has as many metrics as it may, and some of these are new. Which, is found once for each."""
@@ -1304,7 +1447,7 @@ class Refusals:
             for line in frame.lines:
                 self._losses.add(line, f"{shown(metrics[0])}: {why}" if len(metrics) == 1 else why)
         else:
-            log.warning("lost a frame of %s: %s", frame.content.get("type"), why)
+            log.warning("lost a frame of %s: %s", frame.kind, why)
 
     async def send_smaller(self) -> None:
         """The server, or a proxy before it, does not take frames of this size."""
@@ -1313,7 +1456,7 @@ class Refusals:
             window.frame_most = max(FRAME_LEAST, min(window.frame_most, self._spool.largest()) // 2)
         elif frame := self._spool.refuse(0):
             self._lose(frame, "a frame of this size is not taken")
-            await self._spool.put_first([])
+            await self._spool.put_first([], frame)
 
 
 class Agent:
@@ -1329,6 +1472,8 @@ class Agent:
         self._replay = Replay(options, self._spool) if options.replay else None
         self._refusals = Refusals(self._spool, self._replay.recording.losses if self._replay else None)
         self._config_version, self._config_document = self._applied.read()
+        self._level = Level()
+        self._level.follow(self._config_document)
         self._reported: dict[str, Any] | None = None
         self._held_until = 0.0  # until then the server takes nothing
         self._answered = 0.0  # when the server last acknowledged something, or until when it said that it will not
@@ -1391,9 +1536,11 @@ class Agent:
                 await self._apply_config(wanted["version"], wanted["document"])
 
     async def _apply_config(self, version: int, document: object) -> None:
-        status, message = "applied", ""
+        status, message, errors = "applied", "", config_errors(document)
         known = version == self._config_version and same(document, self._config_document)
-        if self._options.on_config and not known:
+        if errors:
+            status, message = "rejected", f"{errors[0]['path']} {errors[0]['message']}"
+        elif self._options.on_config and not known:
             await self._spool.put({"type": "config_status", "version": version, "status": "in_progress"})
             status, message = await run_on_config(self._options.on_config, document)
         if status == "applied":
@@ -1403,9 +1550,14 @@ class Agent:
                 status, message = "rejected", f"cannot keep it: {error.strerror}"
         log.info("configuration %d %s %s", version, status, message)
         verdict: dict[str, Any] = {"type": "config_status", "version": version, "status": status}
-        await self._spool.put({**verdict, "message": message} if message else verdict)
+        if message:
+            verdict["message"] = message
+        if errors:
+            verdict["errors"] = errors
+        await self._spool.put(verdict)
         if status == "applied":
             self._config_version, self._config_document = version, document
+            self._level.follow(document)
             await self._report_state()
 
     def _want(self, config: dict[str, Any] | None) -> None:
