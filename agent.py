@@ -28,6 +28,7 @@ import argparse
 import asyncio
 import csv
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -41,14 +42,16 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import Field, dataclass, field, fields
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from itertools import chain
 from pathlib import Path
+from stat import S_ISREG
 from types import MappingProxyType
 from typing import IO, Any, Final, NoReturn, cast
 from zoneinfo import ZoneInfo
@@ -94,6 +97,13 @@ FIELDS_BYTES: Final = 64 * 1024  # as JSON; larger ones are left out
 FIELD_CHARACTERS: Final = 1_024  # of a text among the fields
 LOG_ENTRIES: Final = 500  # in one frame
 LOG_BYTES: Final = 64 * 1024  # likewise; one line alone may take more, and stays under a quarter of a frame all the same
+LOG_SECONDS: Final = 0.5  # between two looks at a file that has nothing new; its lines of this time go into one frame
+PIECE_BYTES: Final = 64 * 1024  # that are read of a file at once
+LINE_BYTES: Final = 4 * MESSAGE_MOST + 4  # of a line that are kept in memory: one character more than a message has, in its longest form
+HEAD_BYTES: Final = 1_024  # a file is known again by its first bytes
+PARTIAL_SECONDS: Final = 5.0  # for the end of a line
+ROTATED_SECONDS: Final = 2.0  # after a file was rotated, and since its last line: its writer is told a little later
+CURSOR_SECONDS: Final = 1.0  # between two writes of the cursor file
 LOG_SPOOL_BYTES: Final = 1024 * 1024  # of lines that are read and not acknowledged; the others stay where they are
 
 # Bytes under way: see Window.
@@ -122,6 +132,18 @@ MESSAGE_CHARACTERS: Final = 1000  # of what the command says, in the verdict
 CLOSED: Final = frozenset((WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR))
 SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
 OFFSET: Final = re.compile(r"([+-])([0-9]{2}):?([0-9]{2})")
+
+
+class Paths(tuple[str, ...]):
+    """Names of files, as one text: separated as in PATH."""
+
+    __slots__ = ()
+
+    def __new__(cls, text: str = "") -> Paths:
+        return super().__new__(cls, (path for path in text.split(os.pathsep) if path))
+
+    def __str__(self) -> str:
+        return os.pathsep.join(self)
 
 
 class AgentError(Exception):
@@ -187,6 +209,12 @@ class Options:
     config_file: str = setting("", "where the applied configuration is kept (NAME.config.json in this folder)")
     interval: float = setting(5.0, "seconds between two readings", positive, "above 0")
     spool: int = setting(10_000, "frames kept while offline; beyond this the oldest are deleted", positive, "at least 1")
+    log_file: Paths = setting(
+        Paths(),
+        "send the lines that are appended to this file; may be given several times (in the variable with : between the names). "
+        "The agent follows a rename; where a file is copied and then emptied (copytruncate), lines can be lost",
+    )
+    cursor_file: str = setting("", "where the agent keeps how far it has sent the logs (NAME.cursors.json in this folder)")
     replay: str = setting("", "send a recorded CSV instead: first column a time, the rest metrics; comma, semicolon or tab")
     speed: float = setting(
         0.0,
@@ -230,6 +258,17 @@ LEVELS: Final[Mapping[str, int]] = MappingProxyType(
     {"debug": 10, "info": 20, "notice": 25, "warning": 30, "error": 40, "critical": 50},
 )
 CUT: Final = "… (cut)"
+LEVEL_WORDS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("TRACE", "DEBUG", "DBG"), "debug"),
+        **dict.fromkeys(("INFO", "INFORMATION"), "info"),
+        "NOTICE": "notice",
+        **dict.fromkeys(("WARN", "WARNING"), "warning"),
+        **dict.fromkeys(("ERROR", "ERR", "SEVERE"), "error"),
+        **dict.fromkeys(("FATAL", "CRITICAL", "CRIT", "ALERT", "EMERG", "PANIC"), "critical"),
+    }
+)
+LEVEL_WORD: Final = re.compile(r"([\[(<|]?)([A-Za-z]+)(?:[\])>|]?(:)|[\])>|,]|$)")
 
 
 def now_ms() -> int:
@@ -270,6 +309,16 @@ def is_final(code: str, close: int | None, *, welcomed: bool) -> bool:
     if code:
         return code in FINAL_CODES or (not welcomed and code in FINAL_FIRST_CODES)
     return close in (CLOSE_UNAUTHORIZED, CLOSE_FORBIDDEN) or (not welcomed and close == CLOSE_BAD_HANDSHAKE)
+
+
+def level_of(line: str) -> str:
+    """The level that a line of text names: the first word for one among its first six, in capitals, in brackets or before a
+    colon. Else info: no more is guessed."""
+    for word in line[:120].split()[:6]:
+        found = LEVEL_WORD.match(word)
+        if found and (found[2].isupper() or found[1] or found[3]) and (level := LEVEL_WORDS.get(found[2].upper())):
+            return level
+    return "info"
 
 
 def shortened(text: str, most: int) -> str:
@@ -787,8 +836,8 @@ def describe_machine() -> dict[str, Any]:
 
 
 # ==== Files ====
-# Owns: what the agent keeps on the disk: its token, the secret it asks for one with, the applied configuration.
-# Must not know: sockets.
+# Owns: what the agent keeps on the disk: its token, the secret it asks for one with, the applied configuration, how far the
+# logs are sent. Must not know: sockets.
 
 PROPOSED: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 
@@ -887,6 +936,81 @@ class AppliedConfig:
         write_whole(self._path, json.dumps({"version": version, "document": document}, indent=2) + "\n", 0o666)
 
 
+@dataclass(eq=False)
+class Cursor:
+    """How far a source of lines was read when a frame was made of them. It is kept once the server has all parts of the frame."""
+
+    position: dict[str, Any]
+    settle: Callable[[], None]
+    open: int = 1  # parts that the server does not have
+
+    def release(self) -> None:
+        """A part of the frame is done with."""
+        self.open -= 1
+        if not self.open:
+            self.settle()
+
+
+class Cursors:
+    """How far each source of lines is sent, in a file: {source: position}. A position moves when everything up to it is
+    acknowledged, so what the server does not have is read again after a restart."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kept: dict[str, dict[str, Any]] = {}
+        self._moved: dict[str, deque[Cursor]] = {}  # by source, in order; those that are not kept yet
+        self._changed = asyncio.Event()
+        self._writing = threading.Lock()
+
+    def read(self) -> None:
+        """Read the file. One that cannot be read is told by its name, and every source starts as at the first time."""
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            if not isinstance(kept, dict) or not all(isinstance(position, dict) for position in kept.values()):
+                raise ValueError("it holds no cursors")
+            self._kept = kept
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            log.warning("it is not known how far the logs were sent: cannot use %s: %s", self._path, error)
+
+    def position(self, source: str) -> dict[str, Any] | None:
+        """From where on a source is to be read; none at the first time."""
+        return self._kept.get(source)
+
+    def move(self, source: str, position: dict[str, Any]) -> Cursor:
+        """A source was read so far."""
+        cursor = Cursor(position, functools.partial(self._settle, source))
+        self._moved.setdefault(source, deque()).append(cursor)
+        return cursor
+
+    async def keep(self) -> None:
+        """Write the file whenever it changed, but not too often."""
+        try:
+            while True:
+                await self._changed.wait()
+                await asyncio.to_thread(self._write)
+                await asyncio.sleep(CURSOR_SECONDS)
+        finally:
+            if self._changed.is_set():
+                self._write()
+
+    def _settle(self, source: str) -> None:
+        moved = self._moved[source]
+        while moved and not moved[0].open:
+            self._kept[source] = moved.popleft().position
+            self._changed.set()
+
+    def _write(self) -> None:
+        with self._writing:
+            self._changed.clear()
+            text = json.dumps(dict(self._kept), indent=2)
+            try:
+                write_whole(self._path, text + "\n", 0o600)
+            except OSError as error:
+                log.warning("cannot keep how far the logs are sent in %s: %s", self._path, error.strerror)
+
+
 # ==== Configuration ====
 # Owns: the command that applies a configuration. Must not know: the wire.
 
@@ -927,7 +1051,7 @@ async def run_on_config(command: str, document: object) -> tuple[str, str]:
 @dataclass(eq=False)
 class Outgoing:
     """A frame on its way. `lines` are those of a recorded file, one for each sample; `rows` is how many of the file's rows are
-    done with when this frame is. `size` is counted for lines of logs alone."""
+    done with when this frame is. `size` is counted for lines of logs alone; `cursor` is how far their source was read."""
 
     content: dict[str, Any]
     lines: tuple[int, ...] = ()
@@ -936,6 +1060,7 @@ class Outgoing:
     text: bytes = b""
     sent: float = 0.0
     size: int = 0
+    cursor: Cursor | None = None
 
     @property
     def kind(self) -> str:
@@ -1058,9 +1183,9 @@ class Spool:
         """How many frames are under way."""
         return len(self._sent)
 
-    async def put(self, content: dict[str, Any], lines: tuple[int, ...] = ()) -> None:
+    async def put(self, content: dict[str, Any], lines: tuple[int, ...] = (), cursor: Cursor | None = None) -> None:
         """Keep a frame; where there is no room, let go of the oldest."""
-        frame = Outgoing(content, lines, len(lines))
+        frame = Outgoing(content, lines, len(lines), cursor=cursor)
         async with self._changed:
             while len(self) >= self.most:
                 self._drop()
@@ -1068,7 +1193,7 @@ class Spool:
             self._waiting.append(frame)
             self._changed.notify_all()
 
-    async def put_first(self, frames: list[Outgoing], instead: Outgoing | None) -> None:
+    async def put_first(self, frames: list[Outgoing], instead: Outgoing) -> None:
         """Parts of a frame that was refused, in its place: they are sent next."""
         async with self._changed:
             self._replace(instead, frames)
@@ -1099,12 +1224,16 @@ class Spool:
 
     def _leave(self, frame: Outgoing) -> None:
         self._line_bytes -= frame.size
+        if frame.cursor is not None:
+            frame.cursor.release()
 
-    def _replace(self, frame: Outgoing | None, parts: list[Outgoing]) -> None:
+    def _replace(self, frame: Outgoing, parts: list[Outgoing]) -> None:
         for part in parts:
+            part.cursor = frame.cursor
+            if part.cursor is not None:
+                part.cursor.open += 1
             self._enter(part)
-        if frame is not None:
-            self._leave(frame)
+        self._leave(frame)
 
     async def next(self) -> Outgoing:
         """The next frame to send, numbered, cut to the size that the link is good for."""
@@ -1215,26 +1344,238 @@ class Level:
 class LogFrames:
     """Makes frames of the lines of one source, in their order. Lines below the level that is wanted are left out."""
 
-    def __init__(self, spool: Spool, level: Level) -> None:
+    def __init__(self, source: str, spool: Spool, level: Level, cursors: Cursors) -> None:
+        self._source = source
         self._spool = spool
         self._level = level
+        self._cursors = cursors
         self._entries: list[dict[str, Any]] = []
         self._bytes = 0
+        self._position: dict[str, Any] | None = None
 
-    async def add(self, entry: dict[str, Any]) -> None:
-        """Take a line; a full frame is put."""
-        if self._level.takes(entry["level"]):
+    async def add(self, entry: dict[str, Any] | None, position: dict[str, Any]) -> None:
+        """Take a line, or none, and how far its source was read with it; a full frame is put."""
+        self._position = position
+        if entry is not None and self._level.takes(entry["level"]):
             self._entries.append(entry)
             self._bytes += len(encode(entry))
         if len(self._entries) >= LOG_ENTRIES or self._bytes >= LOG_BYTES:
             await self.put()
 
     async def put(self) -> None:
-        """Make a frame of what is there, as soon as there is room for one."""
+        """Make a frame of what is there, as soon as there is room for one. The cursor moves without one too."""
+        if self._position is None:
+            return
         if self._entries:
             await self._spool.room_for_lines()
-            entries, self._entries, self._bytes = self._entries, [], 0
-            await self._spool.put({"type": "log", "entries": entries})
+        cursor = self._cursors.move(self._source, self._position)
+        entries, self._entries, self._bytes, self._position = self._entries, [], 0, None
+        if entries:
+            await self._spool.put({"type": "log", "entries": entries}, cursor=cursor)
+        else:
+            cursor.release()
+
+
+ROTATED: Final = re.compile(r"[.-][0-9][0-9.-]*")  # what logrotate adds to a name, .1 or -20260131; not what it compressed
+
+
+class Tail:
+    """Reads the lines that are appended to a file, a piece at a time. What it does blocks, so it is for a thread.
+
+    The file is known by its device and inode, and by its first bytes, because an inode is used again. One that is renamed is read
+    to its end, then those that were rotated after it, then the one that has its name now. One that shrinks, or begins with other
+    bytes than before, was emptied, and is read from its start; what was written and emptied between two looks is lost."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self._stat = os.stat_result([0] * 10)
+        self._head = b""
+        self._offset = 0  # behind the last line that was given
+        self._line = bytearray()  # the start of the next one
+        self._length = 0  # of it, in the file
+        self._moved = time.monotonic()  # when something was last there to be read
+        self._told = ""
+        self.at_end = False
+
+    def start(self, position: Mapping[str, Any] | None) -> None:
+        """Go on where the position says; at the first time, behind the last whole line."""
+        if position is None:
+            with suppress(OSError):
+                self._open(self._path, 0)
+                self._offset = self._after_last_line()
+                self._take_head()
+            return
+        known = (position.get("device"), position.get("inode"))
+        for path in (self._path, *self._rotated()):
+            with suppress(OSError):
+                stat = path.stat()
+                if (stat.st_dev, stat.st_ino) == known:
+                    self._open(path, int(position.get("offset", 0)))
+                    self._take_head()
+                    if self._position(self._offset)["head"] == position.get("head"):
+                        return
+                    log.warning("%s was emptied while it was not read: lines may be missing", path)
+                    self._open(path, 0)
+                    return
+        if position.get("inode"):
+            log.warning("%s: the file that was read last is gone: lines may be missing", self._path)
+
+    def read(self) -> list[tuple[str, dict[str, Any]]]:
+        """The next lines, each with the position behind it."""
+        try:
+            if self._file is None:
+                self._open(self._path, 0)
+            lines = self._read()
+            self._told = ""
+        except FileNotFoundError:  # it appears later
+            lines, self.at_end = [], True
+        except OSError as error:
+            lines, self.at_end = [], True
+            if str(error) != self._told:
+                self._told = str(error)
+                log.warning("cannot read %s: %s", self._path, error)
+        return lines
+
+    def position(self) -> dict[str, Any]:
+        return self._position(self._offset)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self) -> list[tuple[str, dict[str, Any]]]:
+        assert self._file is not None
+        lines = self._emptied()
+        self._file.seek(self._offset + self._length)
+        data = self._file.read(PIECE_BYTES)
+        self.at_end = len(data) < PIECE_BYTES
+        if data:
+            self._moved = time.monotonic()
+            return lines + self._split(data)
+        quiet = time.monotonic() - self._moved
+        following = self._following() if quiet >= ROTATED_SECONDS else None
+        if self._length and (following is not None or quiet >= PARTIAL_SECONDS):
+            lines += self._finish(0)
+        if following is not None:
+            self._open(following, 0)
+            self.at_end = False
+        return lines
+
+    def _open(self, path: Path, offset: int) -> None:
+        """OSError when it is not there, or no file."""
+        if not S_ISREG(path.stat().st_mode):  # to open a pipe would wait for somebody who writes
+            raise OSError(f"{path} is no file")
+        file = path.open("rb", buffering=0)
+        if self._file is not None:
+            self._file.close()
+        self._file, self._stat = file, os.fstat(file.fileno())
+        self._head, self._offset, self._length, self._moved = b"", offset, 0, time.monotonic()
+        self._line.clear()
+
+    def _after_last_line(self) -> int:
+        assert self._file is not None
+        start = max(0, self._stat.st_size - PIECE_BYTES)
+        self._file.seek(start)
+        return start + self._file.read(PIECE_BYTES).rfind(b"\n") + 1
+
+    def _take_head(self) -> None:
+        """Learn the first bytes, as many of them as lie before the position."""
+        most = min(HEAD_BYTES, self._offset)
+        if self._file is not None and len(self._head) < most:
+            self._file.seek(0)
+            self._head = self._file.read(most)
+
+    def _emptied(self) -> list[tuple[str, dict[str, Any]]]:
+        """Look whether the file was emptied; then it is read from its start. What was there of its last line is a line."""
+        assert self._file is not None
+        stat = os.fstat(self._file.fileno())
+        changed, self._stat = stat.st_mtime_ns != self._stat.st_mtime_ns or stat.st_size != self._stat.st_size, stat
+        emptied = stat.st_size < self._offset + self._length
+        if changed and not emptied:
+            self._file.seek(0)
+            emptied = self._file.read(len(self._head)) != self._head
+        if not emptied:
+            return []
+        log.warning("%s was emptied: what was written just before may be missing", self._path)
+        lines = self._finish(0) if self._length else []
+        self._head, self._offset = b"", 0
+        return [(text, self._position(0)) for text, _ in lines]
+
+    def _split(self, data: bytes) -> list[tuple[str, dict[str, Any]]]:
+        lines: list[tuple[str, dict[str, Any]]] = []
+        *whole, rest = data.split(b"\n")
+        for piece in whole:
+            self._grow(piece)
+            lines += self._finish(1)
+        self._grow(rest)
+        return lines
+
+    def _grow(self, piece: bytes) -> None:
+        self._line += piece[: max(0, LINE_BYTES - len(self._line))]
+        self._length += len(piece)
+
+    def _finish(self, newline: int) -> list[tuple[str, dict[str, Any]]]:
+        """The line that is complete now. An empty one says nothing."""
+        text = bytes(self._line).removesuffix(b"\r").decode(errors="backslashreplace").removeprefix("\ufeff")
+        self._offset += self._length + newline
+        self._line.clear()
+        self._length = 0
+        self._take_head()
+        return [(text, self._position(self._offset))] if text.strip() else []
+
+    def _position(self, offset: int) -> dict[str, Any]:
+        head = hashlib.sha256(self._head[:offset]).hexdigest()[:32]
+        return {"device": self._stat.st_dev, "inode": self._stat.st_ino, "offset": offset, "head": head}
+
+    def _rotated(self) -> list[Path]:
+        """The files that this one became when it was rotated."""
+        name = self._path.name
+        with suppress(OSError):
+            beside = [path for path in self._path.parent.iterdir() if path.name.startswith(name)]
+            return [path for path in beside if ROTATED.fullmatch(path.name.removeprefix(name))]
+        return []
+
+    def _following(self) -> Path | None:
+        """The file that follows this one, if it was renamed: the oldest that was rotated after it, else the one with its name."""
+        own = self._stat.st_dev, self._stat.st_ino
+        found: list[tuple[int, Path]] = []
+        with suppress(OSError):
+            stat = self._path.stat()
+            if (stat.st_dev, stat.st_ino) == own:
+                return None
+            for path in self._rotated():
+                stat = path.stat()
+                if (stat.st_dev, stat.st_ino) != own and stat.st_mtime_ns > self._stat.st_mtime_ns:
+                    found.append((stat.st_mtime_ns, path))
+            return min(found)[1] if found else self._path
+        return None
+
+
+class LogFile:
+    """Sends the lines of one file. They have no time that one could rely on, so it is the time at which they were read."""
+
+    def __init__(self, path: str, frames: LogFrames, position: Mapping[str, Any] | None) -> None:
+        self._path = path
+        self._tail = Tail(Path(path))
+        self._frames = frames
+        self._position = position
+
+    async def run(self) -> None:
+        with closing(self._tail):
+            await asyncio.to_thread(self._tail.start, self._position)
+            await self._follow()
+
+    async def _follow(self) -> None:
+        while True:
+            for text, position in await asyncio.to_thread(self._tail.read):
+                await self._frames.add(log_entry(level_of(text), text, now_ms(), self._path), position)
+            if self._tail.at_end:
+                if (position := self._tail.position()) != self._position:  # at the first start too, which is one only once
+                    self._position = position
+                    await self._frames.add(None, position)
+                await self._frames.put()
+                await asyncio.sleep(LOG_SECONDS)
 
 
 # ==== Link ====
@@ -1469,9 +1810,14 @@ class Agent:
         self._token = options.token or self._token_file.read()
         self._applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
         self._spool = Spool(options.spool)
+        if options.replay and options.log_file:
+            raise AgentError("--replay sends a recording alone; leave out --log-file")
         self._replay = Replay(options, self._spool) if options.replay else None
         self._refusals = Refusals(self._spool, self._replay.recording.losses if self._replay else None)
         self._config_version, self._config_document = self._applied.read()
+        self._cursors = Cursors(Path(options.cursor_file or f"{self._name}.cursors.json"))
+        if options.log_file:
+            self._cursors.read()
         self._level = Level()
         self._level.follow(self._config_document)
         self._reported: dict[str, Any] | None = None
@@ -1493,18 +1839,27 @@ class Agent:
 
     async def run(self) -> None:
         """Until the recording is delivered, or for ever. AgentError when the server refuses the device."""
-        source = asyncio.create_task(self._replay.run() if self._replay else self._observe(), name="source")
-        link = asyncio.create_task(self._stay_connected(), name="link")
-        configure = asyncio.create_task(self._apply_configs(), name="configure")
+        source = self._replay.run() if self._replay else self._observe()
+        steps = {"source": source, "link": self._stay_connected(), "configure": self._apply_configs()}
+        for path in dict.fromkeys(self._options.log_file):
+            steps[path] = self._log_file(path).run()
+        if self._options.log_file:
+            steps["cursors"] = self._cursors.keep()
+        tasks = [asyncio.create_task(step, name=name) for name, step in steps.items()]
         try:
-            await asyncio.wait((source, link, configure), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (source, link, configure):
+            for task in tasks:
                 task.cancel()
-            outcomes = await asyncio.gather(source, link, configure, return_exceptions=True)
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
+
+    def _log_file(self, path: str) -> LogFile:
+        source = f"file:{Path(path).absolute()}"
+        frames = LogFrames(source, self._spool, self._level, self._cursors)
+        return LogFile(path, frames, self._cursors.position(source))
 
     async def _observe(self) -> None:
         """A reading now, at every interval, and when the server asks."""
@@ -1749,6 +2104,14 @@ def parse_option(option: Field[Any], text: str) -> Any:
     return value
 
 
+class Repeated(argparse.Action):
+    """A flag that may be given several times; the first time takes the place of the variable."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, Paths(os.pathsep.join((*(() if before is self.default else before), str(values)))))
+
+
 class RedactingParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(redacted(message))
@@ -1765,9 +2128,12 @@ def make_parser() -> argparse.ArgumentParser:
                 default = parse_option(option, os.environ[variable])
             except argparse.ArgumentTypeError as error:
                 parser.error(f"{variable}: {error}")
-        shown = f" ({option.default})" if option.default not in ("", 0.0) else ""
+        shown = f" ({option.default})" if str(option.default) not in ("", "0.0") else ""
         flag, text = f"--{option.name.replace('_', '-')}", (option.metadata["help"] + shown).replace("%", "%%")
-        parser.add_argument(flag, type=functools.partial(parse_option, option), default=default, help=text)
+        if isinstance(option.default, Paths):
+            parser.add_argument(flag, action=Repeated, default=default, help=text)
+        else:
+            parser.add_argument(flag, type=functools.partial(parse_option, option), default=default, help=text)
     return parser
 
 

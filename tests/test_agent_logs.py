@@ -6,91 +6,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
-from devices import Caller, Gone, played
+from devices import played
 from hypothesis import given
 from hypothesis import strategies as st
-from plant import PATIENCE
+from storing import Store, running, until
 
 import agent
-import iiot
-
-TOKEN = iiot.mint("dev").text
-
-
-@attrs.define
-class Store:
-    """A server that stores frames once, by their number, and acknowledges what it has. `loses` says after which of its frames the
-    connection breaks before anything is answered; `refuses` names the fault of a frame, none for a good one."""
-
-    seq: int = 0
-    frames: list[dict[str, Any]] = attrs.Factory(list)
-    refused: list[dict[str, Any]] = attrs.Factory(list)
-    sessions: list[Caller] = attrs.Factory(list)
-    loses: Callable[[int], bool] = lambda _: False
-    refuses: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda _: None
-    answers: bool = True
-    received: int = 0
-
-    async def play(self, caller: Caller) -> None:
-        await caller.welcome(self.seq)
-        self.sessions.append(caller)
-        while True:
-            frame = await caller.receive()
-            self.received += 1
-            assert frame["seq"] > 0
-            error = self.refuses(frame) if frame["seq"] > self.seq else None
-            if frame["seq"] > self.seq:
-                self.seq = frame["seq"]
-                (self.refused if error else self.frames).append(frame)
-            if self.loses(self.received):
-                raise Gone
-            if error:
-                await caller.send("error", seq=frame["seq"], **error)
-            if self.answers:
-                await caller.send("ack", seq=self.seq)
-
-    @property
-    def entries(self) -> list[dict[str, Any]]:
-        return [entry for frame in self.frames if frame["type"] == "log" for entry in frame["entries"]]
-
-    @property
-    def messages(self) -> list[str]:
-        return [entry["message"] for entry in self.entries]
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [frame for frame in self.frames if frame["type"] == kind]
-
-
-async def until(condition: Callable[[], object], told: Callable[[], object] = lambda: "") -> None:
-    """Wait until something is so; a server played here cannot be asked to wait for it."""
-    try:
-        async with asyncio.timeout(PATIENCE):
-            while not condition():
-                await asyncio.sleep(0.005)
-    except TimeoutError:
-        raise AssertionError(f"it did not come: {told()}") from None
-
-
-@asynccontextmanager
-async def running(folder: Path, url: str, **options: Any) -> AsyncIterator[agent.Agent]:
-    """The agent in this process, until the end of the block."""
-    kept = {"config_file": str(folder / "press-1.config.json"), "interval": 3_600.0, **options}
-    device = agent.Agent(agent.Options(url=url, token=TOKEN, name="press-1", **kept))
-    task = asyncio.create_task(device.run())
-    try:
-        yield device
-        assert not task.done(), task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        logging.getLogger("iiot").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +37,9 @@ def line(number: int, level: str = "info", message: str = "") -> dict[str, Any]:
 async def test_lines_are_stored_once_whatever_breaks_between_their_storing_and_the_answer(tmp_path: Path) -> None:
     store = Store(loses=lambda received: received % 3 == 2)
     async with played(store.play) as url, running(tmp_path, url) as device:
-        frames = agent.LogFrames(device._spool, agent.Level())
+        frames = agent.LogFrames("test", device._spool, agent.Level(), device._cursors)
         for number in range(60):
-            await frames.add(line(number))
+            await frames.add(line(number), {"number": number})
             if number % 3 == 2:
                 await frames.put()
         await until(lambda: len(store.entries) >= 60 and len(device._spool) == 0, lambda: store.messages)
@@ -127,9 +52,10 @@ async def test_the_server_takes_a_frame_of_lines_as_the_agent_writes_it(tmp_path
     """By the contract's own words: nothing but these fields, and these levels."""
     store = Store()
     async with played(store.play) as url, running(tmp_path, url) as device:
-        frames = agent.LogFrames(device._spool, agent.Level())
-        await frames.add(agent.log_entry("warning", "Überhitzt\0 ☃ \ud800", 1_767_225_600_000, "pump", {"unit": "a" * 5_000, "pid": 7}))
-        await frames.add(agent.log_entry("info", "the clock stood in 1970", 1_000))
+        frames = agent.LogFrames("test", device._spool, agent.Level(), device._cursors)
+        entry = agent.log_entry("warning", "Überhitzt\0 ☃ \ud800", 1_767_225_600_000, "pump", {"unit": "a" * 5_000, "pid": 7})
+        await frames.add(entry, {})
+        await frames.add(agent.log_entry("info", "the clock stood in 1970", 1_000), {})
         await frames.put()
         await until(lambda: len(store.entries) == 2)
     (frame,) = store.of("log")
@@ -157,9 +83,9 @@ def test_fields_that_are_too_many_are_left_out() -> None:
 @pytest.mark.parametrize("message", ["x", "\1" * 9_000, "☃" * 9_000])
 async def test_a_frame_of_lines_is_far_smaller_than_a_frame_may_be(message: str) -> None:
     spool = agent.Spool(10_000)
-    frames = agent.LogFrames(spool, agent.Level())
+    frames = agent.LogFrames("test", spool, agent.Level(), agent.Cursors(Path("unused")))
     for number in range(1_200):
-        await frames.add(line(number, message=message))
+        await frames.add(line(number, message=message), {"number": number})
         if spool._line_bytes >= agent.LOG_SPOOL_BYTES:
             break
     sent = [frame.content for frame in spool._waiting]
@@ -178,11 +104,12 @@ async def test_of_refused_lines_the_bad_ones_alone_are_lost(tmp_path: Path) -> N
 
     store = Store(refuses=fault)
     async with played(store.play) as url, running(tmp_path, url) as device:
-        frames = agent.LogFrames(device._spool, agent.Level())
+        frames = agent.LogFrames("test", device._spool, agent.Level(), device._cursors)
         for number in range(50):
-            await frames.add(line(number))
+            await frames.add(line(number), {"number": number})
         await frames.put()
         await until(lambda: len(store.entries) == 48 and len(device._spool) == 0, lambda: store.messages)
+        assert len(store.refused) <= 8, "once for the line that was named, as often as one halves for the other"
         assert device._spool._line_bytes == 0
     assert sorted(store.messages) == sorted(f"line {number}" for number in range(50) if number not in (7, 31))
 
@@ -190,9 +117,9 @@ async def test_of_refused_lines_the_bad_ones_alone_are_lost(tmp_path: Path) -> N
 async def test_a_server_that_knows_no_lines_is_asked_once_for_each_frame(tmp_path: Path) -> None:
     store = Store(refuses=lambda frame: {"code": "unknown_type", "message": "What?"} if frame["type"] == "log" else None)
     async with played(store.play) as url, running(tmp_path, url) as device:
-        frames = agent.LogFrames(device._spool, agent.Level())
+        frames = agent.LogFrames("test", device._spool, agent.Level(), device._cursors)
         for number in range(50):
-            await frames.add(line(number))
+            await frames.add(line(number), {"number": number})
         await frames.put()
         await until(lambda: store.refused and len(device._spool) == 0)
         assert len(store.refused) == 1
@@ -200,11 +127,11 @@ async def test_a_server_that_knows_no_lines_is_asked_once_for_each_frame(tmp_pat
 
 async def test_lines_wait_for_room_and_leave_half_of_the_spool_to_readings() -> None:
     spool = agent.Spool(10)
-    frames = agent.LogFrames(spool, agent.Level())
+    frames = agent.LogFrames("test", spool, agent.Level(), agent.Cursors(Path("unused")))
 
     async def write() -> None:
         for number in range(20):
-            await frames.add(line(number))
+            await frames.add(line(number), {"number": number})
             await frames.put()
 
     writing = asyncio.create_task(write())
@@ -227,11 +154,11 @@ async def test_the_level_of_the_configuration_decides_which_lines_are_sent(tmp_p
     store = Store()
     levels = tuple(agent.LEVELS)
     async with played(store.play) as url, running(tmp_path, url) as device:
-        frames = agent.LogFrames(device._spool, device._level)
+        frames = agent.LogFrames("test", device._spool, device._level, device._cursors)
 
         async def write(version: int) -> None:
             for level in levels:
-                await frames.add(agent.log_entry(level, f"{version} {level}", 1_767_225_600_000))
+                await frames.add(agent.log_entry(level, f"{version} {level}", 1_767_225_600_000), {})
             await frames.put()
 
         await write(0)
