@@ -15,6 +15,7 @@ contract in README.md and by nothing else. The file reads bottom-up: a section u
     Machine              this machine's own readings, and what it is
     Files                what the agent keeps on the disk
     Configuration        the command that applies a configuration
+    Spool file           frames on the disk: records, and when they are written
     Spool                frames until the server has them on disk, and how many of them are under way
     Logs                 lines of logs, gathered into frames
     Link                 one connection: whether it lives, and how it ended
@@ -44,8 +45,9 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import Field, dataclass, field, fields
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
@@ -105,6 +107,16 @@ PARTIAL_SECONDS: Final = 5.0  # for the end of a line
 ROTATED_SECONDS: Final = 2.0  # after a file was rotated, and since its last line: its writer is told a little later
 CURSOR_SECONDS: Final = 1.0  # between two writes of the cursor file
 LOG_SPOOL_BYTES: Final = 1024 * 1024  # of lines that are read and not acknowledged; the others stay where they are
+
+# A spool on the disk.
+SPOOL_BYTES_LEAST: Final = 8 * 1024 * 1024  # a third of it holds frames, and one frame may have a megabyte
+SPOOL_SLACK: Final = 1024 * 1024  # of records that are done with, until the file is written anew
+FRAME_OVERHEAD: Final = 100  # of a frame's records, beside its content
+RECORD_BYTES: Final = 4 * FRAME_BYTES  # a longer one was never written
+SYNC_SECONDS: Final = 0.2  # between two syncs: flash wears out
+SYNC_GATHER_SECONDS: Final = 0.01  # a frame is numbered just after it is made; both are written at once
+SYNC_PATIENCE: Final = 30.0  # for a disk that hangs; then frames are sent all the same
+SPOOL_RETRY_SECONDS: Final = 10.0  # after a write that failed
 
 # Bytes under way: see Window.
 WINDOW_FIRST: Final = 16 * 1024
@@ -209,6 +221,17 @@ class Options:
     config_file: str = setting("", "where the applied configuration is kept (NAME.config.json in this folder)")
     interval: float = setting(5.0, "seconds between two readings", positive, "above 0")
     spool: int = setting(10_000, "frames kept while offline; beyond this the oldest are deleted", positive, "at least 1")
+    spool_file: str = setting(
+        "",
+        "keep the frames in this file while offline, so that they survive a restart and a power cut; "
+        "a power cut loses at most the frames of the last second",
+    )
+    spool_bytes: int = setting(
+        64 * 1024 * 1024,
+        "bytes on the disk for --spool-file, in place of --spool; a third holds frames, the rest is room to write the file anew",
+        lambda count: count >= SPOOL_BYTES_LEAST,
+        f"at least {SPOOL_BYTES_LEAST}",
+    )
     log_file: Paths = setting(
         Paths(),
         "send the lines that are appended to this file; may be given several times (in the variable with : between the names). "
@@ -842,6 +865,15 @@ def describe_machine() -> dict[str, Any]:
 PROPOSED: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
+def sync_folder(path: Path) -> None:
+    """See to it that what was renamed in a folder stays so."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        with suppress(OSError):  # some file systems cannot; the file is in its place
+            os.fsync(folder)
+        os.close(folder)
+
+
 def write_whole(path: Path, text: str, mode: int) -> None:
     """Write a file under another name, and move it into its place when it is on the disk: a crash leaves the old file or the
     new one, never a part. OSError."""
@@ -852,11 +884,7 @@ def write_whole(path: Path, text: str, mode: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):  # some file systems cannot; the file is in its place
-            os.fsync(folder)
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 class TokenFile:
@@ -940,24 +968,32 @@ class AppliedConfig:
 class Cursor:
     """How far a source of lines was read when a frame was made of them. It is kept once the server has all parts of the frame."""
 
+    source: str
     position: dict[str, Any]
-    settle: Callable[[], None]
+    settle: Callable[[str], None]
     open: int = 1  # parts that the server does not have
 
     def release(self) -> None:
         """A part of the frame is done with."""
         self.open -= 1
         if not self.open:
-            self.settle()
+            self.settle(self.source)
+
+
+def later(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+    """Of two positions of a source the one that was reached later."""
+    return one if one is not None and one.get("count", 0) >= other.get("count", 0) else other
 
 
 class Cursors:
     """How far each source of lines is sent, in a file: {source: position}. A position moves when everything up to it is
-    acknowledged, so what the server does not have is read again after a restart."""
+    acknowledged, so what the server does not have is read again after a restart; unless it is in the spool's file, which says
+    with its frames how far their source was read. Positions are counted, so that the later one is known."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._kept: dict[str, dict[str, Any]] = {}
+        self.reached: dict[str, dict[str, Any]] = {}  # how far each source was read
         self._moved: dict[str, deque[Cursor]] = {}  # by source, in order; those that are not kept yet
         self._changed = asyncio.Event()
         self._writing = threading.Lock()
@@ -969,18 +1005,30 @@ class Cursors:
             if not isinstance(kept, dict) or not all(isinstance(position, dict) for position in kept.values()):
                 raise ValueError("it holds no cursors")
             self._kept = kept
+            self.learn(kept)
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
             log.warning("it is not known how far the logs were sent: cannot use %s: %s", self._path, error)
 
+    def learn(self, positions: Mapping[str, dict[str, Any]]) -> None:
+        """How far sources were read before this start."""
+        for source, position in positions.items():
+            self.reached[source] = later(self.reached.get(source), position)
+
     def position(self, source: str) -> dict[str, Any] | None:
         """From where on a source is to be read; none at the first time."""
-        return self._kept.get(source)
+        return self.reached.get(source)
 
     def move(self, source: str, position: dict[str, Any]) -> Cursor:
         """A source was read so far."""
-        cursor = Cursor(position, functools.partial(self._settle, source))
+        count = self.reached.get(source, {}).get("count", 0) + 1
+        return self.restore(source, {**position, "count": count})
+
+    def restore(self, source: str, position: dict[str, Any]) -> Cursor:
+        """The cursor of a frame that was made before this start."""
+        self.learn({source: position})
+        cursor = Cursor(source, position, self._settle)
         self._moved.setdefault(source, deque()).append(cursor)
         return cursor
 
@@ -998,7 +1046,7 @@ class Cursors:
     def _settle(self, source: str) -> None:
         moved = self._moved[source]
         while moved and not moved[0].open:
-            self._kept[source] = moved.popleft().position
+            self._kept[source] = later(self._kept.get(source), moved.popleft().position)
             self._changed.set()
 
     def _write(self) -> None:
@@ -1043,6 +1091,188 @@ async def run_on_config(command: str, document: object) -> tuple[str, str]:
         return "rejected", text[-MESSAGE_CHARACTERS:] or f"exit code {code}"
 
 
+# ==== Spool file ====
+# Owns: frames on the disk: the form of the file, and when it is written. Must not know: what the frames say, sockets.
+
+SPOOL_HEADER: Final = b"iiot spool 1\n"
+RECORD: Final = struct.Struct(">II")  # before each record: the length of its text, and the checksum of it
+
+
+def pack(record: Mapping[str, Any]) -> bytes:
+    text = encode(record)
+    return RECORD.pack(len(text), zlib.crc32(text)) + text
+
+
+def unpack(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
+    """The records of a file from where it stands, each with the place behind it, up to the first that is not whole. A power cut
+    leaves a part of the last one, or zeros."""
+    place = file.tell()
+    while len(head := file.read(RECORD.size)) == RECORD.size:
+        length, checksum = RECORD.unpack(head)
+        text = file.read(length) if 0 < length <= RECORD_BYTES else b""
+        if not text or len(text) < length or zlib.crc32(text) != checksum:
+            return
+        place += RECORD.size + length
+        yield json.loads(text), place
+
+
+class SpoolFile:
+    """A file of records, appended to, and now and then written anew. What it does blocks, so it is for a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._file: IO[bytes] | None = None
+        self._guard: IO[bytes] | None = None
+        self.size = 0
+
+    def open(self) -> Iterator[dict[str, Any]]:
+        """Its records. What is torn at its end is cut off. AgentError when it cannot be used."""
+        try:
+            self._take_lock()
+            if not self._path.exists():
+                self.rewrite([])
+                return
+            with self._path.open("rb") as file:
+                if file.read(len(SPOOL_HEADER)) != SPOOL_HEADER:
+                    raise AgentError(f"{self._path} is no spool file of this agent; name another one")
+                self.size = len(SPOOL_HEADER)
+                for record, place in unpack(file):
+                    self.size = place
+                    yield record
+                torn = file.seek(0, os.SEEK_END) - self.size
+            self._file = self._path.open("r+b", buffering=0)
+            if torn:
+                log.warning("%s: %d bytes at its end are no whole record, and are cut off", self._path, torn)
+                self._file.truncate(self.size)
+        except OSError as error:
+            raise AgentError(f"cannot use {self._path}: {error}") from error
+
+    def append(self, data: bytes) -> None:
+        """Write records, on to the disk. OSError; then none of them is in the file."""
+        with self._lock:
+            assert self._file is not None
+            try:
+                self._file.seek(self.size)
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(self.size)
+                raise
+            self.size += len(data)
+
+    def rewrite(self, records: Iterable[bytes]) -> None:
+        """Write these records in place of all. OSError; then the file is as it was."""
+        with self._lock:
+            new = self._path.with_name(self._path.name + ".new")
+            new.unlink(missing_ok=True)
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(SPOOL_HEADER)
+                file.writelines(records)
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            if self._file is not None:
+                self._file.close()
+            new.replace(self._path)
+            sync_folder(self._path.parent)
+            self._file, self.size = self._path.open("r+b", buffering=0), size
+
+    def close(self) -> None:
+        with self._lock:
+            for file in (self._file, self._guard):
+                if file is not None:
+                    file.close()
+
+    def _take_lock(self) -> None:
+        """AgentError when another agent has the file; two would spoil it."""
+        if sys.platform != "win32":
+            self._guard = self._path.with_name(self._path.name + ".lock").open("ab")
+            try:
+                fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._guard.close()
+                raise AgentError(f"another agent uses {self._path}") from error
+
+
+class Ledger:
+    """What the spool does, noted on the disk: within a fifth of a second, but not more often. While the disk takes nothing, frames
+    are in memory alone; as soon as it does again, the file is written anew."""
+
+    def __init__(self, file: SpoolFile, most: int) -> None:
+        self._file = file
+        self.room = most // 3  # bytes of frames that may be kept
+        self._work: asyncio.Future[None] | None = None
+        self._pending: list[bytes] = []
+        self._noted = 0  # records
+        self._synced = 0  # of them, those on the disk
+        self._failed = False
+        self._wanted = asyncio.Event()
+        self._changed = asyncio.Condition()
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """What was noted before. AgentError."""
+        return self._file.open()
+
+    def note(self, record: Mapping[str, Any], *, soon: bool = True) -> int:
+        """Note something; its number. What need not be soon goes with the next."""
+        self._pending.append(pack(record))
+        self._noted += 1
+        if soon:
+            self._wanted.set()
+        return self._noted
+
+    async def synced(self, number: int) -> None:
+        """Wait until a record is on the disk, as far as the disk takes any."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SYNC_PATIENCE), self._changed:
+                await self._changed.wait_for(lambda: self._failed or self._synced >= number)
+
+    async def keep(self, size: Callable[[], int], records: Callable[[], list[Mapping[str, Any]]]) -> None:
+        """Write what is noted. `records` is what the file holds when it is written anew, and `size` how many bytes this is."""
+        while True:
+            await self._wanted.wait()
+            await asyncio.sleep(SYNC_GATHER_SECONDS)
+            self._wanted.clear()
+            try:
+                await self._write(size(), records)
+            except OSError as error:
+                if not self._failed:
+                    log.warning("frames are kept in memory alone: cannot write the spool file: %s", error)
+                self._failed = True
+                self._pending.clear()
+            async with self._changed:
+                self._changed.notify_all()
+            await asyncio.sleep(SPOOL_RETRY_SECONDS if self._failed else SYNC_SECONDS)
+            if self._failed:
+                self._wanted.set()
+
+    async def close(self) -> None:
+        """The end: what is noted and not written is written now."""
+        if self._work is not None and not self._work.done():
+            await asyncio.wait((self._work,), timeout=SYNC_PATIENCE)
+        with suppress(OSError):
+            if self._pending and not self._failed:
+                self._file.append(b"".join(self._pending))
+        self._file.close()
+
+    async def _write(self, size: int, records: Callable[[], list[Mapping[str, Any]]]) -> None:
+        number, data = self._noted, b"".join(self._pending)
+        dead = self._file.size + len(data) - size
+        self._pending.clear()
+        work: Callable[[], None] = functools.partial(self._file.append, data)
+        if self._failed or dead > min(self.room, size + SPOOL_SLACK):
+            work = functools.partial(self._file.rewrite, map(pack, records()))
+        self._work = asyncio.get_running_loop().run_in_executor(None, work)
+        await asyncio.shield(self._work)  # whoever ends this waits for it
+        if self._failed:
+            log.info("the spool file is written again")
+        self._failed, self._synced = False, number
+
+
 # ==== Spool ====
 # Owns: frames from their making until the server has them on disk, their numbers, and how much of them is under way.
 # Must not know: sockets.
@@ -1051,7 +1281,8 @@ async def run_on_config(command: str, document: object) -> tuple[str, str]:
 @dataclass(eq=False)
 class Outgoing:
     """A frame on its way. `lines` are those of a recorded file, one for each sample; `rows` is how many of the file's rows are
-    done with when this frame is. `size` is counted for lines of logs alone; `cursor` is how far their source was read."""
+    done with when this frame is. `cursor` is how far the source of lines of logs was read. `size` is that of such lines, and of
+    every frame on the disk; there it is known by `key`, and `noted` is the record of its number."""
 
     content: dict[str, Any]
     lines: tuple[int, ...] = ()
@@ -1061,6 +1292,8 @@ class Outgoing:
     sent: float = 0.0
     size: int = 0
     cursor: Cursor | None = None
+    key: int = 0
+    noted: int = 0
 
     @property
     def kind(self) -> str:
@@ -1158,17 +1391,74 @@ class Window:
         self._halved = now
 
 
+class Found:
+    """The frames of a spool file, as its records tell of them."""
+
+    def __init__(self) -> None:
+        self.reached: dict[str, dict[str, Any]] = {}  # how far sources were read
+        self.last_key = 0
+        self._frames: dict[int, Outgoing] = {}
+        self._places: dict[int, tuple[int, ...]] = {}  # in the order of all; parts of a frame stand in its place
+        self._told: dict[int, tuple[str, dict[str, Any]] | None] = {}  # the cursor of each frame
+        self._numbered: list[Outgoing] = []  # by number
+        self._records = 0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        self._records += 1
+        for source, position in record.get("cursors", {}).items():
+            self._reach(source, position)
+        place: tuple[int, ...] = (self._records,)
+        told = None
+        if "cursor" in record:
+            told = record["cursor"][0], record["cursor"][1]
+            self._reach(*told)
+        if "instead" in record:
+            place, told = self._places.get(record["instead"], place), self._told.get(record["instead"])
+            self._frames.pop(record["instead"], None)
+        for index, (key, content) in enumerate(record.get("frames", ())):
+            self._frames[key] = Outgoing(content, key=key)
+            self._places[key], self._told[key] = (*place, index), told
+            self.last_key = max(self.last_key, key)
+        if "number" in record:
+            self._number(*record["number"])
+        for key in record.get("done", ()):
+            self._frames.pop(key, None)
+
+    def in_order(self) -> list[tuple[Outgoing, tuple[str, dict[str, Any]] | None]]:
+        """Every frame that is not done with, and its cursor."""
+        frames = sorted(self._frames.values(), key=lambda frame: self._places[frame.key])
+        return [(frame, self._told[frame.key]) for frame in frames]
+
+    def _reach(self, source: str, position: dict[str, Any]) -> None:
+        self.reached[source] = later(self.reached.get(source), position)
+
+    def _number(self, key: int, seq: int) -> None:
+        """A frame was given a number. Then the server had none from this one on, so no other frame has one of them."""
+        while self._numbered and self._numbered[-1].seq >= seq:
+            self._numbered.pop().seq = 0
+        if key in self._frames:
+            self._frames[key].seq = seq
+            self._numbered.append(self._frames[key])
+
+
 class Spool:
     """Frames from their making until the server has them on disk; bounded.
 
     A frame is numbered when it is sent. What is not stored when a session ends is numbered anew in the next one, above the
-    number that the server's welcome names: it may be lower than before, and the frames may be cut into smaller ones."""
+    number that the server's welcome names: it may be lower than before, and the frames may be cut into smaller ones.
 
-    def __init__(self, most: int) -> None:
+    With a ledger, frames and their numbers are on the disk before they are sent. So after a restart the number in the server's
+    welcome tells which of them are stored, as it does after a broken link."""
+
+    def __init__(self, most: int, ledger: Ledger | None = None) -> None:
         self.window = Window()
         self._sent: deque[Outgoing] = deque()
+        self._numbered: deque[Outgoing] = deque()  # the last ones of those: numbered, and not handed over to be sent
         self._waiting: deque[Outgoing] = deque()
+        self._ledger = ledger
+        self._keys = 0
         self._under_way = 0  # bytes
+        self._bytes = 0  # of all frames, as far as they are counted: on the disk
         self._line_bytes = 0  # of lines of logs
         self.most = most
         self._seq = 0
@@ -1183,13 +1473,49 @@ class Spool:
         """How many frames are under way."""
         return len(self._sent)
 
+    def load(self, cursors: Cursors) -> None:
+        """Take up the frames that were on the disk at the start. Those with a number may have been sent. AgentError."""
+        if self._ledger is None:
+            return
+        found = Found()
+        for record in self._ledger.read():
+            found.add(record)
+        cursors.learn(found.reached)
+        frames, made = found.in_order(), dict[int, Cursor]()
+        for frame, told in frames:
+            if told is not None and id(told) in made:
+                frame.cursor = made[id(told)]
+                frame.cursor.open += 1
+            elif told is not None:
+                frame.cursor = made[id(told)] = cursors.restore(*told)
+            self._count(frame)
+        self._keys = found.last_key
+        self._sent.extend(sorted((frame for frame, _ in frames if frame.seq), key=lambda frame: frame.seq))
+        self._waiting.extend(frame for frame, _ in frames if not frame.seq)
+        if frames:
+            log.info("the spool file holds %d frames that the server may not have", len(frames))
+
+    def size(self) -> int:
+        """Bytes of all frames, as far as they are counted."""
+        return self._bytes
+
+    def records(self, cursors: Cursors) -> list[Mapping[str, Any]]:
+        """What the file holds when it is written anew."""
+        records: list[Mapping[str, Any]] = [{"cursors": dict(cursors.reached)}]
+        for frame in chain(self._sent, self._waiting):
+            record: dict[str, Any] = {"frames": [[frame.key, frame.content]]}
+            if frame.cursor is not None:
+                record["cursor"] = [frame.cursor.source, frame.cursor.position]
+            records.append(record)
+        return records + [{"number": [frame.key, frame.seq]} for frame in self._sent]
+
     async def put(self, content: dict[str, Any], lines: tuple[int, ...] = (), cursor: Cursor | None = None) -> None:
         """Keep a frame; where there is no room, let go of the oldest."""
         frame = Outgoing(content, lines, len(lines), cursor=cursor)
         async with self._changed:
-            while len(self) >= self.most:
+            self._enter([frame])
+            while len(self) and self._is_full():
                 self._drop()
-            self._enter(frame)
             self._waiting.append(frame)
             self._changed.notify_all()
 
@@ -1203,69 +1529,29 @@ class Spool:
     async def room_for_lines(self) -> None:
         """Wait until lines of logs may be put. They can wait where they are, so they take no more than half of the room."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._line_bytes < LOG_SPOOL_BYTES and 2 * len(self) <= self.most)
-
-    def _drop(self) -> None:
-        """Let go of the oldest readings; where there are none, of the oldest frame."""
-        oldest = next((frame for frame in chain(self._sent, self._waiting) if frame.kind == "telemetry"), None)
-        frame = oldest or (self._sent or self._waiting)[0]
-        if frame in self._sent:
-            self._sent.remove(frame)
-            self._under_way -= len(frame.text)
-        else:
-            self._waiting.remove(frame)
-        self._leave(frame)
-        self.dropped += 1
-
-    def _enter(self, frame: Outgoing) -> None:
-        if frame.kind == "log":
-            frame.size = len(encode(frame.content))
-            self._line_bytes += frame.size
-
-    def _leave(self, frame: Outgoing) -> None:
-        self._line_bytes -= frame.size
-        if frame.cursor is not None:
-            frame.cursor.release()
-
-    def _replace(self, frame: Outgoing, parts: list[Outgoing]) -> None:
-        for part in parts:
-            part.cursor = frame.cursor
-            if part.cursor is not None:
-                part.cursor.open += 1
-            self._enter(part)
-        self._leave(frame)
+            await self._changed.wait_for(self._has_room_for_lines)
 
     async def next(self) -> Outgoing:
         """The next frame to send, numbered, cut to the size that the link is good for."""
-        async with self._changed:
-            while True:
-                await self._changed.wait_for(lambda: self._waiting and not (self._sent and self.window.one_by_one))
-                frame = self._waiting[0]
-                if frame.seq != self._seq + 1:
-                    frame.seq = self._seq + 1
-                    frame.text = encode({**frame.content, "seq": frame.seq})
-                if len(frame.text) > self.window.frame and (parts := halves(frame)):
-                    self._waiting.popleft()
-                    self._replace(frame, parts)
-                    self._waiting.extendleft(reversed(parts))
-                elif self._sent and self._under_way + len(frame.text) > self.window.size:
-                    await self._changed.wait()
-                else:
-                    self._waiting.popleft()
-                    self._sent.append(frame)
-                    self._seq = frame.seq
-                    self._under_way += len(frame.text)
-                    frame.sent = time.monotonic()
-                    return frame
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(self._number_more)
+                frame = self._numbered[0]
+            if self._ledger is not None:
+                await self._ledger.synced(frame.noted)
+            if self._numbered and self._numbered[0] is frame:
+                self._numbered.popleft()
+                frame.sent = time.monotonic()
+                return frame
 
     async def acknowledge(self, seq: int) -> int:
         """Let go of every frame up to `seq`; how many rows of a recording were done with them."""
         rows, under_way, now = 0, self._under_way, time.monotonic()
         async with self._changed:
             while self._sent and self._sent[0].seq <= seq:
-                frame = self._sent.popleft()
+                frame = self._sent[0]
                 rows += frame.rows
-                self._under_way -= len(frame.text)
+                self._remove_sent(frame)
                 self._leave(frame)
                 self.window.acknowledged(len(frame.text), frame.sent, now, under_way)
             self._changed.notify_all()
@@ -1276,8 +1562,7 @@ class Spool:
         sent in its place, if only with nothing: until then nobody who waits sees the change."""
         frame = next((frame for frame in self._sent if frame.seq == seq or not seq), None)
         if frame is not None:
-            self._sent.remove(frame)
-            self._under_way -= len(frame.text)
+            self._remove_sent(frame)
         return frame
 
     async def resume(self, seq: int) -> int:
@@ -1290,9 +1575,7 @@ class Spool:
                 frame = self._sent.popleft()
                 rows += frame.rows
                 self._leave(frame)
-            self._waiting.extendleft(reversed(self._sent))
-            self._sent.clear()
-            self._under_way = 0
+            self._send_again()
             self._seq = seq
             self._changed.notify_all()
         return rows
@@ -1305,9 +1588,7 @@ class Spool:
         """One of the frames under way was refused: all are sent again, whatever number the server is at, and one at a time."""
         async with self._changed:
             self.window.one_by_one = True
-            self._waiting.extendleft(reversed(self._sent))
-            self._sent.clear()
-            self._under_way = 0
+            self._send_again()
             self._changed.notify_all()
 
     def largest(self) -> int:
@@ -1318,6 +1599,101 @@ class Spool:
         """Wait until no more than so many frames are kept."""
         async with self._changed:
             await self._changed.wait_for(lambda: len(self) <= frames)
+
+    def _is_full(self) -> bool:
+        """Whether there is no room for one frame that is counted already."""
+        return len(self) >= self.most if self._ledger is None else self._bytes > self._ledger.room
+
+    def _has_room_for_lines(self) -> bool:
+        if self._ledger is None:
+            return self._line_bytes < LOG_SPOOL_BYTES and 2 * len(self) <= self.most
+        return 2 * self._line_bytes <= self._ledger.room
+
+    def _drop(self) -> None:
+        """Let go of the oldest readings; where there are none, of the oldest frame."""
+        oldest = next((frame for frame in chain(self._sent, self._waiting) if frame.kind == "telemetry"), None)
+        frame = oldest or (self._sent or self._waiting)[0]
+        if frame in self._sent:
+            self._remove_sent(frame)
+        else:
+            self._waiting.remove(frame)
+        self._leave(frame)
+        self.dropped += 1
+
+    def _number_more(self) -> bool:
+        """Number what may be under way now: without a ledger one frame, with one as many as go to the disk together. Whether there
+        is one to send."""
+        while self._waiting and not (self._sent and self.window.one_by_one) and not (self._numbered and self._ledger is None):
+            frame = self._waiting[0]
+            if frame.seq != self._seq + 1 or not frame.text:
+                frame.seq = self._seq + 1
+                frame.text = encode({**frame.content, "seq": frame.seq})
+            if len(frame.text) > self.window.frame and (parts := halves(frame)):
+                self._waiting.popleft()
+                self._replace(frame, parts)
+                self._waiting.extendleft(reversed(parts))
+            elif self._sent and self._under_way + len(frame.text) > self.window.size:
+                break
+            else:
+                self._waiting.popleft()
+                self._sent.append(frame)
+                self._numbered.append(frame)
+                self._seq = frame.seq
+                self._under_way += len(frame.text)
+                frame.sent = time.monotonic()
+                if self._ledger is not None:
+                    frame.noted = self._ledger.note({"number": [frame.key, frame.seq]})
+        return bool(self._numbered)
+
+    def _remove_sent(self, frame: Outgoing) -> None:
+        self._sent.remove(frame)
+        self._under_way -= len(frame.text)
+        with suppress(ValueError):
+            self._numbered.remove(frame)
+
+    def _send_again(self) -> None:
+        """Whatever is under way waits again."""
+        self._waiting.extendleft(reversed(self._sent))
+        self._sent.clear()
+        self._numbered.clear()
+        self._under_way = 0
+
+    def _count(self, frame: Outgoing) -> None:
+        if self._ledger is not None or frame.kind == "log":
+            frame.size = len(encode(frame.content)) + FRAME_OVERHEAD
+            if frame.cursor is not None:
+                frame.size += len(frame.cursor.source) + len(encode(frame.cursor.position))
+        self._bytes += frame.size
+        self._line_bytes += frame.size if frame.kind == "log" else 0
+
+    def _enter(self, frames: list[Outgoing], instead: Outgoing | None = None) -> None:
+        for frame in frames:
+            self._count(frame)
+            self._keys += 1
+            frame.key = self._keys
+        if self._ledger is not None and frames:
+            record: dict[str, Any] = {"frames": [[frame.key, frame.content] for frame in frames]}
+            if instead is not None:
+                record["instead"] = instead.key
+            elif frames[0].cursor is not None:
+                record["cursor"] = [frames[0].cursor.source, frames[0].cursor.position]
+            self._ledger.note(record)
+
+    def _leave(self, frame: Outgoing) -> None:
+        self._bytes -= frame.size
+        self._line_bytes -= frame.size if frame.kind == "log" else 0
+        if frame.cursor is not None:
+            frame.cursor.release()
+        if self._ledger is not None:
+            self._ledger.note({"done": [frame.key]}, soon=False)
+
+    def _replace(self, frame: Outgoing, parts: list[Outgoing]) -> None:
+        for part in parts:
+            part.cursor = frame.cursor
+            if part.cursor is not None:
+                part.cursor.open += 1
+        self._enter(parts, instead=frame)
+        self._leave(frame)
 
 
 # ==== Logs ====
@@ -1809,15 +2185,18 @@ class Agent:
         self._token_file = TokenFile(Path(options.token_file or f"{self._name}.token"))
         self._token = options.token or self._token_file.read()
         self._applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
-        self._spool = Spool(options.spool)
-        if options.replay and options.log_file:
-            raise AgentError("--replay sends a recording alone; leave out --log-file")
+        self._ledger = Ledger(SpoolFile(Path(options.spool_file)), options.spool_bytes) if options.spool_file else None
+        self._spool = Spool(options.spool, self._ledger)
+        for flag, given in (("--log-file", options.log_file), ("--spool-file", options.spool_file)):
+            if options.replay and given:
+                raise AgentError(f"--replay sends a recording alone; leave out {flag}")
         self._replay = Replay(options, self._spool) if options.replay else None
         self._refusals = Refusals(self._spool, self._replay.recording.losses if self._replay else None)
         self._config_version, self._config_document = self._applied.read()
         self._cursors = Cursors(Path(options.cursor_file or f"{self._name}.cursors.json"))
         if options.log_file:
             self._cursors.read()
+        self._spool.load(self._cursors)
         self._level = Level()
         self._level.follow(self._config_document)
         self._reported: dict[str, Any] | None = None
@@ -1845,6 +2224,8 @@ class Agent:
             steps[path] = self._log_file(path).run()
         if self._options.log_file:
             steps["cursors"] = self._cursors.keep()
+        if self._ledger is not None:
+            steps["spool"] = self._ledger.keep(self._spool.size, functools.partial(self._spool.records, self._cursors))
         tasks = [asyncio.create_task(step, name=name) for name, step in steps.items()]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -1852,6 +2233,8 @@ class Agent:
             for task in tasks:
                 task.cancel()
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            if self._ledger is not None:
+                await self._ledger.close()
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -1957,6 +2340,7 @@ class Agent:
                 self._replay.latest.set_result(round(datetime.fromisoformat(welcome["time"]).timestamp() * 1000) + DAY)
             self._want(welcome.get("config"))
             if self._spool.dropped != self._dropped:  # a report may have been among it
+                log.warning("the spool was full: %d frames are lost", self._spool.dropped - self._dropped)
                 self._dropped, self._reported = self._spool.dropped, None
             await self._converse(link)
 
