@@ -15,7 +15,9 @@ contract in README.md and by nothing else. The file reads bottom-up: a section u
     Machine              this machine's own readings, and what it is
     Files                what the agent keeps on the disk
     Configuration        the command that applies a configuration
+    Spool file           frames on the disk: records, and when they are written
     Spool                frames until the server has them on disk, and how many of them are under way
+    Logs                 lines of logs, gathered into frames
     Link                 one connection: whether it lives, and how it ended
     Agent                the session with the server, and coming back to it
     Command line         python agent.py …
@@ -27,6 +29,7 @@ import argparse
 import asyncio
 import csv
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -40,13 +43,18 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
+import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import Field, dataclass, field, fields
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from itertools import chain
 from pathlib import Path
+from stat import S_ISREG
+from types import MappingProxyType
 from typing import IO, Any, Final, NoReturn, cast
 from zoneinfo import ZoneInfo
 
@@ -84,6 +92,32 @@ MOMENTS: Final = 50_000  # values that are compared with later ones of the same 
 SECONDS_BELOW: Final = 1e11  # a smaller number is seconds since 1970 (until the year 5138), a larger one milliseconds (from 1973)
 MILLISECONDS_BELOW: Final = 1e14
 
+# Lines of logs.
+MESSAGE_MOST: Final = 8_192  # characters of a line; a longer one is cut
+LOGGER_CHARACTERS: Final = 256
+FIELDS_BYTES: Final = 64 * 1024  # as JSON; larger ones are left out
+FIELD_CHARACTERS: Final = 1_024  # of a text among the fields
+LOG_ENTRIES: Final = 500  # in one frame
+LOG_BYTES: Final = 64 * 1024  # likewise; one line alone may take more, and stays under a quarter of a frame all the same
+LOG_SECONDS: Final = 0.5  # between two looks at a file that has nothing new; its lines of this time go into one frame
+PIECE_BYTES: Final = 64 * 1024  # that are read of a file at once
+LINE_BYTES: Final = 4 * MESSAGE_MOST + 4  # of a line that are kept in memory: one character more than a message has, in its longest form
+HEAD_BYTES: Final = 1_024  # a file is known again by its first bytes
+PARTIAL_SECONDS: Final = 5.0  # for the end of a line
+ROTATED_SECONDS: Final = 2.0  # after a file was rotated, and since its last line: its writer is told a little later
+CURSOR_SECONDS: Final = 1.0  # between two writes of the cursor file
+LOG_SPOOL_BYTES: Final = 1024 * 1024  # of lines that are read and not acknowledged; the others stay where they are
+
+# A spool on the disk.
+SPOOL_BYTES_LEAST: Final = 8 * 1024 * 1024  # a third of it holds frames, and one frame may have a megabyte
+SPOOL_SLACK: Final = 1024 * 1024  # of records that are done with, until the file is written anew
+FRAME_OVERHEAD: Final = 100  # of a frame's records, beside its content
+RECORD_BYTES: Final = 4 * FRAME_BYTES  # a longer one was never written
+SYNC_SECONDS: Final = 0.2  # between two syncs: flash wears out
+SYNC_GATHER_SECONDS: Final = 0.01  # a frame is numbered just after it is made; both are written at once
+SYNC_PATIENCE: Final = 30.0  # for a disk that hangs; then frames are sent all the same
+SPOOL_RETRY_SECONDS: Final = 10.0  # after a write that failed
+
 # Bytes under way: see Window.
 WINDOW_FIRST: Final = 16 * 1024
 WINDOW_LEAST: Final = 2 * 1024
@@ -110,6 +144,18 @@ MESSAGE_CHARACTERS: Final = 1000  # of what the command says, in the verdict
 CLOSED: Final = frozenset((WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR))
 SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
 OFFSET: Final = re.compile(r"([+-])([0-9]{2}):?([0-9]{2})")
+
+
+class Paths(tuple[str, ...]):
+    """Names of files, as one text: separated as in PATH."""
+
+    __slots__ = ()
+
+    def __new__(cls, text: str = "") -> Paths:
+        return super().__new__(cls, (path for path in text.split(os.pathsep) if path))
+
+    def __str__(self) -> str:
+        return os.pathsep.join(self)
 
 
 class AgentError(Exception):
@@ -175,6 +221,23 @@ class Options:
     config_file: str = setting("", "where the applied configuration is kept (NAME.config.json in this folder)")
     interval: float = setting(5.0, "seconds between two readings", positive, "above 0")
     spool: int = setting(10_000, "frames kept while offline; beyond this the oldest are deleted", positive, "at least 1")
+    spool_file: str = setting(
+        "",
+        "keep the frames in this file while offline, so that they survive a restart and a power cut; "
+        "a power cut loses at most the frames of the last second",
+    )
+    spool_bytes: int = setting(
+        64 * 1024 * 1024,
+        "bytes on the disk for --spool-file, in place of --spool; a third holds frames, the rest is room to write the file anew",
+        lambda count: count >= SPOOL_BYTES_LEAST,
+        f"at least {SPOOL_BYTES_LEAST}",
+    )
+    log_file: Paths = setting(
+        Paths(),
+        "send the lines that are appended to this file; may be given several times (in the variable with : between the names). "
+        "The agent follows a rename; where a file is copied and then emptied (copytruncate), lines can be lost",
+    )
+    cursor_file: str = setting("", "where the agent keeps how far it has sent the logs (NAME.cursors.json in this folder)")
     replay: str = setting("", "send a recorded CSV instead: first column a time, the rest metrics; comma, semicolon or tab")
     speed: float = setting(
         0.0,
@@ -211,7 +274,24 @@ CLOSE_UNAUTHORIZED: Final = 4401
 CLOSE_FORBIDDEN: Final = 4403
 CLOSE_BAD_HANDSHAKE: Final = 4400
 CLOSE_FRAME_TOO_BIG: Final = 1009
-SAMPLE_PATH: Final = re.compile(r"samples\[([0-9]{1,9})\](?:\.values\.(.+))?.*", re.DOTALL)
+ITEM_PATH: Final = re.compile(r"(?:samples|entries)\[([0-9]{1,9})\](?:\.values\.(.+))?.*", re.DOTALL)
+
+# The levels of lines, and Python's numbers for them.
+LEVELS: Final[Mapping[str, int]] = MappingProxyType(
+    {"debug": 10, "info": 20, "notice": 25, "warning": 30, "error": 40, "critical": 50},
+)
+CUT: Final = "… (cut)"
+LEVEL_WORDS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("TRACE", "DEBUG", "DBG"), "debug"),
+        **dict.fromkeys(("INFO", "INFORMATION"), "info"),
+        "NOTICE": "notice",
+        **dict.fromkeys(("WARN", "WARNING"), "warning"),
+        **dict.fromkeys(("ERROR", "ERR", "SEVERE"), "error"),
+        **dict.fromkeys(("FATAL", "CRITICAL", "CRIT", "ALERT", "EMERG", "PANIC"), "critical"),
+    }
+)
+LEVEL_WORD: Final = re.compile(r"([\[(<|]?)([A-Za-z]+)(?:[\])>|]?(:)|[\])>|,]|$)")
 
 
 def now_ms() -> int:
@@ -252,6 +332,47 @@ def is_final(code: str, close: int | None, *, welcomed: bool) -> bool:
     if code:
         return code in FINAL_CODES or (not welcomed and code in FINAL_FIRST_CODES)
     return close in (CLOSE_UNAUTHORIZED, CLOSE_FORBIDDEN) or (not welcomed and close == CLOSE_BAD_HANDSHAKE)
+
+
+def level_of(line: str) -> str:
+    """The level that a line of text names: the first word for one among its first six, in capitals, in brackets or before a
+    colon. Else info: no more is guessed."""
+    for word in line[:120].split()[:6]:
+        found = LEVEL_WORD.match(word)
+        if found and (found[2].isupper() or found[1] or found[3]) and (level := LEVEL_WORDS.get(found[2].upper())):
+            return level
+    return "info"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of a line, with a sign in place of a zero character, which no database takes; what is cut is marked."""
+    text = text.replace("\0", "\u2400")
+    return text if len(text) <= most else text[: most - len(CUT)] + CUT
+
+
+def log_entry(level: str, message: str, ts: int, logger: str = "", fields: Mapping[str, Value] | None = None) -> dict[str, Any]:
+    """A line as the wire takes it. What is too long is cut, and says so. A clock before 2000 is wrong: then the server's counts."""
+    entry: dict[str, Any] = {"ts": ts} if ts >= EARLIEST else {}
+    entry |= {"level": level, "message": shortened(message, MESSAGE_MOST)}
+    if logger:
+        entry["logger"] = shortened(logger, LOGGER_CHARACTERS)
+    kept = {name: shortened(value, FIELD_CHARACTERS) if isinstance(value, str) else value for name, value in (fields or {}).items()}
+    if kept and len(encode(kept)) <= FIELDS_BYTES:
+        entry["fields"] = kept
+    return entry
+
+
+def wanted_level(document: object) -> object:
+    """The `log_level` of a configuration; none where it says nothing about it."""
+    return document.get("log_level") if isinstance(document, dict) else None
+
+
+def config_errors(document: object) -> list[dict[str, str]]:
+    """What of a configuration the agent itself cannot take, as the verdict tells it."""
+    level = wanted_level(document)
+    if isinstance(document, dict) and "log_level" in document and not (isinstance(level, str) and level in LEVELS):
+        return [{"path": "log_level", "code": "value", "message": f"is none of {', '.join(LEVELS)}"}]
+    return []
 
 
 @dataclass(frozen=True)
@@ -738,10 +859,19 @@ def describe_machine() -> dict[str, Any]:
 
 
 # ==== Files ====
-# Owns: what the agent keeps on the disk: its token, the secret it asks for one with, the applied configuration.
-# Must not know: sockets.
+# Owns: what the agent keeps on the disk: its token, the secret it asks for one with, the applied configuration, how far the
+# logs are sent. Must not know: sockets.
 
 PROPOSED: Final = re.compile(r"[A-Za-z0-9_-]{43}")
+
+
+def sync_folder(path: Path) -> None:
+    """See to it that what was renamed in a folder stays so."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        with suppress(OSError):  # some file systems cannot; the file is in its place
+            os.fsync(folder)
+        os.close(folder)
 
 
 def write_whole(path: Path, text: str, mode: int) -> None:
@@ -754,11 +884,7 @@ def write_whole(path: Path, text: str, mode: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):  # some file systems cannot; the file is in its place
-            os.fsync(folder)
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 class TokenFile:
@@ -838,6 +964,101 @@ class AppliedConfig:
         write_whole(self._path, json.dumps({"version": version, "document": document}, indent=2) + "\n", 0o666)
 
 
+@dataclass(eq=False)
+class Cursor:
+    """How far a source of lines was read when a frame was made of them. It is kept once the server has all parts of the frame."""
+
+    source: str
+    position: dict[str, Any]
+    settle: Callable[[str], None]
+    open: int = 1  # parts that the server does not have
+
+    def release(self) -> None:
+        """A part of the frame is done with."""
+        self.open -= 1
+        if not self.open:
+            self.settle(self.source)
+
+
+def later(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+    """Of two positions of a source the one that was reached later."""
+    return one if one is not None and one.get("count", 0) >= other.get("count", 0) else other
+
+
+class Cursors:
+    """How far each source of lines is sent, in a file: {source: position}. A position moves when everything up to it is
+    acknowledged, so what the server does not have is read again after a restart; unless it is in the spool's file, which says
+    with its frames how far their source was read. Positions are counted, so that the later one is known."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kept: dict[str, dict[str, Any]] = {}
+        self.reached: dict[str, dict[str, Any]] = {}  # how far each source was read
+        self._moved: dict[str, deque[Cursor]] = {}  # by source, in order; those that are not kept yet
+        self._changed = asyncio.Event()
+        self._writing = threading.Lock()
+
+    def read(self) -> None:
+        """Read the file. One that cannot be read is told by its name, and every source starts as at the first time."""
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            if not isinstance(kept, dict) or not all(isinstance(position, dict) for position in kept.values()):
+                raise ValueError("it holds no cursors")
+            self._kept = kept
+            self.learn(kept)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            log.warning("it is not known how far the logs were sent: cannot use %s: %s", self._path, error)
+
+    def learn(self, positions: Mapping[str, dict[str, Any]]) -> None:
+        """How far sources were read before this start."""
+        for source, position in positions.items():
+            self.reached[source] = later(self.reached.get(source), position)
+
+    def position(self, source: str) -> dict[str, Any] | None:
+        """From where on a source is to be read; none at the first time."""
+        return self.reached.get(source)
+
+    def move(self, source: str, position: dict[str, Any]) -> Cursor:
+        """A source was read so far."""
+        count = self.reached.get(source, {}).get("count", 0) + 1
+        return self.restore(source, {**position, "count": count})
+
+    def restore(self, source: str, position: dict[str, Any]) -> Cursor:
+        """The cursor of a frame that was made before this start."""
+        self.learn({source: position})
+        cursor = Cursor(source, position, self._settle)
+        self._moved.setdefault(source, deque()).append(cursor)
+        return cursor
+
+    async def keep(self) -> None:
+        """Write the file whenever it changed, but not too often."""
+        try:
+            while True:
+                await self._changed.wait()
+                await asyncio.to_thread(self._write)
+                await asyncio.sleep(CURSOR_SECONDS)
+        finally:
+            if self._changed.is_set():
+                self._write()
+
+    def _settle(self, source: str) -> None:
+        moved = self._moved[source]
+        while moved and not moved[0].open:
+            self._kept[source] = later(self._kept.get(source), moved.popleft().position)
+            self._changed.set()
+
+    def _write(self) -> None:
+        with self._writing:
+            self._changed.clear()
+            text = json.dumps(dict(self._kept), indent=2)
+            try:
+                write_whole(self._path, text + "\n", 0o600)
+            except OSError as error:
+                log.warning("cannot keep how far the logs are sent in %s: %s", self._path, error.strerror)
+
+
 # ==== Configuration ====
 # Owns: the command that applies a configuration. Must not know: the wire.
 
@@ -870,6 +1091,188 @@ async def run_on_config(command: str, document: object) -> tuple[str, str]:
         return "rejected", text[-MESSAGE_CHARACTERS:] or f"exit code {code}"
 
 
+# ==== Spool file ====
+# Owns: frames on the disk: the form of the file, and when it is written. Must not know: what the frames say, sockets.
+
+SPOOL_HEADER: Final = b"iiot spool 1\n"
+RECORD: Final = struct.Struct(">II")  # before each record: the length of its text, and the checksum of it
+
+
+def pack(record: Mapping[str, Any]) -> bytes:
+    text = encode(record)
+    return RECORD.pack(len(text), zlib.crc32(text)) + text
+
+
+def unpack(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
+    """The records of a file from where it stands, each with the place behind it, up to the first that is not whole. A power cut
+    leaves a part of the last one, or zeros."""
+    place = file.tell()
+    while len(head := file.read(RECORD.size)) == RECORD.size:
+        length, checksum = RECORD.unpack(head)
+        text = file.read(length) if 0 < length <= RECORD_BYTES else b""
+        if not text or len(text) < length or zlib.crc32(text) != checksum:
+            return
+        place += RECORD.size + length
+        yield json.loads(text), place
+
+
+class SpoolFile:
+    """A file of records, appended to, and now and then written anew. What it does blocks, so it is for a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._file: IO[bytes] | None = None
+        self._guard: IO[bytes] | None = None
+        self.size = 0
+
+    def open(self) -> Iterator[dict[str, Any]]:
+        """Its records. What is torn at its end is cut off. AgentError when it cannot be used."""
+        try:
+            self._take_lock()
+            if not self._path.exists():
+                self.rewrite([])
+                return
+            with self._path.open("rb") as file:
+                if file.read(len(SPOOL_HEADER)) != SPOOL_HEADER:
+                    raise AgentError(f"{self._path} is no spool file of this agent; name another one")
+                self.size = len(SPOOL_HEADER)
+                for record, place in unpack(file):
+                    self.size = place
+                    yield record
+                torn = file.seek(0, os.SEEK_END) - self.size
+            self._file = self._path.open("r+b", buffering=0)
+            if torn:
+                log.warning("%s: %d bytes at its end are no whole record, and are cut off", self._path, torn)
+                self._file.truncate(self.size)
+        except OSError as error:
+            raise AgentError(f"cannot use {self._path}: {error}") from error
+
+    def append(self, data: bytes) -> None:
+        """Write records, on to the disk. OSError; then none of them is in the file."""
+        with self._lock:
+            assert self._file is not None
+            try:
+                self._file.seek(self.size)
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(self.size)
+                raise
+            self.size += len(data)
+
+    def rewrite(self, records: Iterable[bytes]) -> None:
+        """Write these records in place of all. OSError; then the file is as it was."""
+        with self._lock:
+            new = self._path.with_name(self._path.name + ".new")
+            new.unlink(missing_ok=True)
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(SPOOL_HEADER)
+                file.writelines(records)
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            if self._file is not None:
+                self._file.close()
+            new.replace(self._path)
+            sync_folder(self._path.parent)
+            self._file, self.size = self._path.open("r+b", buffering=0), size
+
+    def close(self) -> None:
+        with self._lock:
+            for file in (self._file, self._guard):
+                if file is not None:
+                    file.close()
+
+    def _take_lock(self) -> None:
+        """AgentError when another agent has the file; two would spoil it."""
+        if sys.platform != "win32":
+            self._guard = self._path.with_name(self._path.name + ".lock").open("ab")
+            try:
+                fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._guard.close()
+                raise AgentError(f"another agent uses {self._path}") from error
+
+
+class Ledger:
+    """What the spool does, noted on the disk: within a fifth of a second, but not more often. While the disk takes nothing, frames
+    are in memory alone; as soon as it does again, the file is written anew."""
+
+    def __init__(self, file: SpoolFile, most: int) -> None:
+        self._file = file
+        self.room = most // 3  # bytes of frames that may be kept
+        self._work: asyncio.Future[None] | None = None
+        self._pending: list[bytes] = []
+        self._noted = 0  # records
+        self._synced = 0  # of them, those on the disk
+        self._failed = False
+        self._wanted = asyncio.Event()
+        self._changed = asyncio.Condition()
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """What was noted before. AgentError."""
+        return self._file.open()
+
+    def note(self, record: Mapping[str, Any], *, soon: bool = True) -> int:
+        """Note something; its number. What need not be soon goes with the next."""
+        self._pending.append(pack(record))
+        self._noted += 1
+        if soon:
+            self._wanted.set()
+        return self._noted
+
+    async def synced(self, number: int) -> None:
+        """Wait until a record is on the disk, as far as the disk takes any."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SYNC_PATIENCE), self._changed:
+                await self._changed.wait_for(lambda: self._failed or self._synced >= number)
+
+    async def keep(self, size: Callable[[], int], records: Callable[[], list[Mapping[str, Any]]]) -> None:
+        """Write what is noted. `records` is what the file holds when it is written anew, and `size` how many bytes this is."""
+        while True:
+            await self._wanted.wait()
+            await asyncio.sleep(SYNC_GATHER_SECONDS)
+            self._wanted.clear()
+            try:
+                await self._write(size(), records)
+            except OSError as error:
+                if not self._failed:
+                    log.warning("frames are kept in memory alone: cannot write the spool file: %s", error)
+                self._failed = True
+                self._pending.clear()
+            async with self._changed:
+                self._changed.notify_all()
+            await asyncio.sleep(SPOOL_RETRY_SECONDS if self._failed else SYNC_SECONDS)
+            if self._failed:
+                self._wanted.set()
+
+    async def close(self) -> None:
+        """The end: what is noted and not written is written now."""
+        if self._work is not None and not self._work.done():
+            await asyncio.wait((self._work,), timeout=SYNC_PATIENCE)
+        with suppress(OSError):
+            if self._pending and not self._failed:
+                self._file.append(b"".join(self._pending))
+        self._file.close()
+
+    async def _write(self, size: int, records: Callable[[], list[Mapping[str, Any]]]) -> None:
+        number, data = self._noted, b"".join(self._pending)
+        dead = self._file.size + len(data) - size
+        self._pending.clear()
+        work: Callable[[], None] = functools.partial(self._file.append, data)
+        if self._failed or dead > min(self.room, size + SPOOL_SLACK):
+            work = functools.partial(self._file.rewrite, map(pack, records()))
+        self._work = asyncio.get_running_loop().run_in_executor(None, work)
+        await asyncio.shield(self._work)  # whoever ends this waits for it
+        if self._failed:
+            log.info("the spool file is written again")
+        self._failed, self._synced = False, number
+
+
 # ==== Spool ====
 # Owns: frames from their making until the server has them on disk, their numbers, and how much of them is under way.
 # Must not know: sockets.
@@ -878,7 +1281,8 @@ async def run_on_config(command: str, document: object) -> tuple[str, str]:
 @dataclass(eq=False)
 class Outgoing:
     """A frame on its way. `lines` are those of a recorded file, one for each sample; `rows` is how many of the file's rows are
-    done with when this frame is."""
+    done with when this frame is. `cursor` is how far the source of lines of logs was read. `size` is that of such lines, and of
+    every frame on the disk; there it is known by `key`, and `noted` is the record of its number."""
 
     content: dict[str, Any]
     lines: tuple[int, ...] = ()
@@ -886,6 +1290,19 @@ class Outgoing:
     seq: int = 0
     text: bytes = b""
     sent: float = 0.0
+    size: int = 0
+    cursor: Cursor | None = None
+    key: int = 0
+    noted: int = 0
+
+    @property
+    def kind(self) -> str:
+        return str(self.content.get("type", ""))
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """What a frame can be cut between: samples, or lines of a log."""
+        return cast("list[dict[str, Any]]", self.content.get("entries") or self.samples)
 
     @property
     def samples(self) -> list[dict[str, Any]]:
@@ -893,10 +1310,10 @@ class Outgoing:
 
 
 def part_of(frame: Outgoing, start: int, stop: int) -> Outgoing:
-    """A frame with some of the samples of another one."""
-    samples = frame.samples[start:stop]
-    rows = frame.rows if len(frame.samples) == 1 else min(len(samples), frame.rows)
-    return Outgoing({**frame.content, "samples": samples}, frame.lines[start:stop], rows)
+    """A frame with some of the samples or lines of another one."""
+    items = frame.items[start:stop]
+    rows = frame.rows if len(frame.items) == 1 else min(len(items), frame.rows)
+    return Outgoing({**frame.content, "entries" if "entries" in frame.content else "samples": items}, frame.lines[start:stop], rows)
 
 
 def metrics_of(frame: Outgoing) -> list[str]:
@@ -919,8 +1336,8 @@ def parts_by_metric(frame: Outgoing) -> list[Outgoing]:
 
 
 def halves(frame: Outgoing) -> list[Outgoing]:
-    """Two frames with half of the samples each, or half of the values of the only one; none for what cannot be halved."""
-    count = len(frame.samples)
+    """Two frames with half of the samples or lines each, or half of the values of the only one; none for what cannot be halved."""
+    count = len(frame.items)
     if count > 1:
         return [part_of(frame, 0, count // 2), part_of(frame, count // 2, count)]
     return parts_by_metric(frame)
@@ -929,19 +1346,19 @@ def halves(frame: Outgoing) -> list[Outgoing]:
 def parts_without(frame: Outgoing, path: str) -> tuple[list[Outgoing], Outgoing | None]:
     """A refused frame, where the server names the value at fault: what is to be sent again, and what is lost. The server looks
     no further than to the first fault, so what stands behind it may hold more. Nothing lost where the path names nothing."""
-    found = SAMPLE_PATH.fullmatch(path)
-    index = int(found[1]) if found else len(frame.samples)
-    if found is None or index >= len(frame.samples):
+    found = ITEM_PATH.fullmatch(path)
+    index = int(found[1]) if found else len(frame.items)
+    if found is None or index >= len(frame.items):
         return halves(frame), None
     lost = part_of(frame, index, index + 1)
-    rest = [part_of(frame, 0, index), part_of(frame, index + 1, len(frame.samples))]
+    rest = [part_of(frame, 0, index), part_of(frame, index + 1, len(frame.items))]
     metric = found[2]
-    values = lost.samples[0]["values"]
+    values = lost.items[0].get("values", {})
     if metric in values and len(values) > 1:
         others = {name: value for name, value in values.items() if name != metric}
         rest.insert(1, Outgoing({**lost.content, "samples": [{**lost.samples[0], "values": others}]}, lost.lines, lost.rows))
         lost = Outgoing({**lost.content, "samples": [{**lost.samples[0], "values": {metric: values[metric]}}]}, lost.lines)
-    return [part for part in rest if part.samples], lost
+    return [part for part in rest if part.items], lost
 
 
 class Window:
@@ -974,17 +1391,75 @@ class Window:
         self._halved = now
 
 
+class Found:
+    """The frames of a spool file, as its records tell of them."""
+
+    def __init__(self) -> None:
+        self.reached: dict[str, dict[str, Any]] = {}  # how far sources were read
+        self.last_key = 0
+        self._frames: dict[int, Outgoing] = {}
+        self._places: dict[int, tuple[int, ...]] = {}  # in the order of all; parts of a frame stand in its place
+        self._told: dict[int, tuple[str, dict[str, Any]] | None] = {}  # the cursor of each frame
+        self._numbered: list[Outgoing] = []  # by number
+        self._records = 0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        self._records += 1
+        for source, position in record.get("cursors", {}).items():
+            self._reach(source, position)
+        place: tuple[int, ...] = (self._records,)
+        told = None
+        if "cursor" in record:
+            told = record["cursor"][0], record["cursor"][1]
+            self._reach(*told)
+        if "instead" in record:
+            place, told = self._places.get(record["instead"], place), self._told.get(record["instead"])
+            self._frames.pop(record["instead"], None)
+        for index, (key, content) in enumerate(record.get("frames", ())):
+            self._frames[key] = Outgoing(content, key=key)
+            self._places[key], self._told[key] = (*place, index), told
+            self.last_key = max(self.last_key, key)
+        if "number" in record:
+            self._number(*record["number"])
+        for key in record.get("done", ()):
+            self._frames.pop(key, None)
+
+    def in_order(self) -> list[tuple[Outgoing, tuple[str, dict[str, Any]] | None]]:
+        """Every frame that is not done with, and its cursor."""
+        frames = sorted(self._frames.values(), key=lambda frame: self._places[frame.key])
+        return [(frame, self._told[frame.key]) for frame in frames]
+
+    def _reach(self, source: str, position: dict[str, Any]) -> None:
+        self.reached[source] = later(self.reached.get(source), position)
+
+    def _number(self, key: int, seq: int) -> None:
+        """A frame was given a number. Then the server had none from this one on, so no other frame has one of them."""
+        while self._numbered and self._numbered[-1].seq >= seq:
+            self._numbered.pop().seq = 0
+        if key in self._frames:
+            self._frames[key].seq = seq
+            self._numbered.append(self._frames[key])
+
+
 class Spool:
     """Frames from their making until the server has them on disk; bounded.
 
     A frame is numbered when it is sent. What is not stored when a session ends is numbered anew in the next one, above the
-    number that the server's welcome names: it may be lower than before, and the frames may be cut into smaller ones."""
+    number that the server's welcome names: it may be lower than before, and the frames may be cut into smaller ones.
 
-    def __init__(self, most: int) -> None:
+    With a ledger, frames and their numbers are on the disk before they are sent. So after a restart the number in the server's
+    welcome tells which of them are stored, as it does after a broken link."""
+
+    def __init__(self, most: int, ledger: Ledger | None = None) -> None:
         self.window = Window()
         self._sent: deque[Outgoing] = deque()
+        self._numbered: deque[Outgoing] = deque()  # the last ones of those: numbered, and not handed over to be sent
         self._waiting: deque[Outgoing] = deque()
+        self._ledger = ledger
+        self._keys = 0
         self._under_way = 0  # bytes
+        self._bytes = 0  # of all frames, as far as they are counted: on the disk
+        self._line_bytes = 0  # of lines of logs
         self.most = most
         self._seq = 0
         self._changed = asyncio.Condition()
@@ -998,54 +1473,86 @@ class Spool:
         """How many frames are under way."""
         return len(self._sent)
 
-    async def put(self, content: dict[str, Any], lines: tuple[int, ...] = ()) -> None:
+    def load(self, cursors: Cursors) -> None:
+        """Take up the frames that were on the disk at the start. Those with a number may have been sent. AgentError."""
+        if self._ledger is None:
+            return
+        found = Found()
+        for record in self._ledger.read():
+            found.add(record)
+        cursors.learn(found.reached)
+        frames, made = found.in_order(), dict[int, Cursor]()
+        for frame, told in frames:
+            if told is not None and id(told) in made:
+                frame.cursor = made[id(told)]
+                frame.cursor.open += 1
+            elif told is not None:
+                frame.cursor = made[id(told)] = cursors.restore(*told)
+            self._count(frame)
+        self._keys = found.last_key
+        self._sent.extend(sorted((frame for frame, _ in frames if frame.seq), key=lambda frame: frame.seq))
+        self._waiting.extend(frame for frame, _ in frames if not frame.seq)
+        if frames:
+            log.info("the spool file holds %d frames that the server may not have", len(frames))
+
+    def size(self) -> int:
+        """Bytes of all frames, as far as they are counted."""
+        return self._bytes
+
+    def records(self, cursors: Cursors) -> list[Mapping[str, Any]]:
+        """What the file holds when it is written anew."""
+        records: list[Mapping[str, Any]] = [{"cursors": dict(cursors.reached)}]
+        for frame in chain(self._sent, self._waiting):
+            record: dict[str, Any] = {"frames": [[frame.key, frame.content]]}
+            if frame.cursor is not None:
+                record["cursor"] = [frame.cursor.source, frame.cursor.position]
+            records.append(record)
+        return records + [{"number": [frame.key, frame.seq]} for frame in self._sent]
+
+    async def put(self, content: dict[str, Any], lines: tuple[int, ...] = (), cursor: Cursor | None = None) -> None:
         """Keep a frame; where there is no room, let go of the oldest."""
+        frame = Outgoing(content, lines, len(lines), cursor=cursor)
         async with self._changed:
-            while len(self) >= self.most:
-                if self._sent:
-                    self._under_way -= len(self._sent.popleft().text)
-                else:
-                    self._waiting.popleft()
-                self.dropped += 1
-            self._waiting.append(Outgoing(content, lines, len(lines)))
+            self._enter([frame])
+            while len(self) and self._is_full():
+                self._drop()
+            self._waiting.append(frame)
             self._changed.notify_all()
 
-    async def put_first(self, frames: list[Outgoing]) -> None:
-        """Parts of a frame that was refused: they are sent next."""
+    async def put_first(self, frames: list[Outgoing], instead: Outgoing) -> None:
+        """Parts of a frame that was refused, in its place: they are sent next."""
         async with self._changed:
+            self._replace(instead, frames)
             self._waiting.extendleft(reversed(frames))
             self._changed.notify_all()
 
+    async def room_for_lines(self) -> None:
+        """Wait until lines of logs may be put. They can wait where they are, so they take no more than half of the room."""
+        async with self._changed:
+            await self._changed.wait_for(self._has_room_for_lines)
+
     async def next(self) -> Outgoing:
         """The next frame to send, numbered, cut to the size that the link is good for."""
-        async with self._changed:
-            while True:
-                await self._changed.wait_for(lambda: self._waiting and not (self._sent and self.window.one_by_one))
-                frame = self._waiting[0]
-                if frame.seq != self._seq + 1:
-                    frame.seq = self._seq + 1
-                    frame.text = encode({**frame.content, "seq": frame.seq})
-                if len(frame.text) > self.window.frame and (parts := halves(frame)):
-                    self._waiting.popleft()
-                    self._waiting.extendleft(reversed(parts))
-                elif self._sent and self._under_way + len(frame.text) > self.window.size:
-                    await self._changed.wait()
-                else:
-                    self._waiting.popleft()
-                    self._sent.append(frame)
-                    self._seq = frame.seq
-                    self._under_way += len(frame.text)
-                    frame.sent = time.monotonic()
-                    return frame
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(self._number_more)
+                frame = self._numbered[0]
+            if self._ledger is not None:
+                await self._ledger.synced(frame.noted)
+            if self._numbered and self._numbered[0] is frame:
+                self._numbered.popleft()
+                frame.sent = time.monotonic()
+                return frame
 
     async def acknowledge(self, seq: int) -> int:
         """Let go of every frame up to `seq`; how many rows of a recording were done with them."""
         rows, under_way, now = 0, self._under_way, time.monotonic()
         async with self._changed:
             while self._sent and self._sent[0].seq <= seq:
-                frame = self._sent.popleft()
+                frame = self._sent[0]
                 rows += frame.rows
-                self._under_way -= len(frame.text)
+                self._remove_sent(frame)
+                self._leave(frame)
                 self.window.acknowledged(len(frame.text), frame.sent, now, under_way)
             self._changed.notify_all()
         return rows
@@ -1055,8 +1562,7 @@ class Spool:
         sent in its place, if only with nothing: until then nobody who waits sees the change."""
         frame = next((frame for frame in self._sent if frame.seq == seq or not seq), None)
         if frame is not None:
-            self._sent.remove(frame)
-            self._under_way -= len(frame.text)
+            self._remove_sent(frame)
         return frame
 
     async def resume(self, seq: int) -> int:
@@ -1066,10 +1572,10 @@ class Spool:
         rows = 0
         async with self._changed:
             while self._sent and self._sent[0].seq <= seq:
-                rows += self._sent.popleft().rows
-            self._waiting.extendleft(reversed(self._sent))
-            self._sent.clear()
-            self._under_way = 0
+                frame = self._sent.popleft()
+                rows += frame.rows
+                self._leave(frame)
+            self._send_again()
             self._seq = seq
             self._changed.notify_all()
         return rows
@@ -1082,9 +1588,7 @@ class Spool:
         """One of the frames under way was refused: all are sent again, whatever number the server is at, and one at a time."""
         async with self._changed:
             self.window.one_by_one = True
-            self._waiting.extendleft(reversed(self._sent))
-            self._sent.clear()
-            self._under_way = 0
+            self._send_again()
             self._changed.notify_all()
 
     def largest(self) -> int:
@@ -1095,6 +1599,359 @@ class Spool:
         """Wait until no more than so many frames are kept."""
         async with self._changed:
             await self._changed.wait_for(lambda: len(self) <= frames)
+
+    def _is_full(self) -> bool:
+        """Whether there is no room for one frame that is counted already."""
+        return len(self) >= self.most if self._ledger is None else self._bytes > self._ledger.room
+
+    def _has_room_for_lines(self) -> bool:
+        if self._ledger is None:
+            return self._line_bytes < LOG_SPOOL_BYTES and 2 * len(self) <= self.most
+        return 2 * self._line_bytes <= self._ledger.room
+
+    def _drop(self) -> None:
+        """Let go of the oldest readings; where there are none, of the oldest frame."""
+        oldest = next((frame for frame in chain(self._sent, self._waiting) if frame.kind == "telemetry"), None)
+        frame = oldest or (self._sent or self._waiting)[0]
+        if frame in self._sent:
+            self._remove_sent(frame)
+        else:
+            self._waiting.remove(frame)
+        self._leave(frame)
+        self.dropped += 1
+
+    def _number_more(self) -> bool:
+        """Number what may be under way now: without a ledger one frame, with one as many as go to the disk together. Whether there
+        is one to send."""
+        while self._waiting and not (self._sent and self.window.one_by_one) and not (self._numbered and self._ledger is None):
+            frame = self._waiting[0]
+            if frame.seq != self._seq + 1 or not frame.text:
+                frame.seq = self._seq + 1
+                frame.text = encode({**frame.content, "seq": frame.seq})
+            if len(frame.text) > self.window.frame and (parts := halves(frame)):
+                self._waiting.popleft()
+                self._replace(frame, parts)
+                self._waiting.extendleft(reversed(parts))
+            elif self._sent and self._under_way + len(frame.text) > self.window.size:
+                break
+            else:
+                self._waiting.popleft()
+                self._sent.append(frame)
+                self._numbered.append(frame)
+                self._seq = frame.seq
+                self._under_way += len(frame.text)
+                frame.sent = time.monotonic()
+                if self._ledger is not None:
+                    frame.noted = self._ledger.note({"number": [frame.key, frame.seq]})
+        return bool(self._numbered)
+
+    def _remove_sent(self, frame: Outgoing) -> None:
+        self._sent.remove(frame)
+        self._under_way -= len(frame.text)
+        with suppress(ValueError):
+            self._numbered.remove(frame)
+
+    def _send_again(self) -> None:
+        """Whatever is under way waits again."""
+        self._waiting.extendleft(reversed(self._sent))
+        self._sent.clear()
+        self._numbered.clear()
+        self._under_way = 0
+
+    def _count(self, frame: Outgoing) -> None:
+        if self._ledger is not None or frame.kind == "log":
+            frame.size = len(encode(frame.content)) + FRAME_OVERHEAD
+            if frame.cursor is not None:
+                frame.size += len(frame.cursor.source) + len(encode(frame.cursor.position))
+        self._bytes += frame.size
+        self._line_bytes += frame.size if frame.kind == "log" else 0
+
+    def _enter(self, frames: list[Outgoing], instead: Outgoing | None = None) -> None:
+        for frame in frames:
+            self._count(frame)
+            self._keys += 1
+            frame.key = self._keys
+        if self._ledger is not None and frames:
+            record: dict[str, Any] = {"frames": [[frame.key, frame.content] for frame in frames]}
+            if instead is not None:
+                record["instead"] = instead.key
+            elif frames[0].cursor is not None:
+                record["cursor"] = [frames[0].cursor.source, frames[0].cursor.position]
+            self._ledger.note(record)
+
+    def _leave(self, frame: Outgoing) -> None:
+        self._bytes -= frame.size
+        self._line_bytes -= frame.size if frame.kind == "log" else 0
+        if frame.cursor is not None:
+            frame.cursor.release()
+        if self._ledger is not None:
+            self._ledger.note({"done": [frame.key]}, soon=False)
+
+    def _replace(self, frame: Outgoing, parts: list[Outgoing]) -> None:
+        for part in parts:
+            part.cursor = frame.cursor
+            if part.cursor is not None:
+                part.cursor.open += 1
+        self._enter(parts, instead=frame)
+        self._leave(frame)
+
+
+# ==== Logs ====
+# Owns: lines of logs, gathered into frames. Must not know: sockets.
+
+
+class Level:
+    """The lowest level of lines that are sent, as the configuration says it; without a word of it all are. What the agent logs
+    itself follows: without a word of it, --log-level decides."""
+
+    def __init__(self) -> None:
+        self._least = 0
+
+    def follow(self, document: object) -> None:
+        """A configuration was applied."""
+        level = wanted_level(document)
+        self._least = LEVELS.get(level, 0) if isinstance(level, str) else 0
+        log.setLevel(self._least)
+
+    def takes(self, level: str) -> bool:
+        return LEVELS[level] >= self._least
+
+
+class LogFrames:
+    """Makes frames of the lines of one source, in their order. Lines below the level that is wanted are left out."""
+
+    def __init__(self, source: str, spool: Spool, level: Level, cursors: Cursors) -> None:
+        self._source = source
+        self._spool = spool
+        self._level = level
+        self._cursors = cursors
+        self._entries: list[dict[str, Any]] = []
+        self._bytes = 0
+        self._position: dict[str, Any] | None = None
+
+    async def add(self, entry: dict[str, Any] | None, position: dict[str, Any]) -> None:
+        """Take a line, or none, and how far its source was read with it; a full frame is put."""
+        self._position = position
+        if entry is not None and self._level.takes(entry["level"]):
+            self._entries.append(entry)
+            self._bytes += len(encode(entry))
+        if len(self._entries) >= LOG_ENTRIES or self._bytes >= LOG_BYTES:
+            await self.put()
+
+    async def put(self) -> None:
+        """Make a frame of what is there, as soon as there is room for one. The cursor moves without one too."""
+        if self._position is None:
+            return
+        if self._entries:
+            await self._spool.room_for_lines()
+        cursor = self._cursors.move(self._source, self._position)
+        entries, self._entries, self._bytes, self._position = self._entries, [], 0, None
+        if entries:
+            await self._spool.put({"type": "log", "entries": entries}, cursor=cursor)
+        else:
+            cursor.release()
+
+
+ROTATED: Final = re.compile(r"[.-][0-9][0-9.-]*")  # what logrotate adds to a name, .1 or -20260131; not what it compressed
+
+
+class Tail:
+    """Reads the lines that are appended to a file, a piece at a time. What it does blocks, so it is for a thread.
+
+    The file is known by its device and inode, and by its first bytes, because an inode is used again. One that is renamed is read
+    to its end, then those that were rotated after it, then the one that has its name now. One that shrinks, or begins with other
+    bytes than before, was emptied, and is read from its start; what was written and emptied between two looks is lost."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self._stat = os.stat_result([0] * 10)
+        self._head = b""
+        self._offset = 0  # behind the last line that was given
+        self._line = bytearray()  # the start of the next one
+        self._length = 0  # of it, in the file
+        self._moved = time.monotonic()  # when something was last there to be read
+        self._told = ""
+        self.at_end = False
+
+    def start(self, position: Mapping[str, Any] | None) -> None:
+        """Go on where the position says; at the first time, behind the last whole line."""
+        if position is None:
+            with suppress(OSError):
+                self._open(self._path, 0)
+                self._offset = self._after_last_line()
+                self._take_head()
+            return
+        known = (position.get("device"), position.get("inode"))
+        for path in (self._path, *self._rotated()):
+            with suppress(OSError):
+                stat = path.stat()
+                if (stat.st_dev, stat.st_ino) == known:
+                    self._open(path, int(position.get("offset", 0)))
+                    self._take_head()
+                    if self._position(self._offset)["head"] == position.get("head"):
+                        return
+                    log.warning("%s was emptied while it was not read: lines may be missing", path)
+                    self._open(path, 0)
+                    return
+        if position.get("inode"):
+            log.warning("%s: the file that was read last is gone: lines may be missing", self._path)
+
+    def read(self) -> list[tuple[str, dict[str, Any]]]:
+        """The next lines, each with the position behind it."""
+        try:
+            if self._file is None:
+                self._open(self._path, 0)
+            lines = self._read()
+            self._told = ""
+        except FileNotFoundError:  # it appears later
+            lines, self.at_end = [], True
+        except OSError as error:
+            lines, self.at_end = [], True
+            if str(error) != self._told:
+                self._told = str(error)
+                log.warning("cannot read %s: %s", self._path, error)
+        return lines
+
+    def position(self) -> dict[str, Any]:
+        return self._position(self._offset)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self) -> list[tuple[str, dict[str, Any]]]:
+        assert self._file is not None
+        lines = self._emptied()
+        self._file.seek(self._offset + self._length)
+        data = self._file.read(PIECE_BYTES)
+        self.at_end = len(data) < PIECE_BYTES
+        if data:
+            self._moved = time.monotonic()
+            return lines + self._split(data)
+        quiet = time.monotonic() - self._moved
+        following = self._following() if quiet >= ROTATED_SECONDS else None
+        if self._length and (following is not None or quiet >= PARTIAL_SECONDS):
+            lines += self._finish(0)
+        if following is not None:
+            self._open(following, 0)
+            self.at_end = False
+        return lines
+
+    def _open(self, path: Path, offset: int) -> None:
+        """OSError when it is not there, or no file."""
+        if not S_ISREG(path.stat().st_mode):  # to open a pipe would wait for somebody who writes
+            raise OSError(f"{path} is no file")
+        file = path.open("rb", buffering=0)
+        if self._file is not None:
+            self._file.close()
+        self._file, self._stat = file, os.fstat(file.fileno())
+        self._head, self._offset, self._length, self._moved = b"", offset, 0, time.monotonic()
+        self._line.clear()
+
+    def _after_last_line(self) -> int:
+        assert self._file is not None
+        start = max(0, self._stat.st_size - PIECE_BYTES)
+        self._file.seek(start)
+        return start + self._file.read(PIECE_BYTES).rfind(b"\n") + 1
+
+    def _take_head(self) -> None:
+        """Learn the first bytes, as many of them as lie before the position."""
+        most = min(HEAD_BYTES, self._offset)
+        if self._file is not None and len(self._head) < most:
+            self._file.seek(0)
+            self._head = self._file.read(most)
+
+    def _emptied(self) -> list[tuple[str, dict[str, Any]]]:
+        """Look whether the file was emptied; then it is read from its start. What was there of its last line is a line."""
+        assert self._file is not None
+        stat = os.fstat(self._file.fileno())
+        changed, self._stat = stat.st_mtime_ns != self._stat.st_mtime_ns or stat.st_size != self._stat.st_size, stat
+        emptied = stat.st_size < self._offset + self._length
+        if changed and not emptied:
+            self._file.seek(0)
+            emptied = self._file.read(len(self._head)) != self._head
+        if not emptied:
+            return []
+        log.warning("%s was emptied: what was written just before may be missing", self._path)
+        lines = self._finish(0) if self._length else []
+        self._head, self._offset = b"", 0
+        return [(text, self._position(0)) for text, _ in lines]
+
+    def _split(self, data: bytes) -> list[tuple[str, dict[str, Any]]]:
+        lines: list[tuple[str, dict[str, Any]]] = []
+        *whole, rest = data.split(b"\n")
+        for piece in whole:
+            self._grow(piece)
+            lines += self._finish(1)
+        self._grow(rest)
+        return lines
+
+    def _grow(self, piece: bytes) -> None:
+        self._line += piece[: max(0, LINE_BYTES - len(self._line))]
+        self._length += len(piece)
+
+    def _finish(self, newline: int) -> list[tuple[str, dict[str, Any]]]:
+        """The line that is complete now. An empty one says nothing."""
+        text = bytes(self._line).removesuffix(b"\r").decode(errors="backslashreplace").removeprefix("\ufeff")
+        self._offset += self._length + newline
+        self._line.clear()
+        self._length = 0
+        self._take_head()
+        return [(text, self._position(self._offset))] if text.strip() else []
+
+    def _position(self, offset: int) -> dict[str, Any]:
+        head = hashlib.sha256(self._head[:offset]).hexdigest()[:32]
+        return {"device": self._stat.st_dev, "inode": self._stat.st_ino, "offset": offset, "head": head}
+
+    def _rotated(self) -> list[Path]:
+        """The files that this one became when it was rotated."""
+        name = self._path.name
+        with suppress(OSError):
+            beside = [path for path in self._path.parent.iterdir() if path.name.startswith(name)]
+            return [path for path in beside if ROTATED.fullmatch(path.name.removeprefix(name))]
+        return []
+
+    def _following(self) -> Path | None:
+        """The file that follows this one, if it was renamed: the oldest that was rotated after it, else the one with its name."""
+        own = self._stat.st_dev, self._stat.st_ino
+        found: list[tuple[int, Path]] = []
+        with suppress(OSError):
+            stat = self._path.stat()
+            if (stat.st_dev, stat.st_ino) == own:
+                return None
+            for path in self._rotated():
+                stat = path.stat()
+                if (stat.st_dev, stat.st_ino) != own and stat.st_mtime_ns > self._stat.st_mtime_ns:
+                    found.append((stat.st_mtime_ns, path))
+            return min(found)[1] if found else self._path
+        return None
+
+
+class LogFile:
+    """Sends the lines of one file. They have no time that one could rely on, so it is the time at which they were read."""
+
+    def __init__(self, path: str, frames: LogFrames, position: Mapping[str, Any] | None) -> None:
+        self._path = path
+        self._tail = Tail(Path(path))
+        self._frames = frames
+        self._position = position
+
+    async def run(self) -> None:
+        with closing(self._tail):
+            await asyncio.to_thread(self._tail.start, self._position)
+            await self._follow()
+
+    async def _follow(self) -> None:
+        while True:
+            for text, position in await asyncio.to_thread(self._tail.read):
+                await self._frames.add(log_entry(level_of(text), text, now_ms(), self._path), position)
+            if self._tail.at_end:
+                if (position := self._tail.position()) != self._position:  # at the first start too, which is one only once
+                    self._position = position
+                    await self._frames.add(None, position)
+                await self._frames.put()
+                await asyncio.sleep(LOG_SECONDS)
 
 
 # ==== Link ====
@@ -1275,9 +2132,12 @@ class Refusals:
             log.warning("the server refused frame %s after it had acknowledged it: %s", error.get("seq"), error.get("message"))
             return
         lost: Outgoing | None
+        parts: list[Outgoing] = []
         errors = [fault for fault in error.get("errors") or [] if isinstance(fault, dict)]
         path = str(errors[0].get("path", "")) if errors else ""
-        if error.get("code") == "too_many_series":
+        if error.get("code") == "unknown_type":  # a server that is older than the agent takes no part of it either
+            lost = frame
+        elif error.get("code") == "too_many_series":
             parts, lost = self._without_unwelcome(frame)
         else:
             parts, lost = parts_without(frame, path)
@@ -1286,7 +2146,7 @@ class Refusals:
         if lost is not None:
             told = f"{path} {errors[0].get('message', '')}".strip() if errors else str(error.get("message"))
             self._lose(lost, f"the server refuses it: {told}")
-        await self._spool.put_first(parts)
+        await self._spool.put_first(parts, frame)
 
     def _without_unwelcome(self, frame: Outgoing) -> tuple[list[Outgoing], Outgoing | None]:
         """The device has as many metrics as it may, and some of these are new. Which, is found once for each."""
@@ -1304,7 +2164,7 @@ class Refusals:
             for line in frame.lines:
                 self._losses.add(line, f"{shown(metrics[0])}: {why}" if len(metrics) == 1 else why)
         else:
-            log.warning("lost a frame of %s: %s", frame.content.get("type"), why)
+            log.warning("lost a frame of %s: %s", frame.kind, why)
 
     async def send_smaller(self) -> None:
         """The server, or a proxy before it, does not take frames of this size."""
@@ -1313,7 +2173,7 @@ class Refusals:
             window.frame_most = max(FRAME_LEAST, min(window.frame_most, self._spool.largest()) // 2)
         elif frame := self._spool.refuse(0):
             self._lose(frame, "a frame of this size is not taken")
-            await self._spool.put_first([])
+            await self._spool.put_first([], frame)
 
 
 class Agent:
@@ -1325,10 +2185,20 @@ class Agent:
         self._token_file = TokenFile(Path(options.token_file or f"{self._name}.token"))
         self._token = options.token or self._token_file.read()
         self._applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
-        self._spool = Spool(options.spool)
+        self._ledger = Ledger(SpoolFile(Path(options.spool_file)), options.spool_bytes) if options.spool_file else None
+        self._spool = Spool(options.spool, self._ledger)
+        for flag, given in (("--log-file", options.log_file), ("--spool-file", options.spool_file)):
+            if options.replay and given:
+                raise AgentError(f"--replay sends a recording alone; leave out {flag}")
         self._replay = Replay(options, self._spool) if options.replay else None
         self._refusals = Refusals(self._spool, self._replay.recording.losses if self._replay else None)
         self._config_version, self._config_document = self._applied.read()
+        self._cursors = Cursors(Path(options.cursor_file or f"{self._name}.cursors.json"))
+        if options.log_file:
+            self._cursors.read()
+        self._spool.load(self._cursors)
+        self._level = Level()
+        self._level.follow(self._config_document)
         self._reported: dict[str, Any] | None = None
         self._held_until = 0.0  # until then the server takes nothing
         self._answered = 0.0  # when the server last acknowledged something, or until when it said that it will not
@@ -1348,18 +2218,31 @@ class Agent:
 
     async def run(self) -> None:
         """Until the recording is delivered, or for ever. AgentError when the server refuses the device."""
-        source = asyncio.create_task(self._replay.run() if self._replay else self._observe(), name="source")
-        link = asyncio.create_task(self._stay_connected(), name="link")
-        configure = asyncio.create_task(self._apply_configs(), name="configure")
+        source = self._replay.run() if self._replay else self._observe()
+        steps = {"source": source, "link": self._stay_connected(), "configure": self._apply_configs()}
+        for path in dict.fromkeys(self._options.log_file):
+            steps[path] = self._log_file(path).run()
+        if self._options.log_file:
+            steps["cursors"] = self._cursors.keep()
+        if self._ledger is not None:
+            steps["spool"] = self._ledger.keep(self._spool.size, functools.partial(self._spool.records, self._cursors))
+        tasks = [asyncio.create_task(step, name=name) for name, step in steps.items()]
         try:
-            await asyncio.wait((source, link, configure), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (source, link, configure):
+            for task in tasks:
                 task.cancel()
-            outcomes = await asyncio.gather(source, link, configure, return_exceptions=True)
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            if self._ledger is not None:
+                await self._ledger.close()
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
+
+    def _log_file(self, path: str) -> LogFile:
+        source = f"file:{Path(path).absolute()}"
+        frames = LogFrames(source, self._spool, self._level, self._cursors)
+        return LogFile(path, frames, self._cursors.position(source))
 
     async def _observe(self) -> None:
         """A reading now, at every interval, and when the server asks."""
@@ -1391,9 +2274,11 @@ class Agent:
                 await self._apply_config(wanted["version"], wanted["document"])
 
     async def _apply_config(self, version: int, document: object) -> None:
-        status, message = "applied", ""
+        status, message, errors = "applied", "", config_errors(document)
         known = version == self._config_version and same(document, self._config_document)
-        if self._options.on_config and not known:
+        if errors:
+            status, message = "rejected", f"{errors[0]['path']} {errors[0]['message']}"
+        elif self._options.on_config and not known:
             await self._spool.put({"type": "config_status", "version": version, "status": "in_progress"})
             status, message = await run_on_config(self._options.on_config, document)
         if status == "applied":
@@ -1403,9 +2288,14 @@ class Agent:
                 status, message = "rejected", f"cannot keep it: {error.strerror}"
         log.info("configuration %d %s %s", version, status, message)
         verdict: dict[str, Any] = {"type": "config_status", "version": version, "status": status}
-        await self._spool.put({**verdict, "message": message} if message else verdict)
+        if message:
+            verdict["message"] = message
+        if errors:
+            verdict["errors"] = errors
+        await self._spool.put(verdict)
         if status == "applied":
             self._config_version, self._config_document = version, document
+            self._level.follow(document)
             await self._report_state()
 
     def _want(self, config: dict[str, Any] | None) -> None:
@@ -1450,6 +2340,7 @@ class Agent:
                 self._replay.latest.set_result(round(datetime.fromisoformat(welcome["time"]).timestamp() * 1000) + DAY)
             self._want(welcome.get("config"))
             if self._spool.dropped != self._dropped:  # a report may have been among it
+                log.warning("the spool was full: %d frames are lost", self._spool.dropped - self._dropped)
                 self._dropped, self._reported = self._spool.dropped, None
             await self._converse(link)
 
@@ -1597,6 +2488,14 @@ def parse_option(option: Field[Any], text: str) -> Any:
     return value
 
 
+class Repeated(argparse.Action):
+    """A flag that may be given several times; the first time takes the place of the variable."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, Paths(os.pathsep.join((*(() if before is self.default else before), str(values)))))
+
+
 class RedactingParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(redacted(message))
@@ -1613,9 +2512,12 @@ def make_parser() -> argparse.ArgumentParser:
                 default = parse_option(option, os.environ[variable])
             except argparse.ArgumentTypeError as error:
                 parser.error(f"{variable}: {error}")
-        shown = f" ({option.default})" if option.default not in ("", 0.0) else ""
+        shown = f" ({option.default})" if str(option.default) not in ("", "0.0") else ""
         flag, text = f"--{option.name.replace('_', '-')}", (option.metadata["help"] + shown).replace("%", "%%")
-        parser.add_argument(flag, type=functools.partial(parse_option, option), default=default, help=text)
+        if isinstance(option.default, Paths):
+            parser.add_argument(flag, action=Repeated, default=default, help=text)
+        else:
+            parser.add_argument(flag, type=functools.partial(parse_option, option), default=default, help=text)
     return parser
 
 
