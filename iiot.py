@@ -53,6 +53,7 @@ import ipaddress
 import json
 import logging
 import math
+import operator
 import os
 import re
 import secrets
@@ -198,6 +199,9 @@ class Settings:
     )
     syslog_tls_port: int = setting(
         0, "port for syslog with TLS, with the server's certificate; 0 is none", lambda port: 0 <= port < 65_536, "between 0 and 65535"
+    )
+    relp_port: int = setting(
+        0, "port for RELP, syslog with confirmations; 0 is none", lambda port: 0 <= port < 65_536, "between 0 and 65535"
     )
     log_days: int = setting(30, "days for which lines of logs are kept, where a tenant says nothing else", positive, "above 0")
     log_level: str = setting(
@@ -382,6 +386,9 @@ class Limits:
     syslog_datagrams: int = 2_000
     refused_senders: int = 1_000
     sender_seconds: float = 5.0
+    # A line that its sender repeats is stored once, if the first one is no older than this; after a start, since when its sender
+    # may not have been able to repeat it, for as long again.
+    repeat_seconds: float = 3_600.0
     sources: int = 100
     log_tokens: int = 10
     # A search of logs. Each of its words costs a look into the index, or as many as words contain it. FTS5 reads parentheses with a
@@ -1899,6 +1906,8 @@ TAG: Final = re.compile(
     r"(?![0-9]+:|(?:[0-9A-Fa-f]{1,4}:)*:[0-9A-Fa-f:.]*(?:%\S*)? )([\w./(][\w./()+@#:%~-]{0,127})(?:\[([^\s\[\]]{0,128})\]:?|:(?=\s|$)) ?"
 )
 
+RELP_HEAD: Final = re.compile(rb"([0-9]{1,9}) ([A-Za-z]{1,32}) ([0-9]{1,9})([ \n])")
+RELP_HEAD_BYTES: Final = 53  # of the longest head
 TRAILERS: Final = b"\r\n\0"
 LINE_END: Final = re.compile(rb"[\n\0]")
 # What a stream that counts goes on with after a wrong count: the next count before a priority.
@@ -2191,6 +2200,63 @@ def cut_frame(data: bytes, most: int, *, torn: bool = False) -> SyslogFrame:
         return SyslogFrame(data, torn=torn)
     end = next((at for at in range(most, max(most - 4, 0), -1) if data[at] & 0xC0 != 0x80), most)
     return SyslogFrame(data[:end], cut=True, torn=torn)
+
+
+@attrs.frozen
+class RelpFrame:
+    """A frame of RELP: its transaction, its command, and its data."""
+
+    number: bytes
+    command: bytes
+    data: bytes
+    cut: bool = False
+
+
+class RelpFraming:
+    """Frames of RELP in a stream: number, command, length and data, each after a space, and a line feed
+    (https://www.rsyslog.com/doc/relp.html). Of data longer than `most` bytes the rest is skipped."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = b""
+        self._skip = 0  # bytes of data, and the line feed, that are still to be skipped
+        self._cut: RelpFrame | None = None  # the frame of which that is the rest
+
+    def feed(self, data: bytes) -> list[RelpFrame]:
+        """The frames that are complete with these bytes. Invalid, if it is something else."""
+        frames: list[RelpFrame] = []
+        self._held += data
+        while self._next(frames):
+            pass
+        return frames
+
+    def _next(self, frames: list[RelpFrame]) -> bool:
+        """Take a frame, or a part of a long one, from what is held; whether there was one."""
+        if self._cut is not None:
+            skipped = min(self._skip, len(self._held))
+            self._held, self._skip = self._held[skipped:], self._skip - skipped
+            if not self._skip:
+                frames.append(self._cut)
+                self._cut = None
+            return not self._skip
+        head = RELP_HEAD.match(self._held)
+        if head is None:
+            if len(self._held) > RELP_HEAD_BYTES:
+                raise Invalid("is no frame of RELP")
+            return False
+        number, command, size = head[1], head[2], int(head[3])
+        if head[4] == b"\n":
+            frames.append(RelpFrame(number, command, b""))
+            self._held = self._held[head.end() :]
+        elif size > self._most and len(self._held) - head.end() >= self._most:
+            self._cut = RelpFrame(number, command, self._held[head.end() : head.end() + self._most], cut=True)
+            self._held, self._skip = self._held[head.end() + self._most :], size - self._most + 1
+        elif size <= self._most and len(self._held) > head.end() + size:
+            frames.append(RelpFrame(number, command, self._held[head.end() : head.end() + size]))
+            self._held = self._held[head.end() + size + 1 :]
+        else:
+            return False
+        return True
 
 
 class SyslogFraming:
@@ -2800,6 +2866,13 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         device_id  integer not null references device on delete cascade
     ) strict, without rowid;
     create index syslog_source_by_device on syslog_source (device_id);
+    create table log_repeat (
+        device_id    integer not null,
+        repeat_id    text not null,
+        received_at  integer not null,
+        primary key (device_id, repeat_id)
+    ) strict, without rowid;
+    create index log_repeat_by_time on log_repeat (received_at);
     create table retention (
         tenant_id  integer not null references tenant on delete cascade,
         kind       text not null check (kind in ('logs')),
@@ -4799,6 +4872,7 @@ class LogLine:
     logger: str | None
     host: str | None
     fields: str | None
+    repeat_id: str | None = None  # by which its sender tells it again; not stored with it
 
     @property
     def text(self) -> str:
@@ -4844,10 +4918,48 @@ def insert_words(connection: sqlite3.Connection, words: set[tuple[int, str]]) ->
     connection.execute("insert into log_word_index (rowid, word) select id, word from log_word where id > ?", (before,))
 
 
-def insert_log_lines(connection: sqlite3.Connection, lines: list[LogLine]) -> None:
-    """Lines, in order; those of devices that were removed meanwhile are left out."""
+def without_repeats(connection: sqlite3.Connection, lines: list[LogLine]) -> list[LogLine]:
+    """Lines, but for those that were stored before, and are told again. The others are known from now on."""
+    numbered = {(line.device_id, line.repeat_id): line.received_at for line in lines if line.repeat_id is not None}
+    if not numbered:
+        return lines
+    (text,) = connection.execute(
+        """select json_group_array(json_array(device_id, repeat_id)) from json_each(?) told
+           join log_repeat on device_id = told.value ->> 0 and repeat_id = told.value ->> 1""",
+        bind(list(numbered)),
+    ).fetchone()
+    known = {(device_id, repeat_id) for device_id, repeat_id in orjson.loads(text)}
+    connection.execute(
+        """insert into log_repeat (device_id, repeat_id, received_at) select value ->> 0, value ->> 1, value ->> 2 from json_each(?)""",
+        bind([(*key, at) for key, at in numbered.items() if key not in known]),
+    )
+    left = list[LogLine]()
+    for line in lines:
+        key = (line.device_id, line.repeat_id)
+        if line.repeat_id is None or key not in known:
+            left.append(line)
+            known.add(key)  # within the batch, too
+    return left
+
+
+def delete_old_repeats(connection: sqlite3.Connection, before: int, most: int) -> bool:
+    """Forget which lines came before a time, up to so many; whether there may be more."""
+    return connection.execute(
+        """delete from log_repeat where (device_id, repeat_id) in (
+               select device_id, repeat_id from log_repeat where received_at < ? order by received_at limit ?)""",
+        (before, most),
+    ).rowcount == most
+
+
+LINE_COLUMNS_STORED: Final = ("tenant_id", "device_id", "at", "received_at", "level", "message", "logger", "host", "fields")
+stored_columns = operator.attrgetter(*LINE_COLUMNS_STORED)
+
+
+def insert_log_lines(connection: sqlite3.Connection, told: list[LogLine]) -> None:
+    """Lines, in order; without those that are told again, and those of devices that were removed meanwhile."""
+    lines = without_repeats(connection, told)
     (before,) = connection.execute("select coalesce(max(id), 0) from log_line").fetchone()
-    for part in bind_in_parts(map(attrs.astuple, lines)):
+    for part in bind_in_parts(map(stored_columns, lines)):
         connection.execute(
             """insert into log_line (tenant_id, device_id, at, received_at, level, message, logger, host, fields)
                select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5, value ->> 6, value ->> 7, value ->> 8
@@ -5033,6 +5145,10 @@ class LogReads(Queries):
             now=now_ms(), default=default, day=DAY,
         )  # fmt: skip
         return {int(tenant): cut for tenant, cut in orjson.loads(text or "{}").items()}
+
+    async def has_old_repeats(self, before: int) -> bool:
+        """Whether it is known of lines from before a time that they came."""
+        return await self._readers.row("select 1 from log_repeat where received_at < :before limit 1", {"before": before}) is not None
 
     async def has_old(self, cuts: Mapping[int, int]) -> bool:
         """Whether there are lines from before the times that are given for tenants."""
@@ -5443,6 +5559,11 @@ class Writer:
         pending.progress[device_id] = (mark[0], at, stamp)
         pending.waiting[owner] = mark
         self.weigh(share, weight)
+
+    def await_commit(self, owner: Committed, mark: tuple[int, int]) -> None:
+        """Tell the owner when what was handed over until now is on disk, by its mark."""
+        self._pending.waiting[owner] = mark
+        self._work.set()
 
     def weigh(self, share: Share, weight: int) -> None:
         """What was just added belongs to the next transaction, and to a tenant's share of it."""
@@ -7044,6 +7165,7 @@ class Cleaner:
         self._registry = registry
         self._limits = limits
         self._log_days = log_days
+        self._began = asyncio.get_running_loop().time()
         self._looked = float("-inf")  # when it was last looked for what is too old
         self._word = 0  # the last that it was asked of whether a line has it
         self.wanted = asyncio.Event()
@@ -7085,6 +7207,10 @@ class Cleaner:
         more = await logs.has_old(cuts)
         while more:
             more = await writer.change(delete, weight=limits.removed_rows)
+        before = now_ms() - round(limits.repeat_seconds * 1000)
+        more = now - self._began >= limits.repeat_seconds and await logs.has_old_repeats(before)
+        while more:
+            more = await writer.change(lambda connection: delete_old_repeats(connection, before, limits.removed_rows))
         words, self._word = await logs.unused_words(self._word, limits.looked_words)
         if words:
             await writer.change(lambda connection: delete_unused_words(connection, writer.dictionary, words))
@@ -7863,13 +7989,62 @@ def line_of(message: SyslogMessage, frame: SyslogFrame, sender: DeviceToken, rec
     at = received_at if message.time is None else message.time
     return LogLine(
         sender.tenant_id, sender.device_id, at, received_at, LEVELS[message.level], message.message, message.app_name, message.host,
-        None if fields == "{}" else fields,
+        None if fields == "{}" else fields, message.repeat_id,
     )  # fmt: skip
 
 
+class RelpStream:
+    """The answers of a connection of RELP: a message is answered when it is on disk."""
+
+    def __init__(self, writer: asyncio.StreamWriter, most: int) -> None:
+        self._writer = writer
+        self._most = most
+        self._waiting: deque[bytes] = deque()
+        self._handed_over = 0
+        self._answered = 0
+
+    def hand_over(self, number: bytes) -> tuple[int, int]:
+        """A message goes to the writer; the mark by which its commit is told."""
+        self._waiting.append(number)
+        self._handed_over += 1
+        return self._handed_over, self._handed_over
+
+    def committed(self, mark: tuple[int, int]) -> None:
+        answers = []
+        while self._answered < mark[1]:
+            answers.append(b"%b rsp 6 200 OK\n" % self._waiting.popleft())
+            self._answered += 1
+        self._send(b"".join(answers))
+
+    def refused(self, code: str, seq: int) -> None:
+        """Nothing of it is refused there."""
+
+    def not_stored(self) -> None:
+        """No answer: the sender comes back, and tells all again that was not answered."""
+        self._writer.transport.abort()
+
+    def answer(self, number: bytes, text: bytes) -> None:
+        self._send(b"%b rsp %d %b\n" % (number, len(text), text) if text else b"%b rsp 0\n" % number)
+
+    def say_goodbye(self, number: bytes) -> None:
+        self.answer(number, b"")
+        self._send(b"0 serverclose 0\n")
+
+    def _send(self, data: bytes) -> None:
+        """Or drop the peer that does not read."""
+        if self._writer.transport.is_closing():
+            return
+        self._writer.write(data)
+        if self._writer.transport.get_write_buffer_size() > self._most:
+            self._writer.transport.abort()
+
+
+RELP_OFFER: Final = b"200 OK\nrelp_version=0\nrelp_software=iiot,%b\ncommands=syslog" % VERSION.encode()
+
+
 class SyslogListener:
-    """Takes syslog over TCP, TLS (RFC 5425) and UDP. A stream is read no faster than its lines can be stored; there is no answer in
-    this protocol, so what was under way at a stop or a crash is lost."""
+    """Takes syslog over TCP, TLS (RFC 5425), UDP and RELP. A stream is read no faster than its lines can be stored; but for RELP
+    there is no answer in this protocol, so what was under way at a stop or a crash is lost."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -7891,6 +8066,10 @@ class SyslogListener:
                 )
                 self._endpoints.append(endpoint)
 
+    async def listen_for_relp(self, sockets: list[socket.socket]) -> None:
+        for listener in sockets:
+            self._servers.append(await asyncio.start_server(functools.partial(self._begin, relp=True), sock=listener))
+
     async def close(self) -> None:
         for server in self._servers:
             server.close()
@@ -7909,25 +8088,23 @@ class SyslogListener:
             except Refusal as refusal:
                 self._services.turned_away.add(address, refusal.fault.code)
 
-    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, relp: bool = False) -> None:
         address = str((writer.get_extra_info("peername") or ("unknown",))[0])
         if len(self._streams) >= self._limits.syslog_connections:
             self._services.turned_away.add(address, "too_many_connections")
             writer.transport.abort()
             return
-        task = asyncio.create_task(self._serve(reader, writer, address), name="syslog stream")
+        taking = self._take_relp(reader, writer, address) if relp else self._take_stream(reader, address)
+        task = asyncio.create_task(self._serve(taking, writer, address), name="syslog stream")
         self._streams.add(task)
         task.add_done_callback(self._streams.discard)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> None:
+    async def _serve(self, taking: Coroutine[Any, Any, None], writer: asyncio.StreamWriter, address: str) -> None:
         give_up_after(writer.get_extra_info("socket"), self._limits.stall_seconds)
-        framing = SyslogFraming(self._limits.syslog_bytes)
         try:
-            while data := await reader.read(READ_BYTES):
-                for frame in framing.feed(data):
-                    await self._take(frame, address, patient=True)
-            for frame in framing.end():
-                await self._take(frame, address, patient=True)
+            await taking
+        except Invalid as error:
+            log.warning("what %s sends %s", address, error)
         except (OSError, TimeoutError) as error:  # it broke off; or nothing can be stored, and its sender keeps what it has not sent
             log.debug("a stream of syslog from %s ended: %s", address, type(error).__name__)
         except Refusal as refusal:
@@ -7935,9 +8112,34 @@ class SyslogListener:
         finally:
             writer.transport.abort()
 
-    async def _take(self, frame: SyslogFrame, address: str, *, patient: bool) -> None:
-        """A message on its way to the writer. Whoever is not patient loses what cannot be taken now. Refusal: storage_unavailable.
-        TimeoutError, when the storage does not keep up."""
+    async def _take_stream(self, reader: asyncio.StreamReader, address: str) -> None:
+        framing = SyslogFraming(self._limits.syslog_bytes)
+        while data := await reader.read(READ_BYTES):
+            for frame in framing.feed(data):
+                await self._take(frame, address, patient=True)
+        for frame in framing.end():
+            await self._take(frame, address, patient=True)
+
+    async def _take_relp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> None:
+        """A message of nobody is answered so, and its sender keeps it. Invalid."""
+        framing, stream = RelpFraming(self._limits.syslog_bytes), RelpStream(writer, self._limits.outbox_bytes)
+        while data := await reader.read(READ_BYTES):
+            for frame in framing.feed(data):
+                if frame.command == b"syslog":
+                    if await self._take(SyslogFrame(frame.data, frame.cut), address, patient=True):
+                        self._services.store.writer.await_commit(stream, stream.hand_over(frame.number))
+                    else:
+                        stream.answer(frame.number, b"500 nobody's line")
+                elif frame.command == b"close":
+                    stream.say_goodbye(frame.number)
+                    await writer.drain()
+                    return
+                else:
+                    stream.answer(frame.number, RELP_OFFER if frame.command == b"open" else b"500 unknown command")
+
+    async def _take(self, frame: SyslogFrame, address: str, *, patient: bool) -> bool:
+        """A message on its way to the writer; whether it is. Whoever is not patient loses what cannot be taken now. Refusal:
+        storage_unavailable. TimeoutError, when the storage does not keep up."""
         services, now = self._services, now_ms()
         message = parse_syslog(frame.data, now)
         try:
@@ -7946,20 +8148,21 @@ class SyslogListener:
             if refusal.fault.code not in ("unauthorized", "too_many_attempts"):
                 raise
             services.turned_away.add(address, refusal.fault.code)
-            return
+            return False
         if sender is None:
             services.turned_away.add(address, "unknown_address")
-            return
+            return False
         use = services.registry.use_of(sender, default_quotas(services.settings))
         share = services.store.allowances.shares.of(sender.tenant_id)
         if not patient and (share.full or use.rest(now)):
             services.turned_away.add(address, "points_per_day" if use.rest(now) else "too_fast")
-            return
+            return False
         while rest := use.rest(now_ms()):  # noqa: ASYNC110 - nothing happens when a day begins
             await asyncio.sleep(min(rest, THROTTLE_SECONDS))
         if share.crowded:
             await share.turn(services.store.writer.patience())
         self._store(line_of(message, frame, sender, now), 1 + len(frame.data) // self._limits.point_bytes, use, share)
+        return True
 
     def _store(self, line: LogLine, count: int, use: TenantUse, share: Share) -> None:
         writer = self._services.store.writer
@@ -9455,6 +9658,13 @@ async def open_syslog(services: Services, context: ssl.SSLContext | None, stack:
             told = f"cannot listen for syslog on {settings.host} port {port}: {error.strerror or error}"
             raise OSError(f"{told}; choose another with --{flag}") from error
         log.info("listening for syslog on %s port %d%s", settings.host, port, " with TLS" if tls else "")
+    if settings.relp_port:
+        try:
+            await listener.listen_for_relp(listen_on(settings.host, settings.relp_port))
+        except OSError as error:
+            told = f"cannot listen for RELP on {settings.host} port {settings.relp_port}: {error.strerror or error}"
+            raise OSError(f"{told}; choose another with --relp-port") from error
+        log.info("listening for RELP on %s port %d", settings.host, settings.relp_port)
 
 
 @asynccontextmanager

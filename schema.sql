@@ -295,6 +295,15 @@ create table syslog_source (
 ) strict, without rowid;
 create index syslog_source_by_device on syslog_source (device_id);
 
+-- Which lines came lately, of those that their sender may tell again when it is not sure: each is stored once.
+create table log_repeat (
+    device_id    integer not null,
+    repeat_id    text not null,                     -- the sender's own number of a line
+    received_at  integer not null,
+    primary key (device_id, repeat_id)
+) strict, without rowid;
+create index log_repeat_by_time on log_repeat (received_at);
+
 -- How long a tenant's data is kept, where it is not as long as the installation says.
 create table retention (
     tenant_id  integer not null references tenant on delete cascade,

@@ -12,6 +12,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=20, help="how often the server is killed under load (20)")
+    parser.addoption("--relp-lines", type=int, default=5_000, help="how many lines rsyslogd sends through two kills (5000)")
     parser.addoption("--model-runs", type=int, default=20, help="how many runs of 25 steps the configuration model makes (20)")
 
 

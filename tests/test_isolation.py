@@ -256,6 +256,7 @@ ARGUMENTS: Mapping[str, Asked] = {
     "default: int": the_same(30),
     "cuts: Mapping[int, int]": lambda world, side: ({side.id: 0},),
     "most: int": the_same(10),
+    "before: int": the_same(0),
     "limit: int": the_same(1_000, 1),
     "after: str": the_same(""),
     "after: int": the_same(0, iiot.INTEGERS - 1),
@@ -341,6 +342,11 @@ async def check_old(world: World, read: Read) -> None:
     assert await read({side.id: iiot.LATEST for side in world.sides}) is True
 
 
+async def check_repeats(world: World, read: Read) -> None:
+    """For the same task: whether there are some, of anybody."""
+    assert await read(0) is False
+
+
 async def check_words(world: World, read: Read) -> None:
     """For the same task: numbers, which nobody sees."""
     words, after = cast("tuple[list[int], int]", await read(0, 10))
@@ -392,6 +398,7 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "LogReads.cuts": check_cuts,
     "LogReads.has_old": check_old,
     "LogReads.unused_words": check_words,
+    "LogReads.has_old_repeats": check_repeats,
     "RemovalReads.is_range_left": check_range_left,
     "PushReads.tenants": check_pushes,
     "PushReads.is_under_way": check_push,

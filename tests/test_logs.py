@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import csv
+import io
 import json
 import signal
 import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 import plant as plants
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientSession, StreamReader
 from plant import PATIENCE, Device, Plant, Process
 
 import iiot
@@ -215,6 +219,104 @@ async def test_a_tenant_finds_no_line_of_another(plant: Plant) -> None:
     for query in ({}, {"q": "alone"}, {"q": "NOT nothing"}, {"q": "one OR heir"}, {"match": "*"}, {"level": "info"}):
         assert await found(plant, **query) == ["ours alone"]
         assert await found(other, **query) == ["theirs alone"]
+
+
+# ---- how it is shown
+
+
+async def streamed(plant: Plant, **query: str) -> tuple[str, str]:
+    """The content type and the text of a stream that ends."""
+    async with plant.client.get(plant.url + "/logs", params=query, headers={"Authorization": f"Bearer {plant.token}"}) as response:
+        assert response.status == 200
+        assert response.headers["X-Accel-Buffering"] == "no"
+        return response.headers["Content-Type"], await response.text()
+
+
+async def test_each_format_shows_all_lines_newest_first(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    await ship(device, entry('a "b", c\n\x1b[31mred', "error", ts=START, logger="=drive", fields={"n": 1}))
+    await ship(device, *(entry(f"line {number}", "debug", ts=START) for number in range(1_500)))
+    kind, text = await streamed(plant, format="ndjson", level="info")
+    (line,) = [json.loads(text) for text in text.splitlines()]
+    assert (kind, line["message"], line["fields"]) == ("application/x-ndjson", 'a "b", c\n\x1b[31mred', {"n": 1})
+    kind, text = await streamed(plant, format="ecs", level="info")
+    shown = json.loads(text)
+    assert shown.pop("event.ingested") == line["received_at"]
+    assert shown == {
+        "@timestamp": "2026-01-01T00:00:00.000Z", "ecs.version": "8.11.0", "message": 'a "b", c\n\x1b[31mred', "log.level": "error",
+        "log.logger": "=drive", "host.name": "press-1", "iiot.fields": {"n": 1},
+    }  # fmt: skip
+    kind, text = await streamed(plant, format="text", level="info")
+    expected = '2026-01-01T00:00:00.000Z press-1 error =drive: a "b", c\\n\\x1b[31mred\n'
+    assert (kind, text) == ("text/plain; charset=utf-8", expected)
+    kind, text = await streamed(plant, format="csv")
+    header, *rows = csv.reader(io.StringIO(text))
+    assert kind == "text/csv; charset=utf-8"
+    assert header == list(iiot.LINE_COLUMNS)
+    assert [row[6] for row in rows] == [*(f"line {number}" for number in reversed(range(1_500))), 'a "b", c\n\x1b[31mred']
+    assert rows[-1] == ["2026-01-01T00:00:00.000Z", line["received_at"], "press-1", "error", "=drive", "", rows[-1][6], '{"n":1}']
+    assert len((await streamed(plant, format="ndjson", limit="7"))[1].splitlines()) == 7
+
+
+@pytest.mark.parametrize("query", [{"format": "xml"}, {"follow": "1"}, {"format": "ndjson", "limit": "0"}, {"level": "loud"}])
+async def test_a_format_that_there_is_not_is_refused(plant: Plant, query: dict[str, str]) -> None:
+    assert (await refused(plant, **query))["details"][0]["path"] in ("format", "limit", "level")
+
+
+@asynccontextmanager
+async def following(plant: Plant, **query: str) -> AsyncIterator[StreamReader]:
+    asked = {"follow": "1", "format": "text", **query}
+    async with plant.client.get(plant.url + "/logs", params=asked, headers={"Authorization": f"Bearer {plant.token}"}) as response:
+        assert response.status == 200
+        yield response.content
+
+
+async def next_line(stream: StreamReader) -> str:
+    """The next line that is not empty: an empty one shows that the stream lives."""
+    async with asyncio.timeout(PATIENCE):
+        while not (line := (await stream.readline()).decode().rstrip()):
+            assert not stream.at_eof()
+        return line.rpartition(" ")[2]
+
+
+async def test_who_follows_sees_the_last_lines_and_then_each_as_it_is_stored(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    await ship(device, *(entry(f"before-{number}") for number in range(15)))
+    async with following(plant) as stream, following(plant, q="NOT later", limit="1", level="error") as picky:
+        assert [await next_line(stream) for _ in range(10)] == [f"before-{number}" for number in range(5, 15)]
+        for number in range(30):
+            await ship(device, entry(f"later-{number}", "error"))
+            assert await next_line(stream) == f"later-{number}"
+        await ship(device, entry("other", "error"), entry("info"))
+        assert [await next_line(stream) for _ in range(2)] == ["other", "info"]
+        assert await next_line(picky) == "other"
+
+
+async def test_a_tenant_s_lines_wake_nobody_of_another(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), follow_seconds=0.0, feed_seconds=PATIENCE)) as plant:
+        platform = plants.admin_token(plant.database, "platform")
+        assert (await plant.ask("POST", "/tenants", {"name": "acme"}, token=platform))[0] == 201
+        other = Plant(plant.url, plant.client, plants.admin_token(plant.database, tenant_name="acme"), plant.database)
+        device, busy = await plant.device("press-1"), await other.device("press-1")
+        async with following(plant) as stream:
+            for number in range(20):
+                await ship(busy, entry(f"theirs-{number}"))
+            await ship(device, entry("ours"))
+            assert (await stream.readline()).decode().endswith("ours\n"), "not even an empty line before"
+
+
+async def test_those_who_follow_are_bounded_in_number(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), feeds=2)) as plant:
+        async with following(plant) as first, following(plant):
+            status, answer = await plant.ask("GET", "/logs?follow=1&format=text")
+            assert (status, answer["error"]["code"]) == (429, "too_many_feeds")
+            device = await plant.device("press-1")
+            await ship(device, entry("still"))
+            assert await next_line(first) == "still"
+        await plant.until("/logs", lambda body: body["items"])
+        async with following(plant) as again:
+            await ship(device, entry("again"))
+            assert [await next_line(again) for _ in range(2)] == ["still", "again"]
 
 
 # ---- how long it is kept

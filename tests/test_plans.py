@@ -29,7 +29,10 @@ from test_access import EXAMPLES, LIMITS, MAY, Site, bearer, check_allowed, open
 import iiot
 
 Parameters = Mapping[str, object] | tuple[object, ...]
-QUICK = attrs.evolve(LIMITS, resume_seconds=0.0, clock_seconds=0.05, refusals=5, seen_seconds=0.1, push_devices=1, retention_seconds=0.1)
+QUICK = attrs.evolve(
+    LIMITS, resume_seconds=0.0, clock_seconds=0.05, refusals=5, seen_seconds=0.1,
+    push_devices=1, retention_seconds=0.1, repeat_seconds=0.0,
+)  # fmt: skip
 
 # Tables whose rows can be counted by hand: the customers, and one row for each table or for the file.
 SMALL = {"tenant", "salt", "sqlite_sequence"}
@@ -63,6 +66,8 @@ ALLOWED = (
     Allowed("select id, word from log_word where id > ?", "SEARCH log_word USING INTEGER PRIMARY KEY (rowid>?)",
             "those that the transaction has added"),
     Allowed("from log_line where id > ?", "SEARCH log_line USING INTEGER PRIMARY KEY (rowid>?)", "those that the transaction has added"),
+    Allowed("from log_repeat where received_at <", "SEARCH log_repeat USING COVERING INDEX log_repeat_by_time (received_at<?)",
+            "ends with its limit, or with the first"),
     Allowed("from syslog_source cross join device", "SCAN syslog_source USING COVERING INDEX syslog_source_by_device",
             "each device has a bounded number; now and then, while syslog comes"),
     Allowed("from log_line where id > ?", "SORT log_line", "those that the transaction has added, by their hour"),
@@ -258,9 +263,10 @@ async def live(folder: Path) -> Path:
         use_command_line(database)
         await site.cleaned()
         with plants.writing(database) as connection:
+            iiot.insert_log_lines(connection, [iiot.LogLine(1, 1, 1, 1, 3, "told again", None, None, None, "its number")])
             connection.execute("update log_line set received_at = 0")
         async with asyncio.timeout(plants.PATIENCE):
-            while plants.rows(database, "select 1 from log_line union all select 1 from log_word"):
+            while plants.rows(database, "select 1 from log_line union all select 1 from log_word union all select 1 from log_repeat"):
                 await asyncio.sleep(0.01)
         await device.close()
     async with iiot.Store.open(database, QUICK) as store:

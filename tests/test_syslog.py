@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import shutil
+import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -15,7 +17,8 @@ from typing import Any
 import attrs
 import plant as plants
 import pytest
-from plant import PATIENCE, Plant, certificate, locked
+from aiohttp import ClientSession
+from plant import PATIENCE, Plant, Process, certificate, locked
 from readme import blocks
 
 import iiot
@@ -184,32 +187,157 @@ async def test_the_readme_s_line_for_logger_sends_a_line(site: Site) -> None:
     assert [stored["message"] for stored in await site.lines(1)] == ["hello"]
 
 
-async def test_rsyslogd_sends_its_lines_by_the_readme_s_configuration(site: Site, tmp_path: Path) -> None:
+@asynccontextmanager
+async def rsyslogd(folder: Path, port: int, token: str) -> AsyncIterator[socket.socket]:
+    """A real sender with the README's configuration, and a socket on which programs tell it their lines."""
     if RSYSLOGD is None:
         pytest.skip("rsyslogd is not installed")
     (action,) = blocks("Receive syslog", "rsyslog")
-    shown = {"192.0.2.1": "127.0.0.1", "5514": str(site.port), "TOKEN": await site.token()}
+    shown = {"192.0.2.1": "127.0.0.1", "2514": str(port), "TOKEN": token, 'resumeInterval="5"': 'resumeInterval="1"'}
     for name, real in shown.items():
         assert name in action
         action = action.replace(name, real)
-    own = f'global(workDirectory="{tmp_path}")\nmodule(load="imuxsock" SysSock.Use="off")\ninput(type="imuxsock" Socket="{tmp_path}/log")\n'
-    (tmp_path / "rsyslog.conf").write_text(own + action)
-    process = await asyncio.create_subprocess_exec(RSYSLOGD, "-n", "-f", f"{tmp_path}/rsyslog.conf", "-i", f"{tmp_path}/rsyslog.pid")
+    own = f'global(workDirectory="{folder}")\nmodule(load="imuxsock" SysSock.Use="off" SysSock.RateLimit.Interval="0")\n'
+    source = f'input(type="imuxsock" Socket="{folder}/log" RateLimit.Interval="0")\n'
+    (folder / "rsyslog.conf").write_text(own + source + action)
+    process = await asyncio.create_subprocess_exec(RSYSLOGD, "-n", "-f", f"{folder}/rsyslog.conf", "-i", f"{folder}/rsyslog.pid")
     try:
         async with asyncio.timeout(PATIENCE):
-            while not (tmp_path / "log").exists():
+            while not (folder / "log").exists():
                 await asyncio.sleep(0.02)
         with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sender:
-            sender.connect(str(tmp_path / "log"))
-            for number in range(50):
-                sender.send(b"<29>pump[7]: line %d says \"stop\" \\ ]" % number)
+            sender.connect(str(folder / "log"))
+            yield sender
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def test_rsyslogd_sends_its_lines_by_the_readme_s_configuration(tmp_path: Path) -> None:
+    relp = free_port()
+    async with listening(tmp_path, relp_port=relp) as site, rsyslogd(tmp_path, relp, await site.token()) as sender:
+        for number in range(50):
+            sender.send(b"<29>pump[7]: line %d says \"stop\" \\ ]" % number)
         lines = await site.lines(50)
         assert [line["message"] for line in lines] == [f'line {number} says "stop" \\ ]' for number in range(50)]
         assert {(line["logger"], line["level"], line["fields"]["process_id"]) for line in lines} == {("pump", "notice", "7")}
         assert {line["host"] for line in lines} == {socket.gethostname()}
-    finally:
-        process.terminate()
-        await process.wait()
+        assert all("structured_data" not in line["fields"] for line in lines)
+
+
+async def test_every_line_over_relp_is_stored_once_through_kills(tmp_path: Path, process: Process, request: pytest.FixtureRequest) -> None:
+    """`--relp-lines 100000` is the longer round."""
+    count, relp = request.config.getoption("--relp-lines"), free_port()
+    process.arguments = (*process.arguments, "--relp-port", str(relp))
+    iiot.prepare_database(process.database)
+    token = plants.admin_token(process.database)
+    await process.start()
+    async with ClientSession() as client:
+        plant = process.plant(client, token)
+        await plant.register("press-1")
+        _, made = await plant.ask("POST", "/iiot/press-1/log-token", {})
+        async with rsyslogd(tmp_path, relp, made["token"]) as sender:
+            stored = functools.partial(plants.rows, process.database, "select count(*) from log_line")
+
+            async def send() -> None:
+                for number in range(count):
+                    await asyncio.to_thread(sender.send, b"<29>pump[7]: line %d" % number)
+
+            sending = asyncio.create_task(send())
+            for part in (0.2, 0.6):
+                async with asyncio.timeout(6 * PATIENCE):
+                    while stored()[0][0] < count * part:
+                        await asyncio.sleep(0.01)
+                await process.stop(signal.SIGKILL)
+                await process.start()
+            await sending
+            async with asyncio.timeout(12 * PATIENCE):
+                while stored()[0][0] < count:
+                    await asyncio.sleep(0.1)
+            await asyncio.sleep(1)  # a line that is stored twice would come now
+    messages = [message for (message,) in plants.rows(process.database, "select message from log_line")]
+    assert len(messages) == count
+    assert set(messages) == {f"line {number}" for number in range(count)}
+    with plants.writing(process.database) as connection:
+        connection.execute("insert into log_index (log_index, rank) values ('integrity-check', 0)")
+
+
+# ---- RELP by hand
+
+
+@attrs.define
+class Sender:
+    """One connection of RELP."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    number: int = 0
+
+    async def ask(self, command: str, data: bytes = b"") -> bytes:
+        """The data of the answer."""
+        self.number += 1
+        tail = b" %b\n" % data if data else b"\n"
+        self.writer.write(b"%d %b %d" % (self.number, command.encode(), len(data)) + tail)
+        return await self.answer()
+
+    async def answer(self) -> bytes:
+        async with asyncio.timeout(PATIENCE):
+            number, command, size = (await self.reader.readuntil(b" "), await self.reader.readuntil(b" "), await self.reader.readuntil())
+            assert (int(number), command) == (self.number, b"rsp ")
+            return size
+
+    @classmethod
+    @asynccontextmanager
+    async def of(cls, port: int) -> AsyncIterator[Sender]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            yield cls(reader, writer)
+        finally:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+
+async def test_relp_answers_when_a_line_is_on_disk_and_repeats_are_stored_once(tmp_path: Path) -> None:
+    relp = free_port()
+    async with listening(tmp_path, relp_port=relp) as site, Sender.of(relp) as sender:
+        token = await site.token()
+        assert (await sender.ask("open", b"relp_version=0\nrelp_software=test\ncommands=syslog")).startswith(b"62 200 OK\n")
+        for _ in range(3):
+            await sender.reader.readline()
+        line = f'<14>1 - - - - - [iiot@32473 token="{token}" id="0123456789abcdef0123456789abcdef"] once'.encode()
+        for _ in range(3):
+            assert await sender.ask("syslog", line) == b"6 200 OK\n"
+            assert plants.rows(site.plant.database, "select message from log_line") == [("once",)]
+        other = line.replace(b"0123456789abcdef0", b"1123456789abcdef0").replace(b"once", b"twice")
+        sender.writer.write(b"".join(b"%d syslog %d %b\n" % (number, len(other), other) for number in (5, 6, 7)))
+        for sender.number in (5, 6, 7):
+            assert await sender.answer() == b"6 200 OK\n"
+        assert [stored["message"] for stored in await site.lines(2)] == ["once", "twice"]
+        assert await sender.ask("close") == b"0\n"
+        assert await sender.reader.read() == b"0 serverclose 0\n"
+
+
+async def test_a_line_of_nobody_is_not_confirmed(tmp_path: Path) -> None:
+    relp = free_port()
+    async with listening(tmp_path, relp_port=relp) as site, Sender.of(relp) as sender:
+        assert (await sender.ask("syslog", b"<14>1 - - - - - - x")).startswith(b"17 500 ")
+        assert (await site.refused(1))[0]["reason"] == "unknown_address"
+        assert (await sender.ask("nonsense")).startswith(b"19 500 ")
+        sender.writer.write(b"GET / HTTP/1.1\r\nHost: press\r\n\r\n and more than the longest head of all frames has")
+        with suppress(ConnectionError):
+            assert await sender.reader.read() == b""
+
+
+async def test_it_is_forgotten_which_lines_came_when_nobody_repeats_them_any_more(tmp_path: Path) -> None:
+    limits = attrs.evolve(iiot.Limits(), repeat_seconds=0.2, retention_seconds=0.05, clock_seconds=0.05)
+    relp = free_port()
+    async with listening(tmp_path, limits, relp_port=relp) as site, Sender.of(relp) as sender:
+        await site.bind("press-1", "127.0.0.1")
+        assert await sender.ask("syslog", b'<14>1 - - - - - [iiot@32473 id="0123456789abcdef0123456789abcdef"] x') == b"6 200 OK\n"
+        async with asyncio.timeout(PATIENCE):
+            while plants.rows(site.plant.database, "select 1 from log_repeat"):
+                await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 import time
@@ -745,3 +746,33 @@ def test_a_hostile_stream_takes_little_time(piece: bytes) -> None:
     for _ in range(20_000):
         framing.feed(piece)
     assert time.process_time() - started < 2.5
+
+
+# ---- RELP
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 999_999_999), st.sampled_from(["syslog", "open", "close"]), st.binary(max_size=120)), max_size=8),
+    st.lists(st.integers(1, 60), min_size=1, max_size=40),
+)
+def test_frames_of_relp_are_found_however_they_are_split(told: list[tuple[int, str, bytes]], sizes: list[int]) -> None:
+    framing, most, found = iiot.RelpFraming(50), 50, list[iiot.RelpFrame]()
+    stream = b"".join(
+        b"%d %b %d%b\n" % (number, command.encode(), len(data), b" " + data if data else b"") for number, command, data in told
+    )
+    at = 0
+    for size in itertools.cycle(sizes):
+        if at >= len(stream):
+            break
+        found += framing.feed(stream[at : at + size])
+        at += size
+    assert found == [
+        iiot.RelpFrame(b"%d" % number, command.encode(), data[:most], cut=len(data) > most) for number, command, data in told
+    ]
+    assert len(framing._held) <= most + iiot.RELP_HEAD_BYTES
+
+
+@pytest.mark.parametrize("text", [b"GET / HTTP/1.1\r\n" + b"x" * 60, b"1 syslog 99999999999 " + b"x" * 60, b"\x16\x03\x01" + b"\0" * 60])
+def test_what_is_no_relp_is_refused(text: bytes) -> None:
+    with pytest.raises(iiot.Invalid):
+        iiot.RelpFraming(50).feed(text)
