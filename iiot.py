@@ -4883,7 +4883,8 @@ class LogLine:
 LINE_TEXT: Final = "message || char(10) || coalesce(logger, '') || char(10) || coalesce(host, '') || char(10) || coalesce(fields, '')"
 # Words by which the index narrows a search: the tenant, the device, and a level of the tenant.
 LINE_WHO: Final = "'t' || tenant_id || ' d' || device_id || ' t' || tenant_id || 'l' || level"
-LISTED_WORD: Final = re.compile(r"(?=.{4,64}\Z)(?:\D*\d){0,4}\D*")  # numbers and the like are found whole, or by how they begin
+# Numbers and the like, hexadecimal ones too, are found whole, or by how they begin: there is no end of them.
+LISTED_WORD: Final = re.compile(r"(?=.{4,64}\Z)(?!(?=\D*\d)[0-9a-f]{6,}\Z)(?:\D*\d){0,4}\D*")
 
 
 class Dictionary:
@@ -7157,8 +7158,8 @@ class Supervisor:
 
 
 class Cleaner:
-    """Deletes what removed devices and tenants left behind, a little at a time. Tenants may be removed from the command line,
-    beside the server: then it is the first to see it, and ends what is under way for them."""
+    """Deletes what removed devices and tenants left behind, and what is too old, a little at a time. Tenants may be removed from the
+    command line, beside the server: then it is the first to see it, and ends what is under way for them."""
 
     def __init__(self, store: Store, registry: Registry, limits: Limits, log_days: int) -> None:
         self._store = store

@@ -189,6 +189,17 @@ async def test_a_part_of_very_many_words_is_refused_in_words(tmp_path: Path) -> 
         assert await found(plant, q="pump*") == await found(plant, q="pumpa") == ["pumpa pumpb pumpc pumpd"]
 
 
+@pytest.mark.parametrize(
+    ("word", "listed"),
+    [
+        ("motor", True), ("überhitzt", True), ("facade", True), ("db2inst1", True), ("plc1234", True), ("x" * 64, True), ("x" * 65, False),
+        ("abc", False), ("12345", False), ("a1b2c3", False), ("deadbeef0", False), ("plc12345", False), ("0a1b2c3d4e5f", False),
+    ],
+)  # fmt: skip
+def test_words_of_which_there_is_no_end_are_not_listed(word: str, listed: bool) -> None:  # noqa: FBT001 - a table
+    assert bool(iiot.LISTED_WORD.fullmatch(word)) == listed
+
+
 async def test_a_page_stays_where_it_is_while_lines_arrive(plant: Plant) -> None:
     device = await plant.device("press-1")
     await ship(device, *(entry(f"line {number}") for number in range(10)))
