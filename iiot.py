@@ -5084,7 +5084,7 @@ class LogReads(Queries):
             return None
         low, high = await self._numbers("log", tenant, wanted.start, wanted.stop)
         return await self._list(
-            f"""select log_line.id position, {LINE_JSON} item from log_index join log_line on log_line.id = log_index.rowid
+            f"""select log_line.id position, {LINE_JSON} item from log_index cross join log_line on log_line.id = log_index.rowid
                 join device on device.id = device_id
                 where log_index match :expression and log_index.rowid > :low and log_index.rowid < :high
                 and log_line.at >= :start and log_line.at < :stop and device.tenant_id = :tenant and name is not null
@@ -5124,7 +5124,7 @@ class LogReads(Queries):
         """Words of a tenant's lines that hold a part. Refusal: bad_query, when there are too many."""
         text = await self._json(
             """select json_group_array(word) from (
-                select log_word.word from log_word_index join log_word on log_word.id = log_word_index.rowid
+                select log_word.word from log_word_index cross join log_word on log_word.id = log_word_index.rowid
                 where log_word_index match :part and tenant_id = :tenant limit :most + 1)""",
             tenant=tenant, part=f'"{part}"', most=self._limits.log_parts,
         )  # fmt: skip
