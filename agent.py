@@ -1149,19 +1149,14 @@ class SpoolFile:
             raise AgentError(f"cannot use {self._path}: {error}") from error
 
     def append(self, data: bytes) -> None:
-        """Write records, on to the disk. OSError; then none of them is in the file."""
+        """Write records, on to the disk. OSError; then a part of them may be there, and the file is to be written anew."""
         with self._lock:
             assert self._file is not None
-            try:
-                self._file.seek(self.size)
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[self._file.write(rest) :]
-                os.fsync(self._file.fileno())
-            except OSError:
-                with suppress(OSError):
-                    self._file.truncate(self.size)
-                raise
+            self._file.seek(self.size)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
             self.size += len(data)
 
     def rewrite(self, records: Iterable[bytes]) -> None:

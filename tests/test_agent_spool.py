@@ -113,6 +113,18 @@ def test_what_is_no_record_is_none(noise: bytes) -> None:
     assert read_back(noise) == []
 
 
+def test_a_number_that_was_given_again_is_nobody_elses() -> None:
+    """As after a broken link, where parts of a refused frame go before one that had their number."""
+    found = agent.Found()
+    for record in (
+        {"frames": [[1, {"a": 1}], [2, {"a": 2}], [3, {"a": 3}]]}, {"number": [1, 5]}, {"number": [2, 6]}, {"number": [3, 7]},
+        {"instead": 1, "frames": [[4, {"a": 4}], [5, {"a": 5}]]}, {"number": [4, 6]}, {"done": [9]},
+    ):  # fmt: skip
+        found.add(record)
+    assert [(frame.key, frame.seq) for frame, _ in found.in_order()] == [(4, 6), (5, 0), (2, 0), (3, 0)]
+    assert found.last_key == 5
+
+
 # ---- a model: whatever happens, each frame is stored once
 
 STEPS = st.lists(
