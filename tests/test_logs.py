@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import functools
 import io
 import json
 import signal
 import sqlite3
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -119,6 +121,46 @@ async def test_acknowledged_lines_survive_kill(process: Process) -> None:
         assert device.welcome["seq"] >= 30
         lines = (await plant.get("/logs?q=many&limit=1000"))["items"]
         assert len(lines) == device.welcome["seq"]
+
+
+async def test_lines_of_a_file_are_stored_once_through_kills_of_agent_and_server(process: Process, tmp_path: Path) -> None:
+    iiot.prepare_database(process.database)
+    admin, file, count = plants.admin_token(process.database), tmp_path / "app.log", 3_000
+    file.touch()
+    await process.start()
+    async with ClientSession() as client:
+        token = await process.plant(client, admin).register("press-1")
+        stored = functools.partial(plants.rows, process.database, "select count(*) from log_line")
+
+        async def agent() -> asyncio.subprocess.Process:
+            return await asyncio.create_subprocess_exec(
+                sys.executable, str(plants.ROOT / "agent.py"), "--url", process.url, "--token", token, "--log-file", str(file),
+                "--spool-file", str(tmp_path / "spool"), "--cursor-file", str(tmp_path / "cursor"), cwd=tmp_path,
+            )  # fmt: skip
+
+        running = await agent()
+        await process.plant(client, admin).until("/iiot/press-1", lambda body: body["connected"])
+        async with asyncio.timeout(6 * PATIENCE):
+            with file.open("a") as lines:
+                for number in range(count):
+                    print(f"ERROR line {number}", file=lines, flush=True)
+                    if number % 50 == 0:
+                        await asyncio.sleep(0)
+                    if number in (count // 3, 2 * count // 3):
+                        while stored()[0][0] < number // 2:
+                            await asyncio.sleep(0.01)
+                        await process.stop(signal.SIGKILL)
+                        running.kill()
+                        await running.wait()
+                        await process.start()
+                        running = await agent()
+            while stored()[0][0] < count:
+                await asyncio.sleep(0.05)
+        running.terminate()
+        await running.wait()
+    messages = [message for (message,) in plants.rows(process.database, "select message from log_line order by id")]
+    assert messages == [f"ERROR line {number}" for number in range(count)]
+    check_index(process.database)
 
 
 async def test_lines_count_for_the_quota_of_points(plant: Plant) -> None:
