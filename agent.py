@@ -47,7 +47,7 @@ import threading
 import time
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import Field, dataclass, field, fields
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
@@ -99,7 +99,8 @@ FIELDS_BYTES: Final = 64 * 1024  # as JSON; larger ones are left out
 FIELD_CHARACTERS: Final = 1_024  # of a text among the fields
 LOG_ENTRIES: Final = 500  # in one frame
 LOG_BYTES: Final = 64 * 1024  # likewise; one line alone may take more, and stays under a quarter of a frame all the same
-LOG_SECONDS: Final = 0.5  # between two looks at a file that has nothing new; its lines of this time go into one frame
+LOG_SECONDS: Final = 0.5  # between two looks at a file that has nothing new; the lines of this time go into one frame
+JOURNAL_BYTES: Final = 1024 * 1024  # of an entry of the journal; a larger one is left out
 PIECE_BYTES: Final = 64 * 1024  # that are read of a file at once
 LINE_BYTES: Final = 4 * MESSAGE_MOST + 4  # of a line that are kept in memory: one character more than a message has, in its longest form
 HEAD_BYTES: Final = 1_024  # a file is known again by its first bytes
@@ -237,6 +238,7 @@ class Options:
         "send the lines that are appended to this file; may be given several times (in the variable with : between the names). "
         "The agent follows a rename; where a file is copied and then emptied (copytruncate), lines can be lost",
     )
+    journal: bool = setting(False, "send the lines of the system's journal, as journalctl tells them, from the first start on")
     cursor_file: str = setting("", "where the agent keeps how far it has sent the logs (NAME.cursors.json in this folder)")
     replay: str = setting("", "send a recorded CSV instead: first column a time, the rest metrics; comma, semicolon or tab")
     speed: float = setting(
@@ -280,6 +282,7 @@ ITEM_PATH: Final = re.compile(r"(?:samples|entries)\[([0-9]{1,9})\](?:\.values\.
 LEVELS: Final[Mapping[str, int]] = MappingProxyType(
     {"debug": 10, "info": 20, "notice": 25, "warning": 30, "error": 40, "critical": 50},
 )
+PRIORITIES: Final = ("critical", "critical", "critical", "error", "warning", "notice", "info", "debug")  # of the journal, 0 to 7
 CUT: Final = "… (cut)"
 LEVEL_WORDS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -360,6 +363,31 @@ def log_entry(level: str, message: str, ts: int, logger: str = "", fields: Mappi
     if kept and len(encode(kept)) <= FIELDS_BYTES:
         entry["fields"] = kept
     return entry
+
+
+def journal_text(value: object) -> str:
+    """A field of an entry of the journal: a text, a list of its bytes where it is none of UTF-8, or a list of several such."""
+    if isinstance(value, list) and value:
+        if all(type(byte) is int and 0 <= byte < 256 for byte in value):
+            return bytes(value).decode(errors="backslashreplace")
+        return journal_text(value[0])
+    return value if isinstance(value, str) else ""
+
+
+def journal_entry(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A line of the journal; none for an entry without a message."""
+    message = journal_text(content.get("MESSAGE")).strip("\n")
+    if not message.strip():
+        return None
+    priority, moment = journal_text(content.get("PRIORITY")), journal_text(content.get("__REALTIME_TIMESTAMP"))
+    level = PRIORITIES[int(priority)] if re.fullmatch("[0-7]", priority) else "info"
+    fields: dict[str, Value] = {}
+    if re.fullmatch("[0-9]{1,10}", pid := journal_text(content.get("_PID"))):
+        fields["pid"] = int(pid)
+    if unit := journal_text(content.get("_SYSTEMD_UNIT")):
+        fields["unit"] = unit
+    logger = journal_text(content.get("SYSLOG_IDENTIFIER")) or journal_text(content.get("_COMM"))
+    return log_entry(level, message, int(moment) // 1000 if re.fullmatch("[0-9]{1,18}", moment) else now_ms(), logger, fields)
 
 
 def wanted_level(document: object) -> object:
@@ -1723,9 +1751,16 @@ class LogFrames:
         self._entries: list[dict[str, Any]] = []
         self._bytes = 0
         self._position: dict[str, Any] | None = None
+        self._since = 0.0  # when the first of what waits came
+
+    def patience(self) -> float | None:
+        """For how many seconds what waits may wait for more; none where nothing waits."""
+        return None if self._position is None else max(0.0, self._since + LOG_SECONDS - time.monotonic())
 
     async def add(self, entry: dict[str, Any] | None, position: dict[str, Any]) -> None:
         """Take a line, or none, and how far its source was read with it; a full frame is put."""
+        if self._position is None:
+            self._since = time.monotonic()
         self._position = position
         if entry is not None and self._level.takes(entry["level"]):
             self._entries.append(entry)
@@ -1947,6 +1982,78 @@ class LogFile:
                     await self._frames.add(None, position)
                 await self._frames.put()
                 await asyncio.sleep(LOG_SECONDS)
+
+
+class Journal:
+    """Sends the lines of the system's journal. A child tells them; when it ends, the next one goes on behind the last line."""
+
+    def __init__(self, frames: LogFrames, position: Mapping[str, Any] | None) -> None:
+        self._frames = frames
+        self._cursor = str(position.get("cursor", "")) if position else ""
+
+    async def run(self) -> None:
+        attempt = 0
+        while True:
+            started = time.monotonic()
+            reason = await self._follow()
+            attempt = 0 if time.monotonic() - started > RETRY_SECONDS else attempt + 1
+            pause = backoff(attempt, RETRY_SECONDS, 1.0)
+            log.warning("journalctl ended: %s; it is started again in %.1f s", reason, pause)
+            await asyncio.sleep(pause)
+
+    async def _follow(self) -> str:
+        """Run journalctl until it ends; why it did. Without --all it would tell no long message."""
+        start = ("--no-tail", f"--after-cursor={self._cursor}") if self._cursor else ("--lines=0",)
+        with tempfile.TemporaryFile() as said:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    "journalctl", "-o", "json", "--all", "--follow", *start,
+                    stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=said,
+                )  # fmt: skip
+            except OSError as error:
+                return f"it cannot be started ({error.strerror})"
+            try:
+                assert process.stdout is not None
+                await self._read(process.stdout)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(CLOSE_SECONDS):
+                        await process.wait()
+            finally:
+                if process.returncode is None:
+                    with suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
+            said.seek(0)
+            return said.read()[-MESSAGE_CHARACTERS:].decode(errors="replace").strip() or f"exit code {process.returncode}"
+
+    async def _read(self, told: asyncio.StreamReader) -> None:
+        """Take what the child tells, until it tells no more. A piece of an entry at its end is read again from the next one."""
+        rest, too_long, ended = b"", False, False
+        while not ended:
+            data = b""
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._frames.patience()):
+                    data = await told.read(PIECE_BYTES)
+                    ended = not data
+            *entries, rest = (rest + data).split(b"\n")
+            for entry in entries:  # the end of one that was too long is no JSON
+                await self._take(entry)
+            too_long = too_long and not entries
+            if len(rest) > JOURNAL_BYTES:
+                log.warning("an entry of the journal is left out: it is longer than %d bytes", JOURNAL_BYTES)
+                too_long = True
+            rest = b"" if too_long else rest
+            if self._frames.patience() == 0 or ended:
+                await self._frames.put()
+
+    async def _take(self, text: bytes) -> None:
+        try:
+            content = json.loads(text)
+            cursor = content["__CURSOR"]
+        except (ValueError, KeyError, TypeError):  # what journalctl says besides, such as `-- No entries --`
+            return
+        self._cursor = journal_text(cursor)
+        await self._frames.add(journal_entry(content), {"cursor": self._cursor})
 
 
 # ==== Link ====
@@ -2182,14 +2289,14 @@ class Agent:
         self._applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
         self._ledger = Ledger(SpoolFile(Path(options.spool_file)), options.spool_bytes) if options.spool_file else None
         self._spool = Spool(options.spool, self._ledger)
-        for flag, given in (("--log-file", options.log_file), ("--spool-file", options.spool_file)):
-            if options.replay and given:
-                raise AgentError(f"--replay sends a recording alone; leave out {flag}")
+        for name in ("log_file", "journal", "spool_file"):
+            if options.replay and getattr(options, name):
+                raise AgentError(f"--replay sends a recording alone; leave out --{name.replace('_', '-')}")
         self._replay = Replay(options, self._spool) if options.replay else None
         self._refusals = Refusals(self._spool, self._replay.recording.losses if self._replay else None)
         self._config_version, self._config_document = self._applied.read()
         self._cursors = Cursors(Path(options.cursor_file or f"{self._name}.cursors.json"))
-        if options.log_file:
+        if options.log_file or options.journal:
             self._cursors.read()
         self._spool.load(self._cursors)
         self._level = Level()
@@ -2214,11 +2321,7 @@ class Agent:
     async def run(self) -> None:
         """Until the recording is delivered, or for ever. AgentError when the server refuses the device."""
         source = self._replay.run() if self._replay else self._observe()
-        steps = {"source": source, "link": self._stay_connected(), "configure": self._apply_configs()}
-        for path in dict.fromkeys(self._options.log_file):
-            steps[path] = self._log_file(path).run()
-        if self._options.log_file:
-            steps["cursors"] = self._cursors.keep()
+        steps = {"source": source, "link": self._stay_connected(), "configure": self._apply_configs(), **self._log_sources()}
         if self._ledger is not None:
             steps["spool"] = self._ledger.keep(self._spool.size, functools.partial(self._spool.records, self._cursors))
         tasks = [asyncio.create_task(step, name=name) for name, step in steps.items()]
@@ -2234,10 +2337,20 @@ class Agent:
             if isinstance(outcome, Exception):
                 raise outcome
 
-    def _log_file(self, path: str) -> LogFile:
-        source = f"file:{Path(path).absolute()}"
-        frames = LogFrames(source, self._spool, self._level, self._cursors)
-        return LogFile(path, frames, self._cursors.position(source))
+    def _log_sources(self) -> dict[str, Coroutine[Any, Any, None]]:
+        """What reads lines of logs, and what keeps how far they are read."""
+        steps: dict[str, Coroutine[Any, Any, None]] = {}
+        for path in dict.fromkeys(self._options.log_file):
+            source = f"file:{Path(path).absolute()}"
+            steps[source] = LogFile(path, self._frames(source), self._cursors.position(source)).run()
+        if self._options.journal:
+            steps["journal"] = Journal(self._frames("journal"), self._cursors.position("journal")).run()
+        if steps:
+            steps["cursors"] = self._cursors.keep()
+        return steps
+
+    def _frames(self, source: str) -> LogFrames:
+        return LogFrames(source, self._spool, self._level, self._cursors)
 
     async def _observe(self) -> None:
         """A reading now, at every interval, and when the server asks."""
@@ -2471,9 +2584,18 @@ class Agent:
 # Owns: arguments, variables of the environment, what is printed where: progress and logs go to standard error.
 
 
+SWITCHES: Final[Mapping[str, bool]] = MappingProxyType(
+    {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("", "0", "false", "no", "off"), False)},
+)
+
+
 def parse_option(option: Field[Any], text: str) -> Any:
     """An option's value. ArgumentTypeError, which argparse shows with the flag's name."""
     kind: Callable[[str], Any] = type(option.default)
+    if kind is bool:
+        if text.lower() not in SWITCHES:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        return SWITCHES[text.lower()]
     try:
         value = kind(text)
     except ValueError:
@@ -2507,10 +2629,12 @@ def make_parser() -> argparse.ArgumentParser:
                 default = parse_option(option, os.environ[variable])
             except argparse.ArgumentTypeError as error:
                 parser.error(f"{variable}: {error}")
-        shown = f" ({option.default})" if str(option.default) not in ("", "0.0") else ""
+        shown = f" ({option.default})" if str(option.default) not in ("", "0.0", "False") else ""
         flag, text = f"--{option.name.replace('_', '-')}", (option.metadata["help"] + shown).replace("%", "%%")
         if isinstance(option.default, Paths):
             parser.add_argument(flag, action=Repeated, default=default, help=text)
+        elif isinstance(option.default, bool):
+            parser.add_argument(flag, action="store_true", default=default, help=text)
         else:
             parser.add_argument(flag, type=functools.partial(parse_option, option), default=default, help=text)
     return parser
