@@ -67,6 +67,7 @@ VERSION: Final = "0.1.0"
 Value = bool | float | int | str
 
 log = logging.getLogger("iiot")
+shipping = logging.getLogger("iiot.shipping")  # what is logged because lines are sent; it is not sent itself
 
 
 # ==== Limits and options ====
@@ -107,6 +108,7 @@ HEAD_BYTES: Final = 1_024  # a file is known again by its first bytes
 PARTIAL_SECONDS: Final = 5.0  # for the end of a line
 ROTATED_SECONDS: Final = 2.0  # after a file was rotated, and since its last line: its writer is told a little later
 CURSOR_SECONDS: Final = 1.0  # between two writes of the cursor file
+OWN_LINES: Final = 1_000  # of the agent's own log that wait for room; beyond this the oldest are lost, and counted
 LOG_SPOOL_BYTES: Final = 1024 * 1024  # of lines that are read and not acknowledged; the others stay where they are
 
 # A spool on the disk.
@@ -239,6 +241,7 @@ class Options:
         "The agent follows a rename; where a file is copied and then emptied (copytruncate), lines can be lost",
     )
     journal: bool = setting(False, "send the lines of the system's journal, as journalctl tells them, from the first start on")
+    own_log: bool = setting(False, "send what the agent itself logs")
     cursor_file: str = setting("", "where the agent keeps how far it has sent the logs (NAME.cursors.json in this folder)")
     replay: str = setting("", "send a recorded CSV instead: first column a time, the rest metrics; comma, semicolon or tab")
     speed: float = setting(
@@ -335,6 +338,11 @@ def is_final(code: str, close: int | None, *, welcomed: bool) -> bool:
     if code:
         return code in FINAL_CODES or (not welcomed and code in FINAL_FIRST_CODES)
     return close in (CLOSE_UNAUTHORIZED, CLOSE_FORBIDDEN) or (not welcomed and close == CLOSE_BAD_HANDSHAKE)
+
+
+def level_numbered(number: int) -> str:
+    """The level of a record of Python's logging."""
+    return max((level for level in LEVELS if LEVELS[level] <= number), key=LEVELS.__getitem__, default="debug")
 
 
 def level_of(line: str) -> str:
@@ -1743,7 +1751,7 @@ class Level:
 class LogFrames:
     """Makes frames of the lines of one source, in their order. Lines below the level that is wanted are left out."""
 
-    def __init__(self, source: str, spool: Spool, level: Level, cursors: Cursors) -> None:
+    def __init__(self, source: str, spool: Spool, level: Level, cursors: Cursors | None) -> None:
         self._source = source
         self._spool = spool
         self._level = level
@@ -1774,11 +1782,11 @@ class LogFrames:
             return
         if self._entries:
             await self._spool.room_for_lines()
-        cursor = self._cursors.move(self._source, self._position)
+        cursor = self._cursors.move(self._source, self._position) if self._cursors is not None else None
         entries, self._entries, self._bytes, self._position = self._entries, [], 0, None
         if entries:
             await self._spool.put({"type": "log", "entries": entries}, cursor=cursor)
-        else:
+        elif cursor is not None:
             cursor.release()
 
 
@@ -1987,8 +1995,9 @@ class LogFile:
 class Journal:
     """Sends the lines of the system's journal. A child tells them; when it ends, the next one goes on behind the last line."""
 
-    def __init__(self, frames: LogFrames, position: Mapping[str, Any] | None) -> None:
+    def __init__(self, frames: LogFrames, position: Mapping[str, Any] | None, without: int = 0) -> None:
         self._frames = frames
+        self._without = without  # a process whose lines come another way
         self._cursor = str(position.get("cursor", "")) if position else ""
 
     async def run(self) -> None:
@@ -2053,7 +2062,67 @@ class Journal:
         except (ValueError, KeyError, TypeError):  # what journalctl says besides, such as `-- No entries --`
             return
         self._cursor = journal_text(cursor)
-        await self._frames.add(journal_entry(content), {"cursor": self._cursor})
+        entry = journal_entry(content)
+        if entry is not None and self._without and entry.get("fields", {}).get("pid") == self._without:
+            entry = None
+        await self._frames.add(entry, {"cursor": self._cursor})
+
+
+class OwnLog(logging.Handler):
+    """Sends what the agent itself logs. What is logged because lines are sent is not among it: there would be no end to it."""
+
+    def __init__(self, frames: LogFrames) -> None:
+        super().__init__()
+        self._frames = frames
+        self._entries: deque[dict[str, Any]] = deque()
+        self._lost = 0
+        self._loop = asyncio.get_running_loop()
+        self._came = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record, in whatever thread it was made."""
+        if record.name != shipping.name:
+            text = redacted(self.format(record)).strip()
+            self._entries.append(log_entry(level_numbered(record.levelno), text, round(record.created * 1000), record.name))
+            if len(self._entries) > OWN_LINES:
+                self._entries.popleft()
+                self._lost += 1
+            self._loop.call_soon_threadsafe(self._came.set)
+
+    async def run(self) -> None:
+        logging.getLogger().addHandler(self)
+        try:
+            while True:
+                await self._came.wait()
+                await asyncio.sleep(LOG_SECONDS)
+                self._came.clear()
+                await self._send()
+        finally:
+            logging.getLogger().removeHandler(self)
+
+    async def _send(self) -> None:
+        while self._entries:
+            if self._lost:
+                lost, self._lost = self._lost, 0
+                await self._frames.add(log_entry("warning", f"{lost} lines of this log are lost", now_ms(), log.name), {})
+            await self._frames.add(self._entries.popleft(), {})
+        await self._frames.put()
+
+
+def log_steps(options: Options, spool: Spool, level: Level, cursors: Cursors) -> dict[str, Coroutine[Any, Any, None]]:
+    """What reads lines of logs, by its source, and what keeps how far they are read."""
+    steps: dict[str, Coroutine[Any, Any, None]] = {}
+    for path in dict.fromkeys(options.log_file):
+        source = f"file:{Path(path).absolute()}"
+        steps[source] = LogFile(path, LogFrames(source, spool, level, cursors), cursors.position(source)).run()
+    if options.journal:
+        frames = LogFrames("journal", spool, level, cursors)
+        steps["journal"] = Journal(frames, cursors.position("journal"), os.getpid() if options.own_log else 0).run()
+    if steps:
+        steps["cursors"] = cursors.keep()
+    if options.own_log:
+        steps["own log"] = OwnLog(LogFrames("own log", spool, level, None)).run()
+    return steps
 
 
 # ==== Link ====
@@ -2231,7 +2300,7 @@ class Refusals:
     async def take(self, frame: Outgoing | None, error: dict[str, Any]) -> None:
         """A frame was refused: what may be good in it is sent again, next. What is refused alone is lost."""
         if frame is None:
-            log.warning("the server refused frame %s after it had acknowledged it: %s", error.get("seq"), error.get("message"))
+            shipping.warning("the server refused frame %s after it had acknowledged it: %s", error.get("seq"), error.get("message"))
             return
         lost: Outgoing | None
         parts: list[Outgoing] = []
@@ -2266,7 +2335,7 @@ class Refusals:
             for line in frame.lines:
                 self._losses.add(line, f"{shown(metrics[0])}: {why}" if len(metrics) == 1 else why)
         else:
-            log.warning("lost a frame of %s: %s", frame.kind, why)
+            (shipping if frame.kind == "log" else log).warning("lost a frame of %s: %s", frame.kind, why)
 
     async def send_smaller(self) -> None:
         """The server, or a proxy before it, does not take frames of this size."""
@@ -2289,7 +2358,7 @@ class Agent:
         self._applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
         self._ledger = Ledger(SpoolFile(Path(options.spool_file)), options.spool_bytes) if options.spool_file else None
         self._spool = Spool(options.spool, self._ledger)
-        for name in ("log_file", "journal", "spool_file"):
+        for name in ("log_file", "journal", "own_log", "spool_file"):
             if options.replay and getattr(options, name):
                 raise AgentError(f"--replay sends a recording alone; leave out --{name.replace('_', '-')}")
         self._replay = Replay(options, self._spool) if options.replay else None
@@ -2321,7 +2390,8 @@ class Agent:
     async def run(self) -> None:
         """Until the recording is delivered, or for ever. AgentError when the server refuses the device."""
         source = self._replay.run() if self._replay else self._observe()
-        steps = {"source": source, "link": self._stay_connected(), "configure": self._apply_configs(), **self._log_sources()}
+        log_sources = log_steps(self._options, self._spool, self._level, self._cursors)
+        steps = {"source": source, "link": self._stay_connected(), "configure": self._apply_configs(), **log_sources}
         if self._ledger is not None:
             steps["spool"] = self._ledger.keep(self._spool.size, functools.partial(self._spool.records, self._cursors))
         tasks = [asyncio.create_task(step, name=name) for name, step in steps.items()]
@@ -2336,21 +2406,6 @@ class Agent:
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
-
-    def _log_sources(self) -> dict[str, Coroutine[Any, Any, None]]:
-        """What reads lines of logs, and what keeps how far they are read."""
-        steps: dict[str, Coroutine[Any, Any, None]] = {}
-        for path in dict.fromkeys(self._options.log_file):
-            source = f"file:{Path(path).absolute()}"
-            steps[source] = LogFile(path, self._frames(source), self._cursors.position(source)).run()
-        if self._options.journal:
-            steps["journal"] = Journal(self._frames("journal"), self._cursors.position("journal")).run()
-        if steps:
-            steps["cursors"] = self._cursors.keep()
-        return steps
-
-    def _frames(self, source: str) -> LogFrames:
-        return LogFrames(source, self._spool, self._level, self._cursors)
 
     async def _observe(self) -> None:
         """A reading now, at every interval, and when the server asks."""
@@ -2572,7 +2627,8 @@ class Agent:
         elif frame["type"] == "config":
             self._want(frame)
         elif frame["type"] == "throttled":
-            log.warning("the server takes no more for %.0f s: %s is used up", frame["retry_after"], frame["limit"])
+            told = shipping if "log" in frame["limit"] else log
+            told.warning("the server takes no more for %.0f s: %s is used up", frame["retry_after"], frame["limit"])
             self._held_until = time.monotonic() + min(frame["retry_after"], HELD_SECONDS)
             self._answered = time.monotonic() + frame["retry_after"]
         elif frame["type"] == "report":
