@@ -240,6 +240,8 @@ class Limits:
     log_weight: int = 32
     # Words of a tenant's logs that hold a part that was asked for, and words that are known to be in the database already.
     log_parts: int = 300
+    # Devices that a search names to the index, each of which it opens apart.
+    log_devices: int = 200
     log_words_known: int = 200_000
     # Documents of state and configuration: read by people, and kept whole for every change.
     document_bytes: int = 64 * 1024
@@ -5088,9 +5090,9 @@ class LogReads(Queries):
                 join device on device.id = device_id
                 where log_index match :expression and log_index.rowid > :low and log_index.rowid < :high
                 and log_line.at >= :start and log_line.at < :stop and device.tenant_id = :tenant and name is not null
-                order by log_index.rowid {order}""",
-            limit, tenant=tenant, expression=await self._expression(tenant, wanted, devices), low=max(low, above), high=min(high, below),
-            start=wanted.start, stop=wanted.stop,
+                and (:match is null or name glob :match) order by log_index.rowid {order}""",
+            limit, tenant=tenant, match=wanted.match, expression=await self._expression(tenant, wanted, devices), low=max(low, above),
+            high=min(high, below), start=wanted.start, stop=wanted.stop,
         )  # fmt: skip
 
     async def newest(self) -> int:
@@ -5113,7 +5115,8 @@ class LogReads(Queries):
         """What the index is asked for."""
         levels = " OR ".join(f'"t{tenant}l{number}"' for name, number in LEVELS.items() if number <= LEVELS[wanted.level])
         names = [f'"d{device}"' for device in devices or ()] or ['"none"']
-        who = f'"t{tenant}"' if devices is None else f"({' OR '.join(names)})"
+        is_any = devices is None or len(devices) > self._limits.log_devices  # then the names of the lines' devices are looked at
+        who = f'"t{tenant}"' if is_any else f"({' OR '.join(names)})"
         narrowed = who if wanted.level == "debug" else f"{who} AND ({levels})"
         if wanted.search is None:
             return f"{{who}} : ({narrowed})"
@@ -8752,7 +8755,9 @@ async def follow_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> 
             while not services.registry.closing.is_set():
                 ring = services.store.writer.log_news.next(tenant)
                 text = await logs.newer_lines(tenant, wanted, limits.page_most, last)
-                lines = orjson.loads(text or '{"items": []}')["items"]
+                if text is None:  # its device was removed
+                    break
+                lines = orjson.loads(text)["items"]
                 last = lines[-1]["id"] if lines else last
                 if not lines:
                     await asyncio.wait((ring,), timeout=limits.feed_seconds)

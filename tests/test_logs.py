@@ -208,6 +208,29 @@ async def test_a_search_finds_what_an_engineer_means(logged: Plant, query: dict[
     assert await found(logged, **query) == [LINES[number][2] for number in expected]
 
 
+async def test_names_of_more_devices_than_the_index_is_told_of_are_looked_at(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), log_devices=1)) as plant:
+        for name in ("press-1", "press-2", "pump-1"):
+            await ship(await plant.device(name), entry(f"of {name}"))
+        assert await found(plant, match="press-*") == ["of press-2", "of press-1"]
+        assert await found(plant, match="press-*", q="of") == ["of press-2", "of press-1"]
+        assert await found(plant, match="pump-*") == ["of pump-1"]
+
+
+async def test_who_follows_a_device_that_is_removed_comes_to_an_end(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    async with plant.client.get(
+        f"{plant.url}/iiot/press-1/logs?follow=1&format=text", headers={"Authorization": f"Bearer {plant.token}"}
+    ) as response:
+        await ship(device, entry("last"))
+        assert await next_line(response.content) == "last"
+        other = await plant.device("press-2")
+        assert (await plant.ask("DELETE", "/iiot/press-1"))[0] == 204
+        await ship(other, entry("of another"))
+        async with asyncio.timeout(PATIENCE):
+            assert (await response.content.read()).strip() == b""
+
+
 async def test_a_search_of_one_device_finds_its_lines_alone(logged: Plant) -> None:
     assert await found(logged, "/iiot/press-1/logs", q="motor") == [LINES[0][2]]
     assert await found(logged, "/iiot/press-2/logs", level="info") == [LINES[2][2]]
