@@ -8089,8 +8089,8 @@ class SyslogListener:
             data, address = await self._waiting.get()
             try:
                 await self._take(cut_frame(data, self._limits.syslog_bytes), address, patient=False)
-            except Refusal as refusal:
-                self._services.turned_away.add(address, refusal.fault.code)
+            except (Refusal, sqlite3.Error) as error:  # whose it is cannot be looked up
+                self._services.turned_away.add(address, error.fault.code if isinstance(error, Refusal) else "storage_unavailable")
 
     def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, relp: bool = False) -> None:
         address = str((writer.get_extra_info("peername") or ("unknown",))[0])
@@ -8111,8 +8111,8 @@ class SyslogListener:
             log.warning("what %s sends %s", address, error)
         except (OSError, TimeoutError) as error:  # it broke off; or nothing can be stored, and its sender keeps what it has not sent
             log.debug("a stream of syslog from %s ended: %s", address, type(error).__name__)
-        except Refusal as refusal:
-            log.warning("a stream of syslog from %s was closed: %s", address, refusal.fault.message)
+        except (Refusal, sqlite3.Error) as error:
+            log.warning("a stream of syslog from %s was closed: %s", address, error)
         finally:
             writer.transport.abort()
 
@@ -8158,7 +8158,7 @@ class SyslogListener:
             return False
         use = services.registry.use_of(sender, default_quotas(services.settings))
         share = services.store.allowances.shares.of(sender.tenant_id)
-        if not patient and (share.full or use.rest(now)):
+        if not patient and (share.crowded or use.rest(now)):
             services.turned_away.add(address, "points_per_day" if use.rest(now) else "too_fast")
             return False
         while rest := use.rest(now_ms()):  # noqa: ASYNC110 - nothing happens when a day begins

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -447,6 +448,21 @@ async def test_a_stream_waits_while_nothing_can_be_stored_and_loses_nothing(tmp_
         page = await site.plant.until("/logs?limit=1000", lambda body: body["items"][:1] and body["items"][0]["message"] == "line 1999")
         assert [line["message"] for line in page["items"]] == [f"line {n}" for n in range(1_999, 999, -1)]
         assert plants.rows(site.plant.database, "select count(*) from log_line") == [(2_000,)]
+
+
+async def test_datagrams_wait_for_nothing_while_streams_do(site: Site) -> None:
+    """Whoever takes them for all senders would give up when the storage does, and end the server."""
+    await site.bind("press-1", "127.0.0.1")
+    site.udp(b"<14>Jan  1 00:00:00 host app: before")
+    await site.lines(1)
+    with locked(site.plant.database):
+        (share,) = [thing for thing in gc.get_objects() if isinstance(thing, iiot.Share) and thing.weight == 0 and thing._last > 1]
+        share._storing.append(asyncio.get_running_loop().create_future())
+        share.add(share._pace.each // 2)
+        share.add(1)
+        assert (share.crowded, share.full) == (True, False)
+        site.udp(b"<14>Jan  1 00:00:00 host app: meanwhile")
+        assert (await site.refused(1))[0]["reason"] == "too_fast"
 
 
 async def test_streams_are_bounded_in_number(tmp_path: Path) -> None:
