@@ -238,10 +238,10 @@ class Limits:
     # are indexed.
     log_characters: int = 16 * 1024
     log_weight: int = 32
-    # Words of a tenant's logs that hold a part that was asked for, and words that are known to be in the database already.
+    # Words of a tenant's logs that hold a part that was asked for; and devices that a search names: the index opens each apart.
     log_parts: int = 300
-    # Devices that a search names to the index, each of which it opens apart.
     log_devices: int = 200
+    # Words of logs that are known to be in the database already, of all tenants.
     log_words_known: int = 200_000
     # Documents of state and configuration: read by people, and kept whole for every change.
     document_bytes: int = 64 * 1024
@@ -391,6 +391,7 @@ class Limits:
     # A line that its sender repeats is stored once, if the first one is no older than this; after a start, since when its sender
     # may not have been able to repeat it, for as long again.
     repeat_seconds: float = 3_600.0
+    # Addresses and log tokens of a device.
     sources: int = 100
     log_tokens: int = 10
     # A search of logs. Each of its words costs a look into the index, or as many as words contain it. FTS5 reads parentheses with a
@@ -3445,6 +3446,10 @@ class TenantBells:
         """Done at the next ring. Whoever looks for something takes it before the look."""
         return self._rings.setdefault(tenant_id, asyncio.get_running_loop().create_future())
 
+    def __bool__(self) -> bool:
+        """Whether somebody listens."""
+        return bool(self._rings)
+
     def ring(self, tenant_id: int) -> None:
         if tenant_id in self._rings:
             self._rings.pop(tenant_id).set_result(None)
@@ -3689,6 +3694,11 @@ class ProvisioningKey:
     usable: bool
 
 
+# Which device it is, and what its tenant may use: the fields of `DeviceToken` after the secret.
+HOLDER_COLUMNS: Final = """device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
+    coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)"""
+
+
 class TokenReads:
     """Look-ups by the id part of a token or key; whether its secret is right the caller must find out. They are short, and have
     readers of their own: slow queries are kept from delaying them."""
@@ -3698,9 +3708,8 @@ class TokenReads:
 
     async def device(self, token_id: str) -> DeviceToken | None:
         row = await self._readers.row(
-            """select device_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
-                      coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)
-               from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
+            f"""select device_token.id, secret_hash, {HOLDER_COLUMNS}
+                from device_token join device on device.id = device_id join tenant on tenant.id = tenant_id where device_token.id = :id""",
             {"id": token_id, "day": now_ms() // DAY},
         )
         return None if row is None else DeviceToken(*row)
@@ -3708,10 +3717,9 @@ class TokenReads:
     async def log_sender(self, token_id: str) -> DeviceToken | None:
         """Whose lines are those that show a log token."""
         row = await self._readers.row(
-            """select log_token.id, secret_hash, device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
-                      coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)
-               from log_token join device on device.id = device_id join tenant on tenant.id = tenant_id
-               where log_token.id = :id and disabled = 0""",
+            f"""select log_token.id, secret_hash, {HOLDER_COLUMNS}
+                from log_token join device on device.id = device_id join tenant on tenant.id = tenant_id
+                where log_token.id = :id and disabled = 0""",
             {"id": token_id, "day": now_ms() // DAY},
         )
         return None if row is None else DeviceToken(*row)
@@ -3719,10 +3727,8 @@ class TokenReads:
     async def log_sources(self) -> list[tuple[str, DeviceToken]]:
         """Whose lines are those that come from an address: (network, device), for all tenants."""
         row = await self._readers.row(
-            """select json_group_array(json_array(
-                      network, device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
-                      coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)))
-               from syslog_source cross join device on device.id = device_id join tenant on tenant.id = tenant_id where disabled = 0""",
+            f"""select json_group_array(json_array(network, {HOLDER_COLUMNS}))
+                from syslog_source cross join device on device.id = device_id join tenant on tenant.id = tenant_id where disabled = 0""",
             {"day": now_ms() // DAY},
         )
         return [(network, DeviceToken("", b"", *rest)) for network, *rest in orjson.loads(row[0] if row else "[]")]
@@ -6755,7 +6761,7 @@ class News:
         self._committed = store.writer.news
         self._limits = limits
         self._feeds: dict[int, set[Subscription]] = {}
-        self._rings: dict[int, asyncio.Future[None]] = {}
+        self._rings = TenantBells()
         self._watching = asyncio.Event()  # set while what happens is told; nobody looks while nobody waits
 
     async def watching(self) -> None:
@@ -6783,12 +6789,11 @@ class News:
         """Done when something may have happened in the tenant. Whoever looks for something takes it before the look."""
         if not self._watching.is_set():
             self._committed.ring()
-        return self._rings.setdefault(tenant, asyncio.get_running_loop().create_future())
+        return self._rings.next(tenant)
 
     def wake_all(self) -> None:
         """The server stops."""
-        for tenant in list(self._rings):
-            self._rings.pop(tenant).set_result(None)
+        self._rings.ring_all()
         for feeds in self._feeds.values():
             for feed in feeds:
                 feed.ring.set()
@@ -6810,8 +6815,7 @@ class News:
             return None
         if last is None:
             last = await self._read.newest()
-            for tenant in list(self._rings):  # what they wait for may have happened before
-                self._rings.pop(tenant).set_result(None)
+            self._rings.ring_all()  # what they wait for may have happened before
             self._watching.set()
         while events := await self._read.after(last, self._limits.feed_events):
             for tenant, number, kind, text in events:
@@ -6819,8 +6823,7 @@ class News:
                     lines = event_lines(number, kind, text)
                     for feed in feeds:
                         feed.add(number, lines)
-                if tenant in self._rings:
-                    self._rings.pop(tenant).set_result(None)
+                self._rings.ring(tenant)
             last = events[-1][1]
         return last
 
@@ -8005,7 +8008,6 @@ class RelpStream:
         self._most = most
         self._waiting: deque[bytes] = deque()
         self._handed_over = 0
-        self._answered = 0
 
     def hand_over(self, number: bytes) -> tuple[int, int]:
         """A message goes to the writer; the mark by which its commit is told."""
@@ -8014,11 +8016,8 @@ class RelpStream:
         return self._handed_over, self._handed_over
 
     def committed(self, mark: tuple[int, int]) -> None:
-        answers = []
-        while self._answered < mark[1]:
-            answers.append(b"%b rsp 6 200 OK\n" % self._waiting.popleft())
-            self._answered += 1
-        self._send(b"".join(answers))
+        answered = len(self._waiting) - (self._handed_over - mark[1])
+        self._send(b"".join([b"%b rsp 6 200 OK\n" % self._waiting.popleft() for _ in range(answered)]))
 
     def refused(self, code: str, seq: int) -> None:
         """Nothing of it is refused there."""
@@ -8726,30 +8725,38 @@ async def wait_for_turn(services: Services, tenant_id: int | None) -> None:
 
 
 async def stream_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> web.StreamResponse:
-    """All lines that are wanted, newest first; with `limit` so many."""
-    logs, limits, rest = call.services.store.read.logs, call.services.limits, call.query.limit
-    last: int | None = call.version_after()
+    """All lines that are wanted, newest first; with `limit` so many. Refusal: bad_query, not_found."""
+    logs, limits = call.services.store.read.logs, call.services.limits
+    rest = None if call.query.limit is None else call.page()
+    text = await logs.lines(call.tenant, wanted, rest or limits.page_most, call.version_after())
+    if text is None:
+        raise Refusal("not_found")
     async with streaming(call, shown.content_type) as response:
         if shown.header:
             await response.write(shown.header)
-        while last is not None and rest != 0:
-            text = await logs.lines(call.tenant, wanted, limits.page_most if rest is None else rest, last)
-            page = orjson.loads(text or '{"items": [], "next": null}')
-            last, rest = page["next"], None if rest is None else rest - len(page["items"])
+        while text is not None:
+            page = orjson.loads(text)
             async with asyncio.timeout(limits.stall_seconds):
                 await response.write(b"".join(map(shown.write, page["items"])))
+            rest = None if rest is None else rest - len(page["items"])
+            if page["next"] is None or rest == 0:
+                break
             await wait_for_turn(call.services, call.tenant)
+            text = await logs.lines(call.tenant, wanted, rest or limits.page_most, page["next"])
     return response
 
 
 async def follow_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> web.StreamResponse:
-    """The newest lines, `limit` of them, then those that come, as they are committed; an empty line where there is none for a while."""
+    """The newest lines, `limit` of them, then those that come, as they are committed; an empty line where there is none for a while.
+    Refusal: bad_query, not_found, too_many_feeds."""
     services, logs, limits, tenant = call.services, call.services.store.read.logs, call.services.limits, call.tenant
     last = await logs.newest()
     text = await logs.lines(tenant, wanted, call.count(limits.tail, limits.page_most), last + 1)
+    if text is None:
+        raise Refusal("not_found")
     with services.registry.follower(tenant), services.registry.feed(call.request.transport):
         async with streaming(call, shown.content_type) as response:
-            lines = orjson.loads(text or '{"items": []}')["items"][::-1]
+            lines = orjson.loads(text)["items"][::-1]
             if first := shown.header + b"".join(map(shown.write, lines)):
                 await response.write(first)
             while not services.registry.closing.is_set():
@@ -8779,17 +8786,12 @@ async def show_log_lines(call: Call) -> web.StreamResponse:
     except Invalid as error:
         raise Refusal("bad_query", FieldError("q", str(error))) from error
     wanted = LogFilter(device, match, query.level, search, query.from_, query.to_)
-    lines = await call.services.store.read.logs.lines(call.tenant, wanted, call.page(), call.version_after())
     if query.format == "json" and not query.follow:
-        return required(lines)
+        return required(await call.services.store.read.logs.lines(call.tenant, wanted, call.page(), call.version_after()))
     shown = LINE_FORMATS.get(query.format)
     if shown is None:
         raise Refusal("bad_query", FieldError("format", f"is not one of {', '.join(LINE_FORMATS)}" + ("" if query.follow else ", json")))
-    if lines is None:
-        raise Refusal("not_found")
-    if query.follow:
-        return await follow_log_lines(call, wanted, shown)
-    return await stream_log_lines(call, wanted, shown)
+    return await (follow_log_lines if query.follow else stream_log_lines)(call, wanted, shown)
 
 
 async def retention_of(call: Call) -> str:
@@ -9651,26 +9653,23 @@ def warn_of_plain_text(addresses: Iterable[Any]) -> None:
 async def open_syslog(services: Services, context: ssl.SSLContext | None, stack: AsyncExitStack) -> None:
     """The listeners for syslog that the settings want. OSError."""
     settings, listener = services.settings, SyslogListener(services)
+    if settings.syslog_tls_port and context is None:
+        raise OSError("--syslog-tls-port needs --tls-cert and --tls-key")
     stack.push_async_callback(listener.close)
     services.supervisor.start("syslog datagrams", listener.take_datagrams())
-    for flag, port, tls in (("syslog-port", settings.syslog_port, None), ("syslog-tls-port", settings.syslog_tls_port, context)):
+    for flag, port, protocol, listen in (
+        ("syslog-port", settings.syslog_port, "syslog", functools.partial(listener.listen, context=None)),
+        ("syslog-tls-port", settings.syslog_tls_port, "syslog with TLS", functools.partial(listener.listen, context=context)),
+        ("relp-port", settings.relp_port, "RELP", listener.listen_for_relp),
+    ):
         if not port:
             continue
-        if flag == "syslog-tls-port" and tls is None:
-            raise OSError("--syslog-tls-port needs --tls-cert and --tls-key")
         try:
-            await listener.listen(listen_on(settings.host, port), tls)
+            await listen(listen_on(settings.host, port))
         except OSError as error:
-            told = f"cannot listen for syslog on {settings.host} port {port}: {error.strerror or error}"
+            told = f"cannot listen for {protocol} on {settings.host} port {port}: {error.strerror or error}"
             raise OSError(f"{told}; choose another with --{flag}") from error
-        log.info("listening for syslog on %s port %d%s", settings.host, port, " with TLS" if tls else "")
-    if settings.relp_port:
-        try:
-            await listener.listen_for_relp(listen_on(settings.host, settings.relp_port))
-        except OSError as error:
-            told = f"cannot listen for RELP on {settings.host} port {settings.relp_port}: {error.strerror or error}"
-            raise OSError(f"{told}; choose another with --relp-port") from error
-        log.info("listening for RELP on %s port %d", settings.host, settings.relp_port)
+        log.info("listening for %s on %s port %d", protocol, settings.host, port)
 
 
 @asynccontextmanager

@@ -456,7 +456,8 @@ async def test_datagrams_wait_for_nothing_while_streams_do(site: Site) -> None:
     site.udp(b"<14>Jan  1 00:00:00 host app: before")
     await site.lines(1)
     with locked(site.plant.database):
-        (share,) = [thing for thing in gc.get_objects() if isinstance(thing, iiot.Share) and thing.weight == 0 and thing._last > 1]
+        (writer,) = [thing for thing in gc.get_objects() if isinstance(thing, iiot.Writer) and not thing.task.done()]
+        share = writer._shares.of(1)
         share._storing.append(asyncio.get_running_loop().create_future())
         share.add(share._pace.each // 2)
         share.add(1)
