@@ -6182,6 +6182,8 @@ class LogSenders:
         try:
             return await self._identity.log_sender(token, address)
         except Refusal as refusal:
+            if refusal.fault.status >= 500:  # it is not known whose it is, and may be in a moment
+                raise
             return refusal.with_traceback(None)
 
 
