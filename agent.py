@@ -145,7 +145,7 @@ ON_CONFIG_SECONDS: Final = 50.0  # for the command: less than the server waits f
 MESSAGE_CHARACTERS: Final = 1000  # of what the command says, in the verdict
 
 CLOSED: Final = frozenset((WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR))
-SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
+SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov|log)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
 OFFSET: Final = re.compile(r"([+-])([0-9]{2}):?([0-9]{2})")
 
 
@@ -1491,6 +1491,7 @@ class Spool:
         self._under_way = 0  # bytes
         self._bytes = 0  # of all frames, as far as they are counted: on the disk
         self._line_bytes = 0  # of lines of logs
+        self._lines_from = 0.0  # when lines may be sent again, by the monotonic clock
         self.most = most
         self._seq = 0
         self._changed = asyncio.Condition()
@@ -1561,6 +1562,17 @@ class Spool:
         """Wait until lines of logs may be put. They can wait where they are, so they take no more than half of the room."""
         async with self._changed:
             await self._changed.wait_for(self._has_room_for_lines)
+
+    async def hold_lines(self, seconds: float) -> None:
+        """Send no lines for so long: readings would wait behind them."""
+        async with self._changed:
+            self._lines_from = time.monotonic() + seconds
+            self._changed.notify_all()
+
+    async def look_again(self) -> None:
+        """Lines may be sent again by now."""
+        async with self._changed:
+            self._changed.notify_all()
 
     async def next(self) -> Outgoing:
         """The next frame to send, numbered, cut to the size that the link is good for."""
@@ -1636,9 +1648,20 @@ class Spool:
         return len(self) >= self.most if self._ledger is None else self._bytes > self._ledger.room
 
     def _has_room_for_lines(self) -> bool:
+        if self._holds_lines():
+            return False
         if self._ledger is None:
             return self._line_bytes < LOG_SPOOL_BYTES and 2 * len(self) <= self.most
         return 2 * self._line_bytes <= self._ledger.room
+
+    def _holds_lines(self) -> bool:
+        return time.monotonic() < self._lines_from
+
+    def _next_waiting(self) -> Outgoing | None:
+        """The oldest frame that may be sent."""
+        if self._holds_lines():
+            return next((frame for frame in self._waiting if frame.kind != "log"), None)
+        return self._waiting[0] if self._waiting else None
 
     def _drop(self) -> None:
         """Let go of the oldest readings; where there are none, of the oldest frame."""
@@ -1654,19 +1677,21 @@ class Spool:
     def _number_more(self) -> bool:
         """Number what may be under way now: without a ledger one frame, with one as many as go to the disk together. Whether there
         is one to send."""
-        while self._waiting and not (self._sent and self.window.one_by_one) and not (self._numbered and self._ledger is None):
-            frame = self._waiting[0]
+        while not (self._sent and self.window.one_by_one) and not (self._numbered and self._ledger is None):
+            frame = self._next_waiting()
+            if frame is None:
+                break
             if frame.seq != self._seq + 1 or not frame.text:
                 frame.seq = self._seq + 1
                 frame.text = encode({**frame.content, "seq": frame.seq})
             if len(frame.text) > self.window.frame and (parts := halves(frame)):
-                self._waiting.popleft()
+                self._waiting.remove(frame)
                 self._replace(frame, parts)
                 self._waiting.extendleft(reversed(parts))
             elif self._sent and self._under_way + len(frame.text) > self.window.size:
                 break
             else:
-                self._waiting.popleft()
+                self._waiting.remove(frame)
                 self._sent.append(frame)
                 self._numbered.append(frame)
                 self._seq = frame.seq
@@ -2591,6 +2616,7 @@ class Agent:
         """SessionEnded when the server acknowledges nothing for too long: a new session tells what it has."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
+            await self._spool.look_again()
             since = self._spool.waiting_since()
             if since is not None and time.monotonic() - max(since, self._answered) > ANSWER_SECONDS:
                 raise SessionEnded(f"the server has acknowledged nothing for {ANSWER_SECONDS:.0f} s")
@@ -2627,13 +2653,20 @@ class Agent:
         elif frame["type"] == "config":
             self._want(frame)
         elif frame["type"] == "throttled":
-            told = shipping if "log" in frame["limit"] else log
-            told.warning("the server takes no more for %.0f s: %s is used up", frame["retry_after"], frame["limit"])
-            self._held_until = time.monotonic() + min(frame["retry_after"], HELD_SECONDS)
-            self._answered = time.monotonic() + frame["retry_after"]
+            await self._wait_for_quota(frame["limit"], frame["retry_after"])
         elif frame["type"] == "report":
             self._reported = None  # state is sent whole
             self._report.set()
+
+    async def _wait_for_quota(self, limit: str, seconds: float) -> None:
+        if "log" in limit:
+            if seconds:
+                shipping.warning("the server takes no more lines for %.0f s: %s is used up", seconds, limit)
+            await self._spool.hold_lines(seconds)
+        else:
+            log.warning("the server takes no more for %.0f s: %s is used up", seconds, limit)
+            self._held_until = time.monotonic() + min(seconds, HELD_SECONDS)
+            self._answered = time.monotonic() + seconds
 
 
 # ==== Command line ====

@@ -194,6 +194,7 @@ class Settings:
     quota_devices: int = quota(15_000, "devices")
     quota_connections: int = quota(15_000, "connected devices")
     quota_points: int = quota(5_000_000_000, "points stored in a day (UTC)")
+    quota_log_bytes: int = quota(10_000_000_000, "bytes of logs stored in a day (UTC)")
     syslog_port: int = setting(
         0, "port for syslog without TLS, over TCP and UDP; 0 is none", lambda port: 0 <= port < 65_536, "between 0 and 65535"
     )
@@ -212,9 +213,22 @@ class Settings:
     )
 
 
+QUOTA_OPTIONS: Final = ("quota_devices", "quota_connections", "quota_points", "quota_log_bytes")
+
+
 def default_quotas(settings: Settings) -> Mapping[str, int]:
     """What a tenant may have that has no quotas of its own, by the names of the contract."""
-    return {"devices": settings.quota_devices, "connections": settings.quota_connections, "points_per_day": settings.quota_points}
+    return {
+        "devices": settings.quota_devices,
+        "connections": settings.quota_connections,
+        "points_per_day": settings.quota_points,
+        "log_bytes_per_day": settings.quota_log_bytes,
+    }
+
+
+def with_defaults(own: Mapping[str, int | None], defaults: Mapping[str, int]) -> Mapping[str, int]:
+    """Quotas that a tenant has of its own, and the defaults in the place of those that it has not."""
+    return {name: defaults[name] if most is None else most for name, most in own.items()}
 
 
 @attrs.frozen
@@ -234,10 +248,13 @@ class Limits:
     # Names appear in every answer, and string values are states ("running"), not documents.
     metric_characters: int = 128
     text_characters: int = 1024
-    # A line of a log: what is longer is no line. It counts as points by its bytes, and costs so many times as much to store: its words
+    # A line of a log: what is longer is no line. It weighs as points by its bytes, and costs so many times as much to store: its words
     # are indexed.
     log_characters: int = 16 * 1024
     log_weight: int = 32
+    # Bytes of logs that one device may send in a second, over a minute: 90 GB in a day. A program that logs in a loop makes more.
+    log_bytes_a_second: int = 1024 * 1024
+    log_rate_seconds: float = 60.0
     # Words of a tenant's logs that hold a part that was asked for; and devices that a search names: the index opens each apart.
     log_parts: int = 300
     log_devices: int = 200
@@ -558,7 +575,8 @@ LARGE_INTEGER: Final = re.compile(rb"(?<![0-9.])[0-9]{19,}(?![0-9.eE])")  # may 
 SEQ_TEXT: Final = re.compile(rb'"seq"\s*:\s*(-?[0-9]{1,40})(?![0-9.eE])')
 INNER: Final = re.compile(rb"[\[{]")
 LEVELS: Final = MappingProxyType({"critical": 2, "error": 3, "warning": 4, "notice": 5, "info": 6, "debug": 7})  # RFC 5424, section 6.2.1
-QUOTAS: Final = ("devices", "connections", "points_per_day")
+QUOTAS_WATCHED: Final = ("connections", "points_per_day", "log_bytes_per_day")  # where it is used, in memory
+QUOTAS: Final = ("devices", *QUOTAS_WATCHED)
 INTEGERS: Final = 2**63  # SQLite's integers, and every JSON parser's that matters
 
 
@@ -692,7 +710,7 @@ class Error:
 
 @attrs.frozen
 class Throttled:
-    """The server reads no more for `retry_after` seconds, for what `limit` names is used up; nothing is dropped."""
+    """The server reads no more for `retry_after` seconds, for what `limit` names is used up; nothing is dropped. 0: it reads again."""
 
     limit: str
     retry_after: float
@@ -2370,7 +2388,7 @@ class Buckets:
     With `strict`, what does not fit keeps the bucket full; without, it changes nothing."""
 
     def __init__(self, most: int, seconds: float, keys_most: int, *, strict: bool = False) -> None:
-        self._most = most
+        self.most = most
         self._a_second = most / seconds
         self._keys_most = keys_most
         self._strict = strict
@@ -2378,14 +2396,29 @@ class Buckets:
 
     def add(self, key: str) -> float:
         """Count one: 0 when it fits, else in how many seconds there is room for it."""
-        now = time.monotonic()
-        level, at = self._levels.pop(key, (0.0, now))
-        before = max(0.0, level - (now - at) * self._a_second)
-        fits = before + 1 <= self._most
-        self._levels[key] = before + 1 if fits else float(self._most) if self._strict else before, now
+        before = self._level(key)
+        fits = before + 1 <= self.most
+        self._keep(key, before + 1 if fits else float(self.most) if self._strict else before)
+        return 0.0 if fits else (before + 1 - self.most) / self._a_second
+
+    def pour(self, key: str, amount: int) -> None:
+        """Count so many, whether they fit or not."""
+        self._keep(key, self._level(key) + amount)
+
+    def rest(self, key: str, most: float | None = None) -> float:
+        """In how many seconds there is room again, where there is none; `most`: of another bucket, which runs out as fast."""
+        over = self._level(key) - (self.most if most is None else most)
+        return 0.0 if over < 0 else (over + 1) / self._a_second
+
+    def _level(self, key: str) -> float:
+        level, at = self._levels.get(key, (0.0, 0.0))
+        return max(0.0, level - (time.monotonic() - at) * self._a_second)
+
+    def _keep(self, key: str, level: float) -> None:
+        self._levels.pop(key, None)
+        self._levels[key] = level, time.monotonic()
         if len(self._levels) > self._keys_most:
             del self._levels[next(iter(self._levels))]
-        return 0.0 if fits else (before + 1 - self._most) / self._a_second
 
 
 class Guesses:
@@ -2401,28 +2434,71 @@ class Guesses:
         return Refusal("too_many_attempts", retry_after=math.ceil(wait)) if wait else Refusal("unauthorized")
 
 
+@attrs.define
+class DailyQuota:
+    """What may be stored of something in a day (UTC, `day` since 1970-01-01), and what of it was."""
+
+    most: int
+    day: int = 0
+    used: int = 0
+
+    def add(self, now: int, count: int) -> None:
+        """What goes over the quota is still stored: after it the server reads no more. Another day is a new count, an earlier one
+        too: the clock may have been wrong."""
+        if now // DAY != self.day:
+            self.used, self.day = 0, now // DAY
+        self.used += count
+
+    @property
+    def used_up(self) -> bool:
+        return self.used >= self.most
+
+    def rest(self, now: int, more: int = 0) -> float:
+        """Seconds until something may be stored again; 0 when it may. `more`: that it may have beyond the quota."""
+        self.add(now, 0)
+        return 0.0 if self.used < self.most + more else ((self.day + 1) * DAY - now) / 1000
+
+
+@attrs.define(eq=False)
 class TenantUse:
     """What a tenant uses of its quotas, counted as it happens."""
 
-    def __init__(self, tenant_id: int, connections_most: int, points_most: int, day: int = 0, points: int = 0) -> None:
-        self.tenant_id = tenant_id
-        self.connections = 0
-        self.connections_most = connections_most
-        self.points = points  # of `day`
-        self.points_most = points_most
-        self.day = day  # UTC, since 1970-01-01
+    tenant_id: int
+    connections_most: int
+    points: DailyQuota
+    log_bytes: DailyQuota
+    connections: int = 0
 
-    def add_points(self, now: int, points: int) -> None:
-        """The frame that goes over the quota is still stored: after it the server reads no more. Another day is a new count,
-        an earlier one too: the clock may have been wrong."""
-        if now // DAY != self.day:
-            self.points, self.day = 0, now // DAY
-        self.points += points
 
-    def rest(self, now: int) -> float:
-        """Seconds until the tenant may store points again; 0 when it may."""
-        self.add_points(now, 0)
-        return 0.0 if self.points < self.points_most else ((self.day + 1) * DAY - now) / 1000
+class LogFlow:
+    """What a device may log: of its tenant's quota of the day, and in a second. It is told when that is used up. A twentieth more is
+    taken of what it had sent by then, for everything that it sends comes in one order: its readings would wait behind its lines."""
+
+    __slots__ = ("_buckets", "_key", "_quota")
+
+    def __init__(self, quota: DailyQuota, buckets: Buckets, device_id: str) -> None:
+        self._quota = quota
+        self._buckets = buckets
+        self._key = device_id
+
+    def add(self, now: int, count: int) -> None:
+        self._quota.add(now, count)
+        self._buckets.pour(self._key, count)
+
+    def used_up(self, now: int) -> Throttled | None:
+        """Something is: the device is told."""
+        return self._look(self._quota.rest(now), self._buckets.rest(self._key))
+
+    def wholly_used_up(self, now: int) -> Throttled | None:
+        """The rest of it is, too: no more is taken."""
+        quota, most = self._quota, self._buckets.most
+        return self._look(quota.rest(now, quota.most // 20), self._buckets.rest(self._key, most * 1.05))
+
+    @staticmethod
+    def _look(of_day: float, of_rate: float) -> Throttled | None:
+        if of_day:
+            return Throttled("log_bytes_per_day", of_day)
+        return Throttled("log_bytes_per_second", of_rate) if of_rate else None
 
 
 def for_seconds(seconds: float) -> Callable[[], float]:
@@ -2635,6 +2711,8 @@ class Allowances:
         self.openings = Buckets(limits.sessions, float(limits.sessions), limits.notices)  # devices: sessions
         self.fights = Buckets(limits.fights, 3_600.0, limits.notices, strict=True)  # devices: sessions that end young ones
         self.notices = Buckets(1, limits.notice_seconds, limits.notices)  # devices: entries of the timeline about a habit
+        logs = round(limits.log_bytes_a_second * limits.log_rate_seconds)
+        self.log_bytes = Buckets(logs, limits.log_rate_seconds, limits.notices)  # devices: what they log
 
 
 # ==== Database ====
@@ -2642,7 +2720,7 @@ class Allowances:
 # know: what the rows mean. Rows go in as one JSON text a statement and answers come out as one, because sqlite3 takes the
 # interpreter lock at every row.
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
 # A step for each version after the first: MIGRATIONS[n] leads from version n + 1 to n + 2.
 MIGRATIONS: Final[tuple[str, ...]] = (
@@ -2910,6 +2988,10 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         insert into hour (kind, hour, first, last) values ('audit', new.at / 3600000, new.id, new.id)
         on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last);
     end;
+    """,
+    """
+    alter table tenant add column log_bytes_most integer;
+    alter table usage add column log_bytes integer not null default 0;
     """,
 )
 
@@ -3598,19 +3680,20 @@ def use_provisioning_key(connection: sqlite3.Connection, key_id: str) -> int:
     return int(row[0])
 
 
-def set_quotas(connection: sqlite3.Connection, name: str, quotas: Mapping[str, int | None]) -> tuple[int, int | None, int | None]:
-    """Set those of a tenant's quotas that are named; its id, and its quotas of connections and points. Refusal: not_found."""
+def set_quotas(connection: sqlite3.Connection, name: str, quotas: Mapping[str, int | None]) -> tuple[int, *tuple[int | None, ...]]:
+    """Set those of a tenant's quotas that are named; its id, and its own of `QUOTAS_WATCHED`. Refusal: not_found."""
     row = connection.execute(
         """update tenant set
                devices_most = iif(json_type(?1, '$.devices') is null, devices_most, ?1 ->> 'devices'),
                connections_most = iif(json_type(?1, '$.connections') is null, connections_most, ?1 ->> 'connections'),
-               points_most = iif(json_type(?1, '$.points_per_day') is null, points_most, ?1 ->> 'points_per_day')
-           where name = ?2 returning id, connections_most, points_most""",
+               points_most = iif(json_type(?1, '$.points_per_day') is null, points_most, ?1 ->> 'points_per_day'),
+               log_bytes_most = iif(json_type(?1, '$.log_bytes_per_day') is null, log_bytes_most, ?1 ->> 'log_bytes_per_day')
+           where name = ?2 returning id, connections_most, points_most, log_bytes_most""",
         (*bind(quotas), name),
     ).fetchone()
     if row is None:
         raise Refusal("not_found")
-    return cast("tuple[int, int | None, int | None]", row)
+    return cast("tuple[int, *tuple[int | None, ...]]", row)
 
 
 def insert_tenant(connection: sqlite3.Connection, name: str, admin: NewSecret, quotas: Mapping[str, int | None]) -> None:
@@ -3646,7 +3729,10 @@ QUOTAS_JSON: Final = f"""json_object(
         where tenant_id = tenant.id and device.name is not null and connected),
         'limit', coalesce(connections_most, :connections)),
     'points_per_day', json_object('used', coalesce((select points from usage where tenant_id = tenant.id and day = :today), 0),
-        'limit', coalesce(points_most, :points_per_day)))"""
+        'limit', coalesce(points_most, :points_per_day)),
+    'log_bytes_per_day', json_object(
+        'used', coalesce((select log_bytes from usage where tenant_id = tenant.id and day = :today), 0),
+        'limit', coalesce(log_bytes_most, :log_bytes_per_day)))"""
 TENANT_ROWS: Final = f"""select name position,
     json_object('name', name, 'created_at', {time_sql("created_at")}, 'quotas', json({QUOTAS_JSON})) item
     from tenant where name > :after order by name"""
@@ -3666,8 +3752,10 @@ class DeviceToken:
     tenant: str
     connections_most: int | None
     points_most: int | None
+    log_bytes_most: int | None
     day: int
     points_of_day: int
+    log_bytes_of_day: int
 
 
 @attrs.frozen
@@ -3695,8 +3783,9 @@ class ProvisioningKey:
 
 
 # Which device it is, and what its tenant may use: the fields of `DeviceToken` after the secret.
-HOLDER_COLUMNS: Final = """device.id, device.name, tenant.id, tenant.name, connections_most, points_most, :day,
-    coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0)"""
+HOLDER_COLUMNS: Final = """device.id, device.name, tenant.id, tenant.name, connections_most, points_most, log_bytes_most, :day,
+    coalesce((select points from usage where usage.tenant_id = tenant.id and day = :day), 0),
+    coalesce((select log_bytes from usage where usage.tenant_id = tenant.id and day = :day), 0)"""
 
 
 class TokenReads:
@@ -5382,7 +5471,7 @@ class Batch:
         self.weight = 0
         self.series: list[tuple[int, int, str]] = []
         self.progress: dict[str, tuple[int, int, int | None]] = {}  # by device: seq, seen_at, stamp
-        self.usage: dict[int, int] = {}  # by tenant: points
+        self.usage: dict[int, tuple[int, int]] = {}  # by tenant: points, and bytes of logs
         self.tokens_used: dict[str, int] = {}  # operators': when
         self.partings: list[tuple[int, Parting]] = []
         self.configs_sent: list[tuple[int, int, int]] = []  # device, version, when
@@ -5456,9 +5545,10 @@ class Batch:
             )
         if self.usage:
             connection.execute(
-                """insert into usage (tenant_id, day, points)
-                   select value ->> 0, ?2, value ->> 1 from json_each(?1) where value ->> 0 in (select id from tenant)
-                   on conflict do update set points = points + excluded.points""",
+                """insert into usage (tenant_id, day, points, log_bytes)
+                   select value ->> '$[0]', ?2, value ->> '$[1][0]', value ->> '$[1][1]' from json_each(?1)
+                   where value ->> '$[0]' in (select id from tenant)
+                   on conflict do update set points = points + excluded.points, log_bytes = log_bytes + excluded.log_bytes""",
                 (*bind(list(self.usage.items())), now_ms() // DAY),
             )
         if self.tokens_used:
@@ -5555,8 +5645,16 @@ class Writer:
     def points_taken(self, tenant_id: int, points: int) -> None:
         """So many of those just added count for a tenant."""
         self._pending.points_taken += points
+        self._count(tenant_id, points, 0)
+
+    def log_bytes_taken(self, tenant_id: int, size: int) -> None:
+        """So many bytes of lines count for a tenant."""
+        self._count(tenant_id, 0, size)
+
+    def _count(self, tenant_id: int, points: int, log_bytes: int) -> None:
         usage = self._pending.usage
-        usage[tenant_id] = usage.get(tenant_id, 0) + points
+        before = usage.get(tenant_id, (0, 0))
+        usage[tenant_id] = before[0] + points, before[1] + log_bytes
 
     def token_used(self, token_id: str, at: int) -> None:
         self._pending.tokens_used[token_id] = at
@@ -6847,7 +6945,7 @@ class Registry:
         self._places: dict[int, Link] = {}
         self._live: dict[int, ReachableSession] = {}
         self._uses: dict[int, TenantUse] = {}
-        self._quotas: dict[int, tuple[int, int]] = {}  # those that were set since the start
+        self._quotas: dict[int, Mapping[str, int]] = {}  # those that were set since the start
         self._removed_tenants: set[int] = set()
         self._running: set[RequestUnderWay] = set()
         self._feeds: set[asyncio.Transport | None] = set()
@@ -6943,18 +7041,20 @@ class Registry:
         it has none of its own."""
         use = self._uses.get(token.tenant_id)
         if use is None:
-            connections = quotas["connections"] if token.connections_most is None else token.connections_most
-            points = quotas["points_per_day"] if token.points_most is None else token.points_most
-            newer = self._quotas.get(token.tenant_id, (connections, points))
-            use = self._uses[token.tenant_id] = TenantUse(token.tenant_id, *newer, token.day, token.points_of_day)
+            own = (token.connections_most, token.points_most, token.log_bytes_most)
+            most = self._quotas.get(token.tenant_id) or with_defaults(dict(zip(QUOTAS_WATCHED, own, strict=True)), quotas)
+            points = DailyQuota(most["points_per_day"], token.day, token.points_of_day)
+            log_bytes = DailyQuota(most["log_bytes_per_day"], token.day, token.log_bytes_of_day)
+            use = self._uses[token.tenant_id] = TenantUse(token.tenant_id, most["connections"], points, log_bytes)
         return use
 
-    def set_quotas(self, tenant_id: int, connections: int, points: int) -> None:
-        """What a tenant may use from now on. Sessions that wait for more points look again."""
-        self._quotas[tenant_id] = connections, points
+    def set_quotas(self, tenant_id: int, quotas: Mapping[str, int]) -> None:
+        """What a tenant may use from now on. Sessions that wait for more look again."""
+        self._quotas[tenant_id] = quotas
         use = self._uses.get(tenant_id)
         if use is not None:
-            use.connections_most, use.points_most = connections, points
+            use.connections_most = quotas["connections"]
+            use.points.most, use.log_bytes.most = quotas["points_per_day"], quotas["log_bytes_per_day"]
             for session in [session for session in self._live.values() if session.link.use is use]:
                 session.wake()
 
@@ -7414,48 +7514,82 @@ class Owner(Committed, Protocol):
 
 
 class Throttle:
-    """Holds back what a device sends while its tenant may store no more points: not stored, not acknowledged, not lost."""
+    """Holds back what a device sends while its tenant may store no more, or it itself: not stored, not acknowledged, not lost."""
 
     def __init__(
-        self, use: TenantUse, take: Callable[[bytes], None], turn: Callable[[], Awaitable[None]], owner: Owner
+        self,
+        use: TenantUse,
+        logs: LogFlow,
+        take: Callable[[bytes], Throttled | None],
+        turn: Callable[[], Awaitable[None]],
+        owner: Owner,
     ) -> None:
-        """`turn`: until one more frame may be taken. TimeoutError."""
-        self._use, self._take, self._turn, self._owner = use, take, turn, owner
+        """`take`: a frame, or why it cannot be taken now; `turn`: until one more may be. TimeoutError."""
+        self._use, self._logs, self._take, self._turn, self._owner = use, logs, take, turn, owner
+        self._told: Throttled | None = None
         self._frames: deque[bytes] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._going: asyncio.Task[None] | None = None
         self.size = 0
 
-    def hold(self, data: bytes) -> None:
+    def hold(self, data: bytes, used_up: Throttled | None = None) -> None:
         self._frames.append(data)
         self.size += len(data)
-        self.look()
+        if used_up is not None:
+            self.wait(used_up)
+        elif self._timer is None or not self._told_of_logs():  # another look at its first frame would read it again
+            self.look()
 
     def look(self) -> None:
         """Let go of what may be stored by now. If nothing may, tell the device for how long, and look again then."""
-        rest = self._use.rest(now_ms())
-        if rest and self._timer is None:  # the clock may be set meanwhile: so look, and tell, again before long
-            self._timer = asyncio.get_running_loop().call_later(min(rest, THROTTLE_SECONDS), self._look_again)
-            self._owner.link.send(encode(Throttled("points_per_day", rest)))
-        elif not rest:
-            self._stop_timer()
-            if self._frames and self._going is None:
-                self._going = asyncio.create_task(self._let_go())
+        if rest := self._use.points.rest(now_ms()):
+            self.wait(Throttled("points_per_day", rest))
+            return
+        self._stop_timer()
+        if self._frames and self._going is None:
+            self._going = asyncio.create_task(self._let_go())
+        elif self._told_of_logs() and not self._frames:
+            self._look_at_logs()
+
+    def _told_of_logs(self) -> bool:
+        return self._told is not None and self._told.limit != "points_per_day"
+
+    def _look_at_logs(self) -> None:
+        """A device that was told, and so sends no more lines, is told when it may."""
+        if used_up := self._logs.used_up(now_ms()):
+            self.wait(used_up)
+        elif self._told is not None:
+            self._tell(attrs.evolve(self._told, retry_after=0.0))
+            self._told = None
+
+    def wait(self, used_up: Throttled) -> None:
+        """Tell the device. The clock may be set meanwhile: so look, and tell, again before long."""
+        if self._timer is None and not self._owner.link.ended:
+            self._timer = asyncio.get_running_loop().call_later(min(used_up.retry_after, THROTTLE_SECONDS), self._look_again)
+            self._tell(used_up)
+
+    def _tell(self, used_up: Throttled) -> None:
+        self._told = used_up
+        self._owner.link.send(encode(used_up))
 
     async def _let_go(self) -> None:
         """Of one frame after the other, in turn with all that the tenant's other devices hold: the day is new for them all at one time."""
+        used_up = None
         try:
-            while self._frames and not self._use.rest(now_ms()):
+            while used_up is None and self._frames and not self._use.points.rest(now_ms()):
                 await self._turn()
-                data = self._frames.popleft()
-                self.size -= len(data)
-                self._take(data)
-                self._owner.tell_change()
+                used_up = self._take(self._frames[0])
+                if used_up is None:
+                    self.size -= len(self._frames.popleft())
+                    self._owner.tell_change()
         except TimeoutError:
             self._owner.link.end("storage_unavailable")
         finally:
             self._going = None
-        self.look()
+        if used_up is None:
+            self.look()
+        else:
+            self.wait(used_up)
 
     def _look_again(self) -> None:
         self._timer = None
@@ -7473,11 +7607,11 @@ class Throttle:
 
 
 class Intake:
-    """What a device sends in one session, on its way to the writer: every frame number once, and not more points than its tenant
-    may store."""
+    """What a device sends in one session, on its way to the writer: every frame number once, and not more than its tenant may
+    store."""
 
     __slots__ = (
-        "_bad_frames", "_codec", "_device_id", "_duplicates", "_durable", "_frames", "_frames_stored", "_limits", "_owner",
+        "_bad_frames", "_codec", "_device_id", "_duplicates", "_durable", "_frames", "_frames_stored", "_limits", "_logs", "_owner",
         "_progress_key", "_series", "_session", "_stamps", "_taken", "_throttle", "_use", "_writer", "share",
     )  # fmt: skip
 
@@ -7489,6 +7623,7 @@ class Intake:
         self._device_id = device_id
         self._progress_key = str(device_id)
         self._use = use
+        self._logs = LogFlow(use.log_bytes, services.store.allowances.log_bytes, self._progress_key)
         self.share = services.store.allowances.shares.of(use.tenant_id)
         self._session = opened.session
         self._series = opened.series
@@ -7508,15 +7643,15 @@ class Intake:
 
     @property
     def held(self) -> int:
-        """Bytes of frames that wait until the tenant may store more points."""
+        """Bytes of frames that wait until more may be stored."""
         return self._throttle.size if self._throttle is not None else 0
 
     def take(self, data: bytes) -> None:
         """One text frame: for the writer, or behind those that are held back."""
-        if self._use.points >= self._use.points_most or self.held:
+        if self._use.points.used_up or self.held:
             self._throttled().hold(data)
-        else:
-            self._take(data)
+        elif used_up := self._take(data):
+            self._throttled().hold(data, used_up)
 
     def stored(self, mark: tuple[int, int]) -> None:
         """The writer has every frame up to `mark` on disk."""
@@ -7524,7 +7659,7 @@ class Intake:
 
     def look_again(self) -> None:
         """The session begins, or the tenant's quota has changed."""
-        if self._throttle is not None or self._use.points >= self._use.points_most:
+        if self._throttle is not None or self._use.points.used_up:
             self._throttled().look()
 
     def stop(self) -> None:
@@ -7541,20 +7676,27 @@ class Intake:
 
     def _throttled(self) -> Throttle:
         if self._throttle is None:
-            self._throttle = Throttle(self._use, self._take, self._turn, self._owner)
+            self._throttle = Throttle(self._use, self._logs, self._take, self._turn, self._owner)
         return self._throttle
 
-    def _take(self, data: bytes) -> None:
+    def _take(self, data: bytes) -> Throttled | None:
+        """A frame, or why it is not taken now."""
         try:
             frame = self._codec.frame(data)
             if not self._is_known(frame):
+                if used_up := self._used_up(frame):
+                    return used_up
                 self._take_frame(frame, len(data))
         except Refusal as refusal:
             self._bad_frame(refusal, data)
+        return None
+
+    def _used_up(self, frame: Frame) -> Throttled | None:
+        return self._logs.wholly_used_up(now_ms()) if isinstance(frame, Log) else None
 
     async def take_in_pieces(self, data: bytes, pause: Callable[[], Awaitable[None]]) -> None:
         """A long text frame: as `take`, with a pause after each piece of the work."""
-        if self._use.points >= self._use.points_most or self.held:
+        if self._use.points.used_up or self.held:
             self.take(data)
             return
         try:
@@ -7562,7 +7704,9 @@ class Intake:
                 if frame is None:
                     await pause()
                 elif not self._is_known(frame) and not self._owner.link.ended:
-                    if isinstance(frame, Telemetry):
+                    if used_up := self._used_up(frame):
+                        self._throttled().hold(data, used_up)
+                    elif isinstance(frame, Telemetry):
                         await self._take_long_telemetry(frame, self._codec.piece(frame.samples, data), pause)
                     else:
                         self._take_frame(frame, len(data))
@@ -7649,10 +7793,10 @@ class Intake:
 
     def _points_taken(self, seq: Seq, now: int, count: int, weight: int) -> None:
         """`count` points of the quota."""
-        self._use.add_points(now, count)
+        self._use.points.add(now, count)
         self._writer.points_taken(self._use.tenant_id, count)
         self._frame_taken(seq, now, weight)
-        if self._use.points >= self._use.points_most:
+        if self._use.points.used_up:
             self._throttled().look()
 
     def _take_state(self, frame: State, size: int) -> None:
@@ -7678,8 +7822,12 @@ class Intake:
             )
             for entry in frame.entries
         )  # fmt: skip
-        count = len(frame.entries) + size // self._limits.point_bytes
-        self._points_taken(frame.seq, now, count, count * self._limits.log_weight)
+        self._logs.add(now, size)
+        self._writer.log_bytes_taken(self._use.tenant_id, size)
+        weight = (len(frame.entries) + size // self._limits.point_bytes) * self._limits.log_weight
+        self._frame_taken(frame.seq, now, weight)
+        if used_up := self._logs.used_up(now):
+            self._throttled().wait(used_up)
 
     def _frame_taken(self, seq: int, now: int, weight: int) -> None:
         self._taken = seq
@@ -8158,23 +8306,25 @@ class SyslogListener:
             services.turned_away.add(address, "unknown_address")
             return False
         use = services.registry.use_of(sender, default_quotas(services.settings))
+        flow = LogFlow(use.log_bytes, services.store.allowances.log_bytes, str(sender.device_id))
         share = services.store.allowances.shares.of(sender.tenant_id)
-        if not patient and (share.crowded or use.rest(now)):
-            services.turned_away.add(address, "points_per_day" if use.rest(now) else "too_fast")
+        used_up = flow.used_up(now)
+        if not patient and (share.crowded or used_up):
+            services.turned_away.add(address, used_up.limit if used_up else "too_fast")
             return False
-        while rest := use.rest(now_ms()):  # noqa: ASYNC110 - nothing happens when a day begins
-            await asyncio.sleep(min(rest, THROTTLE_SECONDS))
+        while used_up := flow.used_up(now_ms()):  # noqa: ASYNC110 - nothing happens when there is room again
+            await asyncio.sleep(min(used_up.retry_after, THROTTLE_SECONDS))
         if share.crowded:
             await share.turn(services.store.writer.patience())
-        self._store(line_of(message, frame, sender, now), 1 + len(frame.data) // self._limits.point_bytes, use, share)
+        self._store(line_of(message, frame, sender, now), len(frame.data), flow, share)
         return True
 
-    def _store(self, line: LogLine, count: int, use: TenantUse, share: Share) -> None:
+    def _store(self, line: LogLine, size: int, flow: LogFlow, share: Share) -> None:
         writer = self._services.store.writer
-        use.add_points(line.received_at, count)
-        writer.points_taken(line.tenant_id, count)
+        flow.add(line.received_at, size)
+        writer.log_bytes_taken(line.tenant_id, size)
         writer.logged((line,))
-        writer.weigh(share, count * self._limits.log_weight)
+        writer.weigh(share, (1 + size // self._limits.point_bytes) * self._limits.log_weight)
 
 
 # ==== HTTP queries ====
@@ -9175,15 +9325,9 @@ async def create_tenant(call: Call) -> web.StreamResponse:
 
 async def patch_tenant(call: Call) -> web.StreamResponse:
     name, body = call.request.match_info["tenant"], await call.body(TenantPatch)
-    tenant, connections, points = await call.change(
-        lambda connection: set_quotas(connection, name, body.quotas), quotas=body.quotas
-    )
+    tenant, *own = await call.change(lambda connection: set_quotas(connection, name, body.quotas), quotas=body.quotas)
     defaults = default_quotas(call.services.settings)
-    call.services.registry.set_quotas(
-        tenant,
-        defaults["connections"] if connections is None else connections,
-        defaults["points_per_day"] if points is None else points,
-    )
+    call.services.registry.set_quotas(tenant, with_defaults(dict(zip(QUOTAS_WATCHED, own, strict=True)), defaults))
     return json_response(await call.services.store.read.accounts.quotas(tenant, defaults) or "null")
 
 
@@ -9771,7 +9915,7 @@ def add_tenant_commands(parser: argparse.ArgumentParser) -> None:
     for command in (add, remove):
         command.add_argument("name", type=functools.partial(checked, check_tenant_name))
     for command in (add, tenants, remove):
-        add_options(command, Settings, ("db", *(("quota_devices", "quota_connections", "quota_points") if command is tenants else ())))
+        add_options(command, Settings, ("db", *(QUOTA_OPTIONS if command is tenants else ())))
 
 
 class RedactingParser(argparse.ArgumentParser):

@@ -10,14 +10,16 @@ create table tenant (
     created_at        integer not null,
     devices_most      integer,                                 -- quotas; null: what the installation gives to every tenant
     connections_most  integer,
-    points_most       integer                                  -- stored in one day, UTC
+    points_most       integer,                                 -- stored in one day, UTC
+    log_bytes_most    integer                                  -- likewise, as they were sent
 ) strict;
 
--- Points that a tenant stored, by day.
+-- What a tenant stored, by day.
 create table usage (
     tenant_id  integer not null references tenant on delete cascade,
     day        integer not null,                               -- since 1970-01-01, UTC
     points     integer not null,
+    log_bytes  integer not null default 0,                     -- of lines of logs, as they were sent
     primary key (tenant_id, day)
 ) strict, without rowid;
 

@@ -36,7 +36,7 @@ JSON = "application/json"
 DEVICE = "device connected connected_at disconnected_at seen_at created_at agent software_version disabled labels config latest reported"
 CONFIG = "version document status status_at at by timeout sent_at message errors device applied drift"
 STATE = "device version at session reported"
-TENANT = "devices connections points_per_day"
+TENANT = "devices connections points_per_day log_bytes_per_day"
 
 
 @attrs.frozen

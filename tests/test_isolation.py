@@ -67,8 +67,8 @@ class Side:
 
     @property
     def points(self) -> int:
-        """That it stored in all, of three metrics on three devices; and what their lines count for."""
-        return 9 * self.samples + 3 * 3
+        """That it stored in all, of three metrics on three devices."""
+        return 9 * self.samples
 
     def know(self, token: str) -> str:
         """Note a token or key that was given out; it again."""

@@ -312,6 +312,7 @@ def test_limits_are_the_readme_s() -> None:
         "length of a metric name": f"{limits.metric_characters} characters",
         "length of a text value": f"{limits.text_characters:,} characters",
         "length of a log message": f"{limits.log_characters:,} characters",
+        "lines of logs of a device in a second, over a minute": f"{limits.log_bytes_a_second >> 20} MiB",
         "length of a search of logs": f"{limits.search_characters:,} characters, {limits.search_terms} words",
         "words that contain a part of a word that is searched for": f"{limits.log_parts:,}",
         "metrics of a device": f"{limits.series_per_device:,}",

@@ -20,7 +20,7 @@ from plant import PATIENCE, Closed, Device, Plant, Process
 
 import iiot
 
-OWN_DEFAULTS = {"devices": 15_000, "connections": 15_000, "points_per_day": 5_000_000_000}
+OWN_DEFAULTS = {"devices": 15_000, "connections": 15_000, "points_per_day": 5_000_000_000, "log_bytes_per_day": 10_000_000_000}
 SLOWLY = attrs.evolve(iiot.Limits(), resume_seconds=0.0, removed_rows=1, removed_devices=1)
 BEING_REMOVED = """select 1 from tenant where name is null union select 1 from device where name is null and emptied = 0
     union select 1 from removed_series union select 1 from removed_range"""
@@ -79,14 +79,6 @@ def site(plant: Plant) -> Site:
 async def opened(folder: Path, limits: iiot.Limits | None = None, **settings: Any) -> AsyncIterator[Site]:
     async with plants.plant(folder, limits, **settings) as plant:
         yield site_of(plant)
-
-
-@pytest.fixture
-async def same_day() -> None:
-    """Points are counted by the day: a test that counts them does not begin in its last seconds."""
-    rest = iiot.DAY - iiot.now_ms() % iiot.DAY
-    if rest < 2 * PATIENCE * 1000:
-        await asyncio.sleep(rest / 1000 + 1)
 
 
 def query(database: Path, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
@@ -255,9 +247,9 @@ async def test_a_name_is_given_once(site: Site) -> None:
 
 
 WRONG_QUOTAS: list[tuple[object, str]] = [
-    ({"device": 1}, "quotas.device"), ({"points": 1}, "quotas.points"), ({"devices": -1}, "quotas.devices"),
+    ({"device": 1}, "quotas.device"), ({"points": 1}, "quotas.points"), ({"log_bytes_per_day": -1}, "quotas.log_bytes_per_day"),
     ({"connections": True}, "quotas.connections"), ({"points_per_day": 1.0}, "quotas.points_per_day"),
-    ({"devices": 1e3}, "quotas.devices"), ({"devices": "7"}, "quotas.devices"), ({"devices": [7]}, "quotas.devices"),
+    ({"devices": -1}, "quotas.devices"), ({"devices": 1e3}, "quotas.devices"), ({"devices": "7"}, "quotas.devices"), ({"devices": [7]}, "quotas.devices"),
     ({"devices": 2**63}, "quotas.devices"), ({"devices": 2**64}, "quotas.devices"), ({"devices": 10**40}, "quotas.devices"),
     ({"connections": 5, "devices": {}}, "quotas.devices"), (None, "quotas"), ([], "quotas"), (7, "quotas"), ("many", "quotas"),
 ]  # fmt: skip
@@ -278,7 +270,7 @@ async def test_quotas_that_are_none_are_named_and_change_nothing(site: Site) -> 
 
 async def test_a_quota_is_set_by_name_and_null_gives_the_default_back(site: Site) -> None:
     def limits(quotas: dict[str, dict[str, int]]) -> list[int]:
-        return [quotas[name]["limit"] for name in iiot.QUOTAS]
+        return [quotas[name]["limit"] for name in ("devices", "connections", "points_per_day")]
 
     acme = await site.add("acme", devices=3, points_per_day=0)
     assert limits((await site.quotas())["acme"]) == [3, 15_000, 0]
@@ -288,8 +280,8 @@ async def test_a_quota_is_set_by_name_and_null_gives_the_default_back(site: Site
     assert limits(await site.allow("acme")) == [15_000, 0, 2**63 - 1]
     assert await site.allow("acme") == (await site.quotas())["acme"] == (await acme.get("/whoami"))["quotas"]
     await site.allow("acme", connections=None, points_per_day=None)
-    assert limits((await site.quotas())["acme"]) == list(OWN_DEFAULTS.values())
-    assert limits((await site.quotas())["default"]) == list(OWN_DEFAULTS.values())
+    for name in ("acme", "default"):
+        assert {quota: each["limit"] for quota, each in (await site.quotas())[name].items()} == OWN_DEFAULTS
 
 
 async def test_tenants_are_listed_by_name_in_pages(site: Site) -> None:
@@ -1041,20 +1033,20 @@ async def test_the_count_of_points_outlives_kill_9(process: Process) -> None:
 )
 def test_points_are_counted_by_the_day(most: int, steps: list[tuple[int, int, int, int]]) -> None:
     today = 20_780
-    use, midnight = iiot.TenantUse(1, 5, most, today, 0), (today + 1) * iiot.DAY
+    quota, midnight = iiot.DailyQuota(most, today, 0), (today + 1) * iiot.DAY
     for offset, points, counted, wait in steps:
-        use.add_points(midnight + offset, points)
-        assert use.points == counted
-        assert use.rest(midnight + offset) == wait / 1000
-        assert use.points == counted
+        quota.add(midnight + offset, points)
+        assert quota.used == counted
+        assert quota.rest(midnight + offset) == wait / 1000
+        assert quota.used == counted
 
 
 def test_a_day_goes_on_with_what_was_stored_of_it_before() -> None:
-    use, midnight = iiot.TenantUse(1, 5, 10, 20_780, 8), 20_781 * iiot.DAY
-    use.add_points(midnight - 2, 2)
-    assert use.rest(midnight - 2) == 0.002
-    assert use.rest(midnight) == 0
-    assert use.points == 0
+    quota, midnight = iiot.DailyQuota(10, 20_780, 8), 20_781 * iiot.DAY
+    quota.add(midnight - 2, 2)
+    assert quota.rest(midnight - 2) == 0.002
+    assert quota.rest(midnight) == 0
+    assert quota.used == 0
 
 
 # ---- what is used, and the defaults
@@ -1063,7 +1055,7 @@ def test_a_day_goes_on_with_what_was_stored_of_it_before() -> None:
 @pytest.mark.usefixtures("same_day")
 async def test_the_use_that_is_shown_is_what_was_done(site: Site) -> None:
     async def shown(tenant: Plant, name: str, *used: int) -> None:
-        expected = {quota: {"used": each, "limit": OWN_DEFAULTS[quota]} for quota, each in zip(iiot.QUOTAS, used, strict=True)}
+        expected = {quota: {"used": each, "limit": OWN_DEFAULTS[quota]} for quota, each in zip(iiot.QUOTAS, (*used, 0), strict=True)}
         async with asyncio.timeout(PATIENCE):
             while (await tenant.get("/whoami"))["quotas"] != expected:
                 await asyncio.sleep(0.01)
@@ -1095,11 +1087,12 @@ async def test_the_use_that_is_shown_is_what_was_done(site: Site) -> None:
 
 @pytest.mark.usefixtures("same_day")
 async def test_the_installations_quotas_are_those_of_tenants_without_their_own(tmp_path: Path) -> None:
-    async with opened(tmp_path, quota_devices=2, quota_connections=1, quota_points=3) as site:
-        own = await site.add("own", devices=3, connections=2, points_per_day=9)
+    async with opened(tmp_path, quota_devices=2, quota_connections=1, quota_points=3, quota_log_bytes=8) as site:
+        larger = {"devices": 3, "connections": 2, "points_per_day": 9, "log_bytes_per_day": 10}
+        own = await site.add("own", **larger)
         acme = await site.add()
-        defaults = {"devices": 2, "connections": 1, "points_per_day": 3}
-        for tenant, quotas in ((site.plant, defaults), (acme, defaults), (own, {"devices": 3, "connections": 2, "points_per_day": 9})):
+        defaults = {"devices": 2, "connections": 1, "points_per_day": 3, "log_bytes_per_day": 8}
+        for tenant, quotas in ((site.plant, defaults), (acme, defaults), (own, larger)):
             shown = (await tenant.get("/whoami"))["quotas"]
             assert {name: each["limit"] for name, each in shown.items()} == quotas
             for number in range(quotas["devices"]):
@@ -1111,7 +1104,7 @@ async def test_the_installations_quotas_are_those_of_tenants_without_their_own(t
             for _ in range(quotas["points_per_day"] + 3):
                 await devices[0].telemetry({"values": {"level": 1}})
             await held(devices[0], quotas["points_per_day"])
-        body = await site.allow("own", devices=None, connections=None, points_per_day=None)
+        body = await site.allow("own", **dict.fromkeys(iiot.QUOTAS))
         assert {name: each["limit"] for name, each in body.items()} == defaults
         await site.allow("acme", points_per_day=4)
         assert (await site.quotas())["default"]["points_per_day"] == {"used": 3, "limit": 3}
