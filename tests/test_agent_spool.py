@@ -155,7 +155,7 @@ class Model:
     def __init__(self) -> None:
         self.peer = Peer()
         self.way: list[dict[str, Any]] = []
-        self.safe: set[int] = set()  # was on the disk
+        self.safe: set[int] = set()  # is on the disk, or at the server
         self.made: list[int] = []
         self.fresh: list[int] = []  # since the start
 
@@ -190,6 +190,9 @@ class Model:
             self.peer.refuse(refused)
             frame = spool.refuse(refused["seq"])
             assert frame is not None
+            again = [sample["ts"] for sample in refused["samples"]]  # the server is done with them, until their parts are on the disk
+            self.safe.difference_update(again)
+            self.fresh += again
             await spool.put_first(agent.halves(frame), frame)
         elif step == "answer":
             await spool.acknowledge(self.peer.seq)

@@ -387,14 +387,16 @@ async def expect_the_first_undisturbed(plant: Plant, device: Device) -> None:
     assert [event["kind"] for event in (await plant.get("/iiot/press-1/events"))["items"]] == ["connected", "credentials"]
 
 
-@pytest.mark.parametrize("where", ["on the same port", "on another port"])
-async def test_a_second_server_on_the_same_database_is_refused_and_the_first_undisturbed(process: Process, where: str) -> None:
+async def test_a_second_server_on_the_same_database_is_refused_and_the_first_undisturbed(process: Process) -> None:
     await process.start()
     async with ClientSession() as client:
         plant = process.plant(client, (await process.read_first_start())[0])
         device = await plant.device("press-1")
-        port = process.url.rsplit(":", 1)[1] if where == "on the same port" else "0"
-        refused(await run_briefly("--port", port, "--db", str(process.database), folder=process.folder))
+        database = str(process.database)
+        there = process.url.rsplit(":", 1)[1]
+        seconds = [run_briefly("--port", port, "--db", database, folder=process.folder) for port in (there, "0")]
+        for outcome in await asyncio.gather(*seconds):
+            refused(outcome)
         await expect_the_first_undisturbed(plant, device)
 
 

@@ -163,14 +163,6 @@ async def test_lines_of_a_file_are_stored_once_through_kills_of_agent_and_server
     check_index(process.database)
 
 
-async def test_lines_count_for_the_quota_of_points(plant: Plant) -> None:
-    device = await plant.device("press-1")
-    before = (await plant.get("/whoami"))["quotas"]["points_per_day"]["used"]
-    await ship(device, entry("x"), entry("y" * 1_680))
-    used = (await plant.get("/whoami"))["quotas"]["points_per_day"]["used"] - before
-    assert 12 <= used <= 13
-
-
 # ---- what is found
 
 
@@ -360,7 +352,7 @@ async def test_who_follows_sees_the_last_lines_and_then_each_as_it_is_stored(pla
     await ship(device, *(entry(f"before-{number}") for number in range(15)))
     async with following(plant) as stream, following(plant, q="NOT later", limit="1", level="error") as picky:
         assert [await next_line(stream) for _ in range(10)] == [f"before-{number}" for number in range(5, 15)]
-        for number in range(30):
+        for number in range(8):
             await ship(device, entry(f"later-{number}", "error"))
             assert await next_line(stream) == f"later-{number}"
         await ship(device, entry("other", "error"), entry("info"))

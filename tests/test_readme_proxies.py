@@ -174,7 +174,7 @@ async def test_a_device_and_its_feed_go_through_a_proxy_unbuffered(proxied: Term
         'curl -sf --cacert ca.pem -H "Authorization: Bearer $TOKEN" "$IIOT_URL/iiot/press-1/telemetry?format=csv"'
     )
     assert re.fullmatch(r"time,metric,value\n\S+Z,level,1\.5\n", table)
-    assert (await beyond.ask("POST", "/iiot/press-1?wait=10", {"interval": 5}))[0] == 202
+    assert (await beyond.ask("POST", "/iiot/press-1?wait=1", {"interval": 5}))[0] == 202
     assert (await device.expect("config"))["document"] == {"interval": 5}
 
 

@@ -200,10 +200,14 @@ def says_why(line: str) -> bool:
     return bool(mark) and len(re.findall(r"[A-Za-z]{2,}", reason)) >= 3
 
 
-def broad_handlers(source: str) -> Iterator[tuple[int, str]]:
+@functools.cache
+def broad_handlers(source: str) -> tuple[tuple[int, str], ...]:
     """`except Exception` and its like, neither explained on its line nor raised again."""
-    lines = source.splitlines()
-    for node in ast.walk(ast.parse(source)):
+    return tuple(find_broad_handlers(source.splitlines(), ast.parse(source)))
+
+
+def find_broad_handlers(lines: list[str], tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):
             broad = is_broad(node.type) and not isinstance(node.body[-1], ast.Raise)
         elif isinstance(node, ast.Call):

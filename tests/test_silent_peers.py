@@ -149,6 +149,11 @@ async def quick(folder: Path, *, tls: bool = False, limits: iiot.Limits = QUICK)
 
 def peers() -> iiot.Peers:
     """Those of the server in this process."""
+    return known_peers(asyncio.get_running_loop())
+
+
+@functools.lru_cache(maxsize=1)  # each test has a loop of its own; to look through all objects takes long
+def known_peers(_: asyncio.AbstractEventLoop) -> iiot.Peers:
     doors = [thing for thing in gc.get_objects() if isinstance(thing, iiot.Door)]
     (found,) = [door.peers for door in doors if not all(task.done() for task in door._listening)]
     return found

@@ -249,7 +249,8 @@ async def test_a_name_is_given_once(site: Site) -> None:
 WRONG_QUOTAS: list[tuple[object, str]] = [
     ({"device": 1}, "quotas.device"), ({"points": 1}, "quotas.points"), ({"log_bytes_per_day": -1}, "quotas.log_bytes_per_day"),
     ({"connections": True}, "quotas.connections"), ({"points_per_day": 1.0}, "quotas.points_per_day"),
-    ({"devices": -1}, "quotas.devices"), ({"devices": 1e3}, "quotas.devices"), ({"devices": "7"}, "quotas.devices"), ({"devices": [7]}, "quotas.devices"),
+    ({"devices": -1}, "quotas.devices"), ({"devices": 1e3}, "quotas.devices"), ({"devices": "7"}, "quotas.devices"),
+    ({"devices": [7]}, "quotas.devices"),
     ({"devices": 2**63}, "quotas.devices"), ({"devices": 2**64}, "quotas.devices"), ({"devices": 10**40}, "quotas.devices"),
     ({"connections": 5, "devices": {}}, "quotas.devices"), (None, "quotas"), ([], "quotas"), (7, "quotas"), ("many", "quotas"),
 ]  # fmt: skip
