@@ -104,7 +104,9 @@ LOG_SECONDS: Final = 0.5  # between two looks at a file that has nothing new; th
 JOURNAL_BYTES: Final = 1024 * 1024  # of an entry of the journal; a larger one is left out
 PIECE_BYTES: Final = 64 * 1024  # that are read of a file at once
 LINE_BYTES: Final = 4 * MESSAGE_MOST + 4  # of a line that are kept in memory: one character more than a message has, in its longest form
-HEAD_BYTES: Final = 1_024  # a file is known again by its first bytes
+HEAD_BYTES: Final = 1_024  # a file is known again by its first bytes, and by those before the place that was reached
+LAST_BYTES: Final = 256
+FILES_KNOWN: Final = 64  # that were read, so that none is read twice
 PARTIAL_SECONDS: Final = 5.0  # for the end of a line
 ROTATED_SECONDS: Final = 2.0  # after a file was rotated, and since its last line: its writer is told a little later
 CURSOR_SECONDS: Final = 1.0  # between two writes of the cursor file
@@ -1815,24 +1817,37 @@ class LogFrames:
             cursor.release()
 
 
-ROTATED: Final = re.compile(r"[.-][0-9][0-9.-]*")  # what logrotate adds to a name, .1 or -20260131; not what it compressed
+ROTATED: Final = re.compile(r"[.-][0-9][0-9._-]*")  # what is added to a name, .1 or -20260131 or .2026-01-31_12; not what is compressed
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
 
 
 class Tail:
     """Reads the lines that are appended to a file, a piece at a time. What it does blocks, so it is for a thread.
 
-    The file is known by its device and inode, and by its first bytes, because an inode is used again. One that is renamed is read
-    to its end, then those that were rotated after it, then the one that has its name now. One that shrinks, or begins with other
-    bytes than before, was emptied, and is read from its start; what was written and emptied between two looks is lost."""
+    The file is known by its device and inode, and by its first bytes and those before the place that was reached, because an inode
+    is used again. One that is renamed is read to its end, then those that were written after it, then the one that has its name now.
+    One that shrinks, or has other bytes than before, was emptied: its copy is read to its end, if there is one, then the file from
+    its start; what was written and emptied between copy and look is lost."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: IO[bytes] | None = None
         self._stat = os.stat_result([0] * 10)
+        self._modified = time.time_ns()  # what was written after that follows
+        self._done: deque[tuple[int, int]] = deque(maxlen=FILES_KNOWN)  # files that were opened
         self._head = b""
+        self._last = b""  # the bytes before `_offset`
         self._offset = 0  # behind the last line that was given
         self._line = bytearray()  # the start of the next one
         self._length = 0  # of it, in the file
+        self._end = b""  # the last bytes that were read
         self._moved = time.monotonic()  # when something was last there to be read
         self._told = ""
         self.at_end = False
@@ -1843,28 +1858,27 @@ class Tail:
             with suppress(OSError):
                 self._open(self._path, 0)
                 self._offset = self._after_last_line()
-                self._take_head()
+                self._learn_place()
             return
-        known = (position.get("device"), position.get("inode"))
-        for path in (self._path, *self._rotated()):
+        offset, known = int(position.get("offset", 0)), (position.get("device"), position.get("inode"))
+        self._modified = int(position.get("modified", self._modified))
+        files = {path: identity(stat) for path, stat in self._files()}
+        found = [path for path in files if files[path] == known and self._is_at(path, position)]
+        for path in (*found, *self._copies(position)):
             with suppress(OSError):
-                stat = path.stat()
-                if (stat.st_dev, stat.st_ino) == known:
-                    self._open(path, int(position.get("offset", 0)))
-                    self._take_head()
-                    if self._position(self._offset)["head"] == position.get("head"):
-                        return
-                    log.warning("%s was emptied while it was not read: lines may be missing", path)
-                    self._open(path, 0)
-                    return
-        if position.get("inode"):
+                self._open(path, offset)
+                self._learn_place()
+                return
+        if known in files.values():
+            log.warning("%s was emptied while it was not read: lines may be missing", self._path)
+        elif position.get("inode"):
             log.warning("%s: the file that was read last is gone: lines may be missing", self._path)
 
     def read(self) -> list[tuple[str, dict[str, Any]]]:
         """The next lines, each with the position behind it."""
         try:
             if self._file is None:
-                self._open(self._path, 0)
+                self._open(self._next(), 0)
             lines = self._read()
             self._told = ""
         except FileNotFoundError:  # it appears later
@@ -1892,8 +1906,9 @@ class Tail:
         if data:
             self._moved = time.monotonic()
             return lines + self._split(data)
-        quiet = time.monotonic() - self._moved
-        following = self._following() if quiet >= ROTATED_SECONDS else None
+        quiet, following = time.monotonic() - self._moved, self._following()
+        if following == self._path and quiet < ROTATED_SECONDS:  # its writer may not know yet
+            following = None
         if self._length and (following is not None or quiet >= PARTIAL_SECONDS):
             lines += self._finish(0)
         if following is not None:
@@ -1909,8 +1924,11 @@ class Tail:
         if self._file is not None:
             self._file.close()
         self._file, self._stat = file, os.fstat(file.fileno())
-        self._head, self._offset, self._length, self._moved = b"", offset, 0, time.monotonic()
+        self._modified = self._stat.st_mtime_ns
+        self._done.append(identity(self._stat))
+        self._head, self._last, self._offset, self._length, self._moved = b"", b"", offset, 0, time.monotonic()
         self._line.clear()
+        self._end = b""
 
     def _after_last_line(self) -> int:
         assert self._file is not None
@@ -1925,6 +1943,32 @@ class Tail:
             self._file.seek(0)
             self._head = self._file.read(most)
 
+    def _learn_place(self) -> None:
+        """Learn the bytes by which the place is known again."""
+        self._take_head()
+        if self._file is not None:
+            start = max(0, self._offset - LAST_BYTES)
+            self._file.seek(start)
+            self._last = self._end = self._file.read(self._offset - start)
+
+    def _is_at(self, path: Path, position: Mapping[str, Any]) -> bool:
+        """Whether a file has the bytes that were read, as far as they are known."""
+        offset = int(position.get("offset", 0))
+        with suppress(OSError), path.open("rb") as file:
+            head = file.read(min(HEAD_BYTES, offset))
+            start = max(0, offset - LAST_BYTES)
+            file.seek(start)
+            last = file.read(offset - start)
+            return digest(head) == position.get("head") and digest(last) == position.get("last", digest(last))
+        return False
+
+    def _copies(self, position: Mapping[str, Any]) -> Iterator[Path]:
+        """Other files that have the bytes that were read, and were written to since. So does what is copied before a file is emptied."""
+        own = position.get("device"), position.get("inode")
+        for path, stat in self._files():
+            if position.get("offset") and identity(stat) != own and stat.st_mtime_ns >= self._modified and self._is_at(path, position):
+                yield path
+
     def _emptied(self) -> list[tuple[str, dict[str, Any]]]:
         """Look whether the file was emptied; then it is read from its start. What was there of its last line is a line."""
         assert self._file is not None
@@ -1934,18 +1978,28 @@ class Tail:
         if changed and not emptied:
             self._file.seek(0)
             emptied = self._file.read(len(self._head)) != self._head
+            self._file.seek(self._offset - len(self._last))
+            emptied = emptied or self._file.read(len(self._last)) != self._last
         if not emptied:
+            self._modified = stat.st_mtime_ns
             return []
+        for copy in self._copies(self.position()):
+            self._open(copy, self._offset)
+            self._learn_place()
+            return []
+        self._modified = stat.st_mtime_ns
         log.warning("%s was emptied: what was written just before may be missing", self._path)
         lines = self._finish(0) if self._length else []
-        self._head, self._offset = b"", 0
+        self._head, self._last, self._end, self._offset = b"", b"", b"", 0
         return [(text, self._position(0)) for text, _ in lines]
+
 
     def _split(self, data: bytes) -> list[tuple[str, dict[str, Any]]]:
         lines: list[tuple[str, dict[str, Any]]] = []
         *whole, rest = data.split(b"\n")
         for piece in whole:
             self._grow(piece)
+            self._end = self._end[1 - LAST_BYTES :] + b"\n"
             lines += self._finish(1)
         self._grow(rest)
         return lines
@@ -1953,6 +2007,7 @@ class Tail:
     def _grow(self, piece: bytes) -> None:
         self._line += piece[: max(0, LINE_BYTES - len(self._line))]
         self._length += len(piece)
+        self._end = (self._end + piece[-LAST_BYTES:])[-LAST_BYTES:]
 
     def _finish(self, newline: int) -> list[tuple[str, dict[str, Any]]]:
         """The line that is complete now. An empty one says nothing."""
@@ -1960,35 +2015,44 @@ class Tail:
         self._offset += self._length + newline
         self._line.clear()
         self._length = 0
+        self._last = self._end
         self._take_head()
         return [(text, self._position(self._offset))] if text.strip() else []
 
     def _position(self, offset: int) -> dict[str, Any]:
-        head = hashlib.sha256(self._head[:offset]).hexdigest()[:32]
-        return {"device": self._stat.st_dev, "inode": self._stat.st_ino, "offset": offset, "head": head}
+        return {
+            "device": self._stat.st_dev, "inode": self._stat.st_ino, "offset": offset, "head": digest(self._head[:offset]),
+            "last": digest(self._last), "modified": self._modified,
+        }  # fmt: skip
 
-    def _rotated(self) -> list[Path]:
-        """The files that this one became when it was rotated."""
-        name = self._path.name
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """The file, and those that it became when it was rotated."""
+        name, beside = self._path.name, list[Path]()
         with suppress(OSError):
             beside = [path for path in self._path.parent.iterdir() if path.name.startswith(name)]
-            return [path for path in beside if ROTATED.fullmatch(path.name.removeprefix(name))]
-        return []
+        for path in (self._path, *(path for path in beside if ROTATED.fullmatch(path.name.removeprefix(name)))):
+            with suppress(OSError):
+                if S_ISREG((stat := path.stat()).st_mode):
+                    yield path, stat
 
     def _following(self) -> Path | None:
-        """The file that follows this one, if it was renamed: the oldest that was rotated after it, else the one with its name."""
-        own = self._stat.st_dev, self._stat.st_ino
-        found: list[tuple[int, Path]] = []
+        """The file that follows this one, if it was renamed, or is a copy."""
         with suppress(OSError):
-            stat = self._path.stat()
-            if (stat.st_dev, stat.st_ino) == own:
-                return None
-            for path in self._rotated():
-                stat = path.stat()
-                if (stat.st_dev, stat.st_ino) != own and stat.st_mtime_ns > self._stat.st_mtime_ns:
-                    found.append((stat.st_mtime_ns, path))
-            return min(found)[1] if found else self._path
+            return None if identity(self._path.stat()) == identity(self._stat) else self._next()
         return None
+
+    def _is_later(self, stat: os.stat_result) -> bool:
+        """Than this file. The times of two files that are written one right after the other may be the same."""
+        return stat.st_mtime_ns > self._modified or (stat.st_mtime_ns == self._modified and identity(stat) not in self._done)
+
+    def _next(self) -> Path:
+        """The oldest file that was rotated and written to after this one, else the one with its name."""
+        found = [
+            (stat.st_mtime_ns, path)
+            for path, stat in self._files()
+            if path != self._path and self._is_later(stat)
+        ]
+        return min(found)[1] if found else self._path
 
 
 class LogFile:
