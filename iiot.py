@@ -164,6 +164,9 @@ def are_networks(text: str) -> bool:
         return False
 
 
+DAYS_MOST: Final = 36_600  # for which something is kept: a hundred years
+
+
 @attrs.frozen
 class Settings:
     """What an installation may choose. Flags are the names with dashes, variables the names with IIOT_ before them."""
@@ -204,7 +207,12 @@ class Settings:
     relp_port: int = setting(
         0, "port for RELP, syslog with confirmations; 0 is none", lambda port: 0 <= port < 65_536, "between 0 and 65535"
     )
-    log_days: int = setting(30, "days for which lines of logs are kept, where a tenant says nothing else", positive, "above 0")
+    log_days: int = setting(
+        30,
+        "days for which lines of logs are kept, where a tenant says nothing else",
+        lambda days: 0 < days <= DAYS_MOST,
+        f"between 1 and {DAYS_MOST}",
+    )
     log_level: str = setting(
         "info",
         "debug, info, warning or error; logs go to standard error",
@@ -394,15 +402,22 @@ class Limits:
     removed_lines: int = 300
     looked_words: int = 500
     retention_seconds: float = 60.0
+    # A clock that was set forward by more makes everything seem old. Whoever sees a wrong clock has so long to put it right.
+    clock_jump_seconds: float = 3_600.0
+    clock_doubt_seconds: float = 86_400.0
     # Frames of a device whose tenant may store no more points for now: those that were under way when it was told. After so
     # many bytes of them its socket is not read.
     held_bytes: int = 16 * 1024
     # Rows of the audit that an export reads at one time.
     audit_rows: int = 1_000
-    # Connections that syslog comes on at one time; datagrams that wait for their turn, beyond which they are counted as lost; addresses
-    # whose refused lines are counted apart. What is known of a sender is looked up again after a few seconds.
+    # Connections that the lines of a tenant come on at one time; datagrams that wait for their turn, of one address a quarter of them,
+    # beyond which they are counted as lost, and what the system keeps of them before; addresses whose refused lines are counted apart.
+    # What is known of a sender is looked up again after a few seconds.
     syslog_connections: int = 1_000
     syslog_datagrams: int = 2_000
+    syslog_buffer: int = 4 * 1024 * 1024
+    # Where several tenants are on a server, one that binds a network takes its addresses from the others: it is no larger than this.
+    source_bits: int = 16
     refused_senders: int = 1_000
     sender_seconds: float = 5.0
     # A line that its sender repeats is stored once, if the first one is no older than this; after a start, since when its sender
@@ -900,8 +915,8 @@ def check_count(value: object, _: object = None) -> Count:
 
 
 def check_days(value: object, _: object = None) -> Days:
-    if type(value) is not int or not 0 < value <= 36_600:
-        raise Invalid("is not a number of days between 1 and 36600")
+    if type(value) is not int or not 0 < value <= DAYS_MOST:
+        raise Invalid(f"is not a number of days between 1 and {DAYS_MOST}")
     return Days(value)
 
 
@@ -1700,6 +1715,7 @@ class Group:
 Search = Term | Group
 OPERATORS: Final = ("AND", "OR", "NOT")
 LEXEME: Final = re.compile(r'\s*(?:([()])|("(?:[^"\\]|\\.|"")*"\**)|([^\s()"][^\s()]*))', re.DOTALL)
+INNER_STAR: Final = re.compile(r"\w\*+\w")
 ESCAPED_QUOTE: Final = re.compile(r'""|\\(["\\])')
 NO_TEXT: Final = re.compile(r"[\x00\ud800-\udfff]")  # what SQLite does not take within a text
 
@@ -1740,6 +1756,8 @@ def term_of(lexeme: Lexeme) -> Term:
     prefix = bare != lexeme.text and not bare.startswith("*")
     text = ESCAPED_QUOTE.sub(lambda mark: mark[1] or '"', bare[1:-1]) if lexeme.kind == "phrase" else bare
     words = words_of(text)
+    if lexeme.kind == "word" and (inner := INNER_STAR.search(bare)) is not None:
+        raise bad_search("a star stands at the end of a word; in quotation marks it is searched through", lexeme.at + inner.start() + 1)
     if not words:
         raise bad_search(f"{lexeme.text[:40]} has no letter and no digit, and nothing else can be searched for", lexeme.at)
     is_part = lexeme.kind == "word" and not prefix and len(words) == 1 and len(words[0]) >= PART_LETTERS
@@ -2992,6 +3010,15 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     """
     alter table tenant add column log_bytes_most integer;
     alter table usage add column log_bytes integer not null default 0;
+    create table log_hour (
+        tenant_id  integer not null references tenant on delete cascade,
+        hour       integer not null,
+        first      integer not null,
+        last       integer not null,
+        primary key (tenant_id, hour)
+    ) strict, without rowid;
+    insert into log_hour
+        select tenant_id, received_at / 3600000, min(id), max(id) from log_line where tenant_id in (select id from tenant) group by 1, 2;
     """,
 )
 
@@ -4160,8 +4187,28 @@ def delete_log_tokens(connection: sqlite3.Connection, tenant_id: int, name: str)
     connection.execute("delete from log_token where device_id = ?", (device_id,))
 
 
-def set_syslog_sources(connection: sqlite3.Connection, tenant_id: int, name: str, networks: list[str]) -> None:
-    """The networks whose lines are a device's, instead of those before. Refusal: not_found; source_taken, by another device."""
+def overlap(networks: Iterable[str], others: Iterable[str]) -> str | None:
+    """The first of the networks that has an address of one of the others."""
+    theirs = [ipaddress.ip_network(other) for other in others]
+    for text in networks:
+        network = ipaddress.ip_network(text)
+        if any(network.version == other.version and network.overlaps(other) for other in theirs):
+            return text
+    return None
+
+
+def too_large(networks: Iterable[str], bits: int) -> str | None:
+    """The first of the networks that has more addresses than so many bits tell apart, of IPv6 more networks of 64 bits."""
+    for text in networks:
+        network = ipaddress.ip_network(text)
+        if network.max_prefixlen - network.prefixlen > bits + (64 if network.version == 6 else 0):
+            return text
+    return None
+
+
+def set_syslog_sources(connection: sqlite3.Connection, tenant_id: int, name: str, networks: list[str], limits: Limits) -> None:
+    """The networks whose lines are a device's, instead of those before. Refusal: not_found; source_taken, by another device; invalid,
+    where several tenants share the server and one of the networks is too large."""
     device_id, _ = device_row(connection, tenant_id, name)
     connection.execute("delete from syslog_source where device_id = ?", (device_id,))
     taken = connection.execute(
@@ -4169,6 +4216,14 @@ def set_syslog_sources(connection: sqlite3.Connection, tenant_id: int, name: str
     ).fetchone()
     if taken is not None:
         raise Refusal("source_taken", FieldError("addresses", f"{taken[0]} belongs to another device"))
+    others = connection.execute(
+        "select network from syslog_source cross join device on device.id = device_id where tenant_id <> ?", (tenant_id,)
+    )
+    (tenants,) = connection.execute("select count(*) from (select 1 from tenant where name is not null limit 2)").fetchone()
+    if tenants > 1 and (large := too_large(networks, limits.source_bits)) is not None:
+        raise Refusal("invalid", FieldError("addresses", f"{large} is larger than a /16, or a /48 of IPv6: tenants share this server"))
+    if (shared := overlap(networks, (network for (network,) in others))) is not None:
+        raise Refusal("source_taken", FieldError("addresses", f"{shared} has addresses of another device"))
     connection.execute(
         "insert into syslog_source (network, device_id) select distinct value, ?2 from json_each(?1)", (*bind(networks), device_id)
     )
@@ -5071,6 +5126,12 @@ def insert_log_lines(connection: sqlite3.Connection, told: list[LogLine]) -> Non
             on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last)""",
         (before,),
     )
+    connection.execute(
+        f"""insert into log_hour (tenant_id, hour, first, last)
+            select tenant_id, received_at / {HOUR}, min(id), max(id) from log_line where id > ? group by tenant_id, received_at / {HOUR}
+            on conflict do update set first = min(first, excluded.first), last = max(last, excluded.last)""",
+        (before,),
+    )
 
 
 def delete_log_lines(connection: sqlite3.Connection, lines: list[int]) -> None:
@@ -5116,9 +5177,9 @@ def delete_unused_words(connection: sqlite3.Connection, dictionary: Dictionary, 
     dictionary.forget({(tenant, word) for _, tenant, word in unused})
 
 
-OLD_LINES: Final = """select log_line.id from json_each(:cuts) cut join log_line on log_line.id in (
-    select rowid from log_index where log_index match '{who} : "t' || cut.key || '"' order by rowid limit :most)
-    where received_at < cut.value limit :most"""
+# An hour whose lines are all too old for their tenant.
+OLD_HOUR: Final = f"""select tenant_id, hour, first, last from json_each(:cuts) cut
+    cross join log_hour on tenant_id = cast(cut.key as integer) and hour < cut.value / {HOUR} limit 1"""
 
 
 def cuts_text(cuts: Mapping[int, int]) -> str:
@@ -5126,13 +5187,22 @@ def cuts_text(cuts: Mapping[int, int]) -> str:
 
 
 def delete_old_lines(connection: sqlite3.Connection, cuts: Mapping[int, int], most: int) -> bool:
-    """Lines of tenants that came before the times that are given, the oldest first, up to so many; whether there may be more."""
+    """Lines of tenants that came in an hour before the times that are given, up to so many; whether there may be more."""
+    row = connection.execute(OLD_HOUR, {"cuts": cuts_text(cuts)}).fetchone()
+    if row is None:
+        return False
+    tenant_id, hour, first, last = row
     (text,) = connection.execute(
-        f"select json_group_array(id) from ({OLD_LINES})", {"cuts": cuts_text(cuts), "most": most}
+        f"""select json_group_array(id) from (
+                select log_line.id from log_index cross join log_line on log_line.id = log_index.rowid
+                where log_index match :who and log_index.rowid between :first and :last and received_at / {HOUR} = :hour limit :most)""",
+        {"who": f'{{who}} : "t{tenant_id}"', "first": first, "last": last, "hour": hour, "most": most},
     ).fetchone()
     lines = orjson.loads(text)
     delete_log_lines(connection, lines)
-    return len(lines) == most
+    if len(lines) < most:
+        connection.execute("delete from log_hour where tenant_id = ? and hour = ?", (tenant_id, hour))
+    return True
 
 
 def set_log_days(connection: sqlite3.Connection, tenant_id: int, days: int | None) -> None:
@@ -5250,8 +5320,8 @@ class LogReads(Queries):
         return await self._readers.row("select 1 from log_repeat where received_at < :before limit 1", {"before": before}) is not None
 
     async def has_old(self, cuts: Mapping[int, int]) -> bool:
-        """Whether there are lines from before the times that are given for tenants."""
-        return await self._readers.row(OLD_LINES, {"cuts": cuts_text(cuts), "most": 1}) is not None
+        """Whether there may be lines that are older than tenants want, by the times that are given."""
+        return await self._readers.row(OLD_HOUR, {"cuts": cuts_text(cuts)}) is not None
 
     async def unused_words(self, after: int, most: int) -> tuple[list[int], int]:
         """Of so many words after a number those that no line has any more; the number to go on after, 0 at the end."""
@@ -5409,6 +5479,16 @@ class RemovalReads:
         row = await self._readers.row(REMOVED_SQL, {"most": limits.removed_devices, **removal_times(limits)})
         assert row is not None
         return Removed.of(row)
+
+    async def newest_moment(self) -> int | None:
+        """The time of the newest line or event, by the server's clock; None where there is none."""
+        row = await self._readers.row(
+            """select max(at) from (
+                select received_at at from log_line where id = (select max(id) from log_line)
+                union all select at from event where id = (select max(id) from event))""",
+            {},
+        )
+        return None if row is None or row[0] is None else int(row[0])
 
     async def is_range_left(self, marks: list[int]) -> bool:
         """Whether some of the readings that were marked to be deleted may still be there."""
@@ -6287,11 +6367,25 @@ class LogSenders:
 
 @attrs.define
 class RefusedLines:
-    """Lines from one address that were not stored: how many, when the last came, and why that was not."""
+    """Lines from one address, of one tenant or of nobody, that were not stored: how many, when the last came, and why that was not."""
 
+    address: str
+    tenant_id: int | None
     lines: int
     last_at: int
     reason: str
+
+
+def datagrams_lost(listening: socket.socket) -> int:
+    """How many datagrams to a socket the system has thrown away, because they were not read in time. Only Linux says so."""
+    with suppress(OSError, ValueError, IndexError):
+        inode = str(os.fstat(listening.fileno()).st_ino)
+        name = "udp6" if listening.family == socket.AF_INET6 else "udp"
+        for row in Path(f"/proc/net/{name}").read_text(encoding="ascii").splitlines()[1:]:
+            columns = row.split()
+            if columns[9] == inode:
+                return int(columns[12])
+    return 0
 
 
 class TurnedAway:
@@ -6300,23 +6394,30 @@ class TurnedAway:
     def __init__(self, most: int) -> None:
         self._most = most
         self._since = now_ms()
-        self._by_address: dict[str, RefusedLines] = {}
+        self._known: dict[tuple[str, int | None], RefusedLines] = {}
+        self._listening: list[socket.socket] = []
 
-    def add(self, address: str, reason: str) -> None:
+    def watch(self, listening: socket.socket) -> None:
+        """What the system throws away of the datagrams to a socket is shown, too."""
+        self._listening.append(listening)
+
+    def add(self, address: str, reason: str, tenant_id: int | None = None) -> None:
         """Of more addresses than are counted apart the last ones are counted together."""
-        known = self._by_address.get(address)
+        known = self._known.get((address, tenant_id))
         if known is None:
-            address = address if len(self._by_address) < self._most else "others"
-            known = self._by_address.setdefault(address, RefusedLines(0, 0, reason))
+            address = address if len(self._known) < self._most else "others"
+            known = self._known.setdefault((address, tenant_id), RefusedLines(address, tenant_id, 0, 0, reason))
         known.lines, known.last_at, known.reason = known.lines + 1, now_ms(), reason
 
-    def shown(self) -> dict[str, Any]:
-        last = sorted(self._by_address.items(), key=lambda item: -item[1].last_at)
+    def shown(self, tenant_id: int) -> dict[str, Any]:
+        """A tenant's own, and those of nobody: they may be meant for it."""
+        seen = [refused for refused in self._known.values() if refused.tenant_id in (None, tenant_id)]
         return {
             "since": moment_text(self._since),
+            "datagrams_lost": sum(map(datagrams_lost, self._listening)),
             "items": [
-                {"address": address, "lines": refused.lines, "last_at": moment_text(refused.last_at), "reason": refused.reason}
-                for address, refused in last
+                {"address": refused.address, "lines": refused.lines, "last_at": moment_text(refused.last_at), "reason": refused.reason}
+                for refused in sorted(seen, key=lambda refused: -refused.last_at)
             ],
         }
 
@@ -6481,13 +6582,16 @@ class Door:
     """Where connections are accepted. asyncio's own would take more at one time than there are descriptors, then accept nothing for a
     second, and wait a minute for a handshake of TLS."""
 
-    def __init__(self, make: Callable[[Peer], asyncio.BaseProtocol], context: ssl.SSLContext | None, limits: Limits) -> None:
+    def __init__(
+        self, make: Callable[[Peer], asyncio.BaseProtocol], context: ssl.SSLContext | None, peers: Peers, limits: Limits
+    ) -> None:
+        """`peers`: those of all doors."""
         if context is not None:  # asyncio keeps as much for each connection while that lasts: 256 KiB if it is not told
             sslproto.SSLProtocol.max_size = TLS_BYTES
         self._make = make
         self._context = context
         self._limits = limits
-        self.peers = Peers(limits)
+        self.peers = peers
         self._listening: dict[asyncio.Task[None], socket.socket] = {}
         self._beginning: dict[asyncio.Task[None], Peer] = {}
 
@@ -7265,6 +7369,43 @@ class Supervisor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+class SteadyClock:
+    """Says whether the time of the day can be believed by whoever deletes what is old. Where it was set forward by much, everything seems
+    old; that may be put right before long. So it is doubted for some time, unless it is set back."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._at: tuple[float, int] | None = None  # the process's own clock and that of the day, when they were last looked at
+        self._doubted_until = float("-inf")
+
+    @property
+    def is_new(self) -> bool:
+        return self._at is None
+
+    def expect(self, newest: int | None) -> None:
+        """At the start: the newest time that is known, if any. A server that was off for long doubts as well."""
+        self._at = time.monotonic(), now_ms()
+        if newest is not None:
+            self._look(newest, DAY)
+
+    def is_doubtful(self) -> bool:
+        """Look at the clock."""
+        if self._at is not None:
+            since, was = self._at
+            self._look(was + round((time.monotonic() - since) * 1000), round(self._limits.clock_jump_seconds * 1000))
+        self._at = time.monotonic(), now_ms()
+        return time.monotonic() < self._doubted_until
+
+    def _look(self, expected: int, most: int) -> None:
+        ahead = now_ms() - expected
+        if ahead > most:
+            self._doubted_until = time.monotonic() + self._limits.clock_doubt_seconds
+            hours = self._limits.clock_doubt_seconds / 3_600
+            log.warning("the clock is %.0f h ahead of what was known: nothing is deleted for its age for %.0f h", ahead / HOUR, hours)
+        elif ahead < -most:
+            self._doubted_until = float("-inf")
+
+
 class Cleaner:
     """Deletes what removed devices and tenants left behind, and what is too old, a little at a time. Tenants may be removed from the
     command line, beside the server: then it is the first to see it, and ends what is under way for them."""
@@ -7276,6 +7417,7 @@ class Cleaner:
         self._log_days = log_days
         self._began = asyncio.get_running_loop().time()
         self._looked = float("-inf")  # when it was last looked for what is too old
+        self._clock = SteadyClock(limits)
         self._word = 0  # the last that it was asked of whether a line has it
         self.wanted = asyncio.Event()
         self.wanted.set()  # a removal before the last stop may not be done
@@ -7311,6 +7453,10 @@ class Cleaner:
         if now - self._looked < limits.retention_seconds:
             return
         self._looked = now
+        if self._clock.is_new:
+            self._clock.expect(await self._store.read.removal.newest_moment())
+        if self._clock.is_doubtful():
+            return
         cuts = await logs.cuts(self._log_days)
         delete = functools.partial(delete_old_lines, cuts=cuts, most=limits.removed_lines)
         more = await logs.has_old(cuts)
@@ -8120,18 +8266,50 @@ async def serve_link(services: Services, link: Link) -> None:
 # Owns: the listeners for syslog, and the way of a line from there to the writer. Must not know: HTTP.
 
 
+class WaitingDatagrams:
+    """Datagrams in their order, of the addresses that they come from in turn: one that sends without end takes nobody else's place."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._count = 0
+        self._by_address: dict[str, deque[bytes]] = {}
+        self._came = asyncio.Event()
+
+    def put(self, data: bytes, address: str) -> bool:
+        """Whether there was room."""
+        waiting = self._by_address.get(address)
+        if self._count >= self._most or (waiting is not None and len(waiting) >= self._most // 4):
+            return False
+        if waiting is None:
+            waiting = self._by_address[address] = deque()
+        waiting.append(data)
+        self._count += 1
+        self._came.set()
+        return True
+
+    async def get(self) -> tuple[bytes, str]:
+        while not self._count:
+            self._came.clear()
+            await self._came.wait()
+        address = next(iter(self._by_address))
+        waiting = self._by_address.pop(address)
+        data = waiting.popleft()
+        if waiting:
+            self._by_address[address] = waiting
+        self._count -= 1
+        return data, address
+
+
 class Datagrams(asyncio.DatagramProtocol):
     """Messages that came by UDP, one in each datagram (RFC 5426), and wait for their turn. UDP tells its sender nothing: what does not
     fit is counted."""
 
-    def __init__(self, waiting: asyncio.Queue[tuple[bytes, str]], turned_away: TurnedAway) -> None:
+    def __init__(self, waiting: WaitingDatagrams, turned_away: TurnedAway) -> None:
         self._waiting = waiting
         self._turned_away = turned_away
 
     def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
-        try:
-            self._waiting.put_nowait((data, addr[0]))
-        except asyncio.QueueFull:
+        if not self._waiting.put(data, addr[0]):
             self._turned_away.add(addr[0], "too_fast")
 
 
@@ -8158,6 +8336,13 @@ class RelpStream:
         self._most = most
         self._waiting: deque[bytes] = deque()
         self._handed_over = 0
+        self._all_answered = asyncio.Event()
+
+    async def until_answered(self) -> None:
+        """Until all that was handed over is on disk. TimeoutError is for the caller to raise."""
+        if self._waiting:
+            self._all_answered.clear()
+            await self._all_answered.wait()
 
     def hand_over(self, number: bytes) -> tuple[int, int]:
         """A message goes to the writer; the mark by which its commit is told."""
@@ -8168,6 +8353,8 @@ class RelpStream:
     def committed(self, mark: tuple[int, int]) -> None:
         answered = len(self._waiting) - (self._handed_over - mark[1])
         self._send(b"".join([b"%b rsp 6 200 OK\n" % self._waiting.popleft() for _ in range(answered)]))
+        if not self._waiting:
+            self._all_answered.set()
 
     def refused(self, code: str, seq: int) -> None:
         """Nothing of it is refused there."""
@@ -8175,6 +8362,7 @@ class RelpStream:
     def not_stored(self) -> None:
         """No answer: the sender comes back, and tells all again that was not answered."""
         self._writer.transport.abort()
+        self._all_answered.set()
 
     def answer(self, number: bytes, text: bytes) -> None:
         self._send(b"%b rsp %d %b\n" % (number, len(text), text) if text else b"%b rsp 0\n" % number)
@@ -8192,6 +8380,15 @@ class RelpStream:
             self._writer.transport.abort()
 
 
+@attrs.define(eq=False)
+class SyslogStream:
+    """Where a stream comes from, and whose its lines are: of the tenant of the first of them, None before it."""
+
+    address: str
+    peer: Peer
+    tenant_id: int | None = None
+
+
 RELP_OFFER: Final = b"200 OK\nrelp_version=0\nrelp_software=iiot,%b\ncommands=syslog" % VERSION.encode()
 
 
@@ -8199,33 +8396,43 @@ class SyslogListener:
     """Takes syslog over TCP, TLS (RFC 5425), UDP and RELP. A stream is read no faster than its lines can be stored; but for RELP
     there is no answer in this protocol, so what was under way at a stop or a crash is lost."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, peers: Peers) -> None:
         self._services = services
         self._limits = services.limits
-        self._waiting: asyncio.Queue[tuple[bytes, str]] = asyncio.Queue(services.limits.syslog_datagrams)
-        self._servers: list[asyncio.Server] = []
+        self._peers = peers
+        self._waiting = WaitingDatagrams(services.limits.syslog_datagrams)
+        self._doors: list[Door] = []
         self._endpoints: list[asyncio.DatagramTransport] = []
         self._streams: set[asyncio.Task[None]] = set()
+        self._known: Counter[int] = Counter()  # streams whose lines are somebody's, by tenant
 
-    async def listen(self, sockets: list[socket.socket], context: ssl.SSLContext | None) -> None:
-        """On sockets that listen; without TLS on the same addresses for datagrams, too."""
+    async def listen(self, sockets: list[socket.socket]) -> None:
+        """On sockets that listen, and on the same addresses for datagrams."""
+        turned_away = self._services.turned_away
         for listener in sockets:
-            handshake = self._limits.hello_seconds if context else None
-            server = await asyncio.start_server(self._begin, sock=listener, ssl=context, ssl_handshake_timeout=handshake)
-            self._servers.append(server)
-            if context is None:
-                endpoint, _ = await asyncio.get_running_loop().create_datagram_endpoint(
-                    lambda: Datagrams(self._waiting, self._services.turned_away), local_addr=listener.getsockname()[:2]
-                )
-                self._endpoints.append(endpoint)
+            endpoint, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+                lambda: Datagrams(self._waiting, turned_away), local_addr=listener.getsockname()[:2]
+            )
+            self._endpoints.append(endpoint)
+            there: socket.socket = endpoint.get_extra_info("socket")
+            there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._limits.syslog_buffer)  # as far as the system allows it
+            turned_away.watch(there)
+        await self.listen_for_streams(sockets)
 
-    async def listen_for_relp(self, sockets: list[socket.socket]) -> None:
+    async def listen_for_streams(
+        self, sockets: list[socket.socket], *, context: ssl.SSLContext | None = None, relp: bool = False
+    ) -> None:
+        def make(peer: Peer) -> asyncio.BaseProtocol:
+            return asyncio.StreamReaderProtocol(asyncio.StreamReader(), functools.partial(self._begin, peer=peer, relp=relp))
+
+        door = Door(make, context, self._peers, self._limits)
+        self._doors.append(door)
         for listener in sockets:
-            self._servers.append(await asyncio.start_server(functools.partial(self._begin, relp=True), sock=listener))
+            self._services.supervisor.watch(door.open(listener))
 
     async def close(self) -> None:
-        for server in self._servers:
-            server.close()
+        for door in self._doors:
+            await door.close()
         for endpoint in self._endpoints:
             endpoint.close()
         for stream in self._streams:
@@ -8237,62 +8444,77 @@ class SyslogListener:
         while True:
             data, address = await self._waiting.get()
             try:
-                await self._take(cut_frame(data, self._limits.syslog_bytes), address, patient=False)
+                await self._take(cut_frame(data, self._limits.syslog_bytes), address, None)
             except (Refusal, sqlite3.Error) as error:  # whose it is cannot be looked up
                 self._services.turned_away.add(address, error.fault.code if isinstance(error, Refusal) else "storage_unavailable")
 
-    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, relp: bool = False) -> None:
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, peer: Peer, relp: bool) -> None:
+        """Somebody has connected. Who has sent no line of a device makes room where that is short, and may be silent for long: a machine
+        in good health has nothing to say."""
+        peer.asked()
         address = str((writer.get_extra_info("peername") or ("unknown",))[0])
-        if len(self._streams) >= self._limits.syslog_connections:
-            self._services.turned_away.add(address, "too_many_connections")
-            writer.transport.abort()
-            return
-        taking = self._take_relp(reader, writer, address) if relp else self._take_stream(reader, address)
-        task = asyncio.create_task(self._serve(taking, writer, address), name="syslog stream")
+        stream = SyslogStream(address, peer)
+        taking = self._take_relp(reader, writer, stream) if relp else self._take_stream(reader, stream)
+        task = asyncio.create_task(self._serve(taking, writer, stream), name="syslog stream")
         self._streams.add(task)
         task.add_done_callback(self._streams.discard)
 
-    async def _serve(self, taking: Coroutine[Any, Any, None], writer: asyncio.StreamWriter, address: str) -> None:
-        give_up_after(writer.get_extra_info("socket"), self._limits.stall_seconds)
+    async def _serve(self, taking: Coroutine[Any, Any, None], writer: asyncio.StreamWriter, stream: SyslogStream) -> None:
+        address = stream.address
         try:
             await taking
         except Invalid as error:
-            log.warning("what %s sends %s", address, error)
+            self._services.turned_away.add(address, "not_relp")
+            log.debug("what %s sends %s", address, error)
         except (OSError, TimeoutError) as error:  # it broke off; or nothing can be stored, and its sender keeps what it has not sent
             log.debug("a stream of syslog from %s ended: %s", address, type(error).__name__)
         except (Refusal, sqlite3.Error) as error:
             log.warning("a stream of syslog from %s was closed: %s", address, error)
         finally:
             writer.transport.abort()
+            if stream.tenant_id is not None:
+                self._known[stream.tenant_id] -= 1
 
-    async def _take_stream(self, reader: asyncio.StreamReader, address: str) -> None:
+    async def _take_stream(self, reader: asyncio.StreamReader, stream: SyslogStream) -> None:
         framing = SyslogFraming(self._limits.syslog_bytes)
         while data := await reader.read(READ_BYTES):
             for frame in framing.feed(data):
-                await self._take(frame, address, patient=True)
+                await self._take(frame, stream.address, stream)
         for frame in framing.end():
-            await self._take(frame, address, patient=True)
+            await self._take(frame, stream.address, stream)
 
-    async def _take_relp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> None:
-        """A message of nobody is answered so, and its sender keeps it. Invalid."""
-        framing, stream = RelpFraming(self._limits.syslog_bytes), RelpStream(writer, self._limits.outbox_bytes)
+    async def _take_relp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: SyslogStream) -> None:
+        """A message of nobody ends the connection: an answer that it is refused would be the end of the message. Its sender keeps it, and
+        comes back with it. Invalid."""
+        framing, answers = RelpFraming(self._limits.syslog_bytes), RelpStream(writer, self._limits.outbox_bytes)
         while data := await reader.read(READ_BYTES):
             for frame in framing.feed(data):
                 if frame.command == b"syslog":
-                    if await self._take(SyslogFrame(frame.data, frame.cut), address, patient=True):
-                        self._services.store.writer.await_commit(stream, stream.hand_over(frame.number))
-                    else:
-                        stream.answer(frame.number, b"500 nobody's line")
+                    if not await self._take(SyslogFrame(frame.data, frame.cut), stream.address, stream):
+                        async with asyncio.timeout(self._limits.storage_seconds):
+                            await answers.until_answered()
+                        return
+                    self._services.store.writer.await_commit(answers, answers.hand_over(frame.number))
                 elif frame.command == b"close":
-                    stream.say_goodbye(frame.number)
+                    answers.say_goodbye(frame.number)
                     await writer.drain()
                     return
                 else:
-                    stream.answer(frame.number, RELP_OFFER if frame.command == b"open" else b"500 unknown command")
+                    answers.answer(frame.number, RELP_OFFER if frame.command == b"open" else b"500 unknown command")
 
-    async def _take(self, frame: SyslogFrame, address: str, *, patient: bool) -> bool:
-        """A message on its way to the writer; whether it is. Whoever is not patient loses what cannot be taken now. Refusal:
-        storage_unavailable. TimeoutError, when the storage does not keep up."""
+    def _recognize(self, stream: SyslogStream, tenant_id: int) -> bool:
+        """A line of the stream is a tenant's; whether it may have one more of them."""
+        if stream.tenant_id is None:
+            if self._known[tenant_id] >= self._limits.syslog_connections:
+                return False
+            self._known[tenant_id] += 1
+            stream.tenant_id = tenant_id
+            stream.peer.recognized()
+        return True
+
+    async def _take(self, frame: SyslogFrame, address: str, stream: SyslogStream | None) -> bool:
+        """A message on its way to the writer; whether it is. What comes by no stream, and cannot be taken now, is lost. Refusal:
+        storage_unavailable, too_many_connections. TimeoutError, when the storage does not keep up."""
         services, now = self._services, now_ms()
         message = parse_syslog(frame.data, now)
         try:
@@ -8309,9 +8531,12 @@ class SyslogListener:
         flow = LogFlow(use.log_bytes, services.store.allowances.log_bytes, str(sender.device_id))
         share = services.store.allowances.shares.of(sender.tenant_id)
         used_up = flow.used_up(now)
-        if not patient and (share.crowded or used_up):
-            services.turned_away.add(address, used_up.limit if used_up else "too_fast")
+        if stream is None and (share.crowded or used_up):
+            services.turned_away.add(address, used_up.limit if used_up else "too_fast", sender.tenant_id)
             return False
+        if stream is not None and not self._recognize(stream, sender.tenant_id):
+            services.turned_away.add(address, "too_many_connections", sender.tenant_id)
+            raise Refusal("too_many_connections")
         while used_up := flow.used_up(now_ms()):  # noqa: ASYNC110 - nothing happens when there is room again
             await asyncio.sleep(min(used_up.retry_after, THROTTLE_SECONDS))
         if share.crowded:
@@ -8470,11 +8695,16 @@ class TelemetryQuery:
     spreadsheet: bool | None = None
 
 
+QUERY_CHARACTERS: Final = 1_024
+
+
 def one_value(values: object) -> str:
     if not isinstance(values, list) or len(values) != 1:
         raise Invalid("is given more than once")
-    if "\0" in values[0] or len(values[0]) > 1024:
-        raise Invalid("is too long or holds a zero character")
+    if len(values[0]) > QUERY_CHARACTERS:
+        raise Invalid(f"is longer than {QUERY_CHARACTERS:,} characters")
+    if "\0" in values[0]:
+        raise Invalid("holds a zero character")
     return str(values[0])
 
 
@@ -8668,6 +8898,12 @@ def json_response(text: str | bytes, status: int = 200, headers: Mapping[str, st
     return web.Response(body=body + b"\n", status=status, content_type=JSON_TYPE, headers=headers)
 
 
+def required_text(text: str | None) -> str:
+    if text is None:
+        raise Refusal("not_found")
+    return text
+
+
 def required(text: str | bytes | None) -> web.Response:
     if text is None:
         raise Refusal("not_found")
@@ -8781,12 +9017,23 @@ async def show_syslog_source(call: Call) -> web.StreamResponse:
     return required(await call.services.store.read.syslog_sources(call.tenant, call.device))
 
 
+def as_network(text: str) -> Network:
+    """An address of IPv4 that is written as one of IPv6 is what it is. ValueError, also where it names a network card."""
+    network = ipaddress.ip_network(text.strip())
+    if isinstance(network, ipaddress.IPv6Network):
+        if network.network_address.scope_id is not None:
+            raise ValueError(text)
+        if (mapped := network.network_address.ipv4_mapped) is not None and network.prefixlen >= 96:
+            return ipaddress.ip_network(f"{mapped}/{network.prefixlen - 96}")
+    return network
+
+
 def as_networks(addresses: Iterable[str], most: int) -> list[str]:
     """Addresses and networks as they are stored. Refusal: invalid."""
     found = []
     for index, text in enumerate(addresses):
         try:
-            network = ipaddress.ip_network(text.strip())
+            network = as_network(text)
         except ValueError:
             raise Refusal("invalid", FieldError(f"addresses[{index}]", "is neither an address nor a network such as 10.0.0.0/24")) from None
         found.append(str(network))
@@ -8797,14 +9044,15 @@ def as_networks(addresses: Iterable[str], most: int) -> list[str]:
 
 async def set_syslog_source(call: Call) -> web.StreamResponse:
     tenant, name, body = call.tenant, call.device, await call.body(SyslogSource)
-    networks = as_networks(body.addresses, call.services.limits.sources)
-    await call.change(lambda connection: set_syslog_sources(connection, tenant, name, networks), addresses=networks)
+    limits = call.services.limits
+    networks = as_networks(body.addresses, limits.sources)
+    await call.change(lambda connection: set_syslog_sources(connection, tenant, name, networks, limits), addresses=networks)
     call.services.senders.forget()
     return await show_syslog_source(call)
 
 
 async def show_refused_lines(call: Call) -> web.StreamResponse:
-    return answer(call.services.turned_away.shown())
+    return answer(await asyncio.to_thread(call.services.turned_away.shown, call.tenant))
 
 
 async def delete_device(call: Call) -> web.StreamResponse:
@@ -8899,13 +9147,17 @@ async def stream_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> 
 
 
 async def follow_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> web.StreamResponse:
-    """The newest lines, `limit` of them, then those that come, as they are committed; an empty line where there is none for a while.
-    Refusal: bad_query, not_found, too_many_feeds."""
+    """The newest lines, `limit` of them, or those after a line that is named; then those that come, as they are committed; an empty
+    line where there is none for a while. Refusal: bad_query, not_found, too_many_feeds."""
     services, logs, limits, tenant = call.services, call.services.store.read.logs, call.services.limits, call.tenant
-    last = await logs.newest()
-    text = await logs.lines(tenant, wanted, call.count(limits.tail, limits.page_most), last + 1)
-    if text is None:
-        raise Refusal("not_found")
+    last, text = await logs.newest(), '{"items":[]}'
+    if (after := cast("int | None", call.query.after)) is None:
+        text = required_text(await logs.lines(tenant, wanted, call.count(limits.tail, limits.page_most), last + 1))
+    elif call.query.limit is not None:
+        raise Refusal("bad_query", FieldError("limit", "cannot be given with after and follow: all lines after that one are sent"))
+    else:
+        last = min(last, after)
+        required_text(await logs.newer_lines(tenant, wanted, 1, last))
     with services.registry.follower(tenant), services.registry.feed(call.request.transport):
         async with streaming(call, shown.content_type) as response:
             lines = orjson.loads(text)["items"][::-1]
@@ -8913,10 +9165,10 @@ async def follow_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> 
                 await response.write(first)
             while not services.registry.closing.is_set():
                 ring = services.store.writer.log_news.next(tenant)
-                text = await logs.newer_lines(tenant, wanted, limits.page_most, last)
-                if text is None:  # its device was removed
+                newer = await logs.newer_lines(tenant, wanted, limits.page_most, last)
+                if newer is None:  # its device was removed
                     break
-                lines = orjson.loads(text)["items"]
+                lines = orjson.loads(newer)["items"]
                 last = lines[-1]["id"] if lines else last
                 if not lines:
                     await asyncio.wait((ring,), timeout=limits.feed_seconds)
@@ -9796,17 +10048,17 @@ def warn_of_plain_text(addresses: Iterable[Any]) -> None:
         )  # fmt: skip
 
 
-async def open_syslog(services: Services, context: ssl.SSLContext | None, stack: AsyncExitStack) -> None:
+async def open_syslog(services: Services, context: ssl.SSLContext | None, peers: Peers, stack: AsyncExitStack) -> None:
     """The listeners for syslog that the settings want. OSError."""
-    settings, listener = services.settings, SyslogListener(services)
+    settings, listener = services.settings, SyslogListener(services, peers)
     if settings.syslog_tls_port and context is None:
         raise OSError("--syslog-tls-port needs --tls-cert and --tls-key")
     stack.push_async_callback(listener.close)
     services.supervisor.start("syslog datagrams", listener.take_datagrams())
     for flag, port, protocol, listen in (
-        ("syslog-port", settings.syslog_port, "syslog", functools.partial(listener.listen, context=None)),
-        ("syslog-tls-port", settings.syslog_tls_port, "syslog with TLS", functools.partial(listener.listen, context=context)),
-        ("relp-port", settings.relp_port, "RELP", listener.listen_for_relp),
+        ("syslog-port", settings.syslog_port, "syslog", listener.listen),
+        ("syslog-tls-port", settings.syslog_tls_port, "syslog with TLS", functools.partial(listener.listen_for_streams, context=context)),
+        ("relp-port", settings.relp_port, "RELP", functools.partial(listener.listen_for_streams, relp=True)),
     ):
         if not port:
             continue
@@ -9831,7 +10083,8 @@ async def serving(
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
         services = app[SERVICES]
-        door = Door(cast(PlainServer, runner.server).serve, context, services.limits)
+        peers = Peers(services.limits)
+        door = Door(cast(PlainServer, runner.server).serve, context, peers, services.limits)
         stack.push_async_callback(door.close)
         try:
             listeners = listen_on(settings.host, settings.port)
@@ -9839,10 +10092,10 @@ async def serving(
             told = f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}"
             raise OSError(f"{told}; choose another with --port or --host") from error
         addresses = [listener.getsockname() for listener in listeners]
-        services.supervisor.start("watch over silent peers", door.peers.look_at_strangers())
+        services.supervisor.start("watch over silent peers", peers.look_at_strangers())
         for listener in listeners:
             services.supervisor.watch(door.open(listener))
-        await open_syslog(services, context, stack)
+        await open_syslog(services, context, peers, stack)
         if context is None:
             warn_of_plain_text(addresses)
         host, port = addresses[0][:2]

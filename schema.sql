@@ -267,6 +267,15 @@ create table log_line (
     host         text,
     fields       text                               -- JSON: what else the sender told
 ) strict;
+-- Which numbers the lines of a tenant have that came in an hour, by the server's clock: by it those that are too old are found. Those of
+-- others, and of other hours if the clock was set, may lie between them. A row goes with the last of its lines.
+create table log_hour (
+    tenant_id  integer not null references tenant on delete cascade,
+    hour       integer not null,                    -- since 1970-01-01 00:00 UTC
+    first      integer not null,                    -- the lowest number, and the highest
+    last       integer not null,
+    primary key (tenant_id, hour)
+) strict, without rowid;
 -- The words of all lines. `who` holds words of the server's own: t1 is a tenant, d1 a device, t1l4 a level of a tenant. So a search
 -- is narrowed within the index. The texts themselves are not kept here a second time.
 create virtual table log_index using fts5 (who, text, content = '', columnsize = 0, tokenize = 'unicode61 remove_diacritics 2');

@@ -83,7 +83,7 @@ EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {
     ("DELETE", "/iiot/{device}/log-token"): (DONE,),
     ("GET", "/iiot/{device}/syslog-source"): (Example(200, "device addresses"),),
     ("PUT", "/iiot/{device}/syslog-source"): (Example(200, "device addresses", body={"addresses": []}),),
-    ("GET", "/syslog/refused"): (Example(200, "items since"),),
+    ("GET", "/syslog/refused"): (Example(200, "datagrams_lost items since"),),
     ("GET", "/retention"): (Example(200, "logs"),),
     ("PUT", "/retention"): (Example(200, "logs", body={"logs": {"days": 7}}),),
     ("DELETE", "/retention"): (DONE,),

@@ -395,6 +395,7 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "NewsReads.highest": check_newest,
     "NewsReads.after": check_news,
     "LogReads.newest": check_newest,
+    "RemovalReads.newest_moment": check_newest,
     "LogReads.cuts": check_cuts,
     "LogReads.has_old": check_old,
     "LogReads.unused_words": check_words,

@@ -360,6 +360,18 @@ async def test_who_follows_sees_the_last_lines_and_then_each_as_it_is_stored(pla
         assert await next_line(picky) == "other"
 
 
+async def test_who_follows_goes_on_after_a_line(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    await ship(device, *(entry(f"line-{number}") for number in range(30)))
+    page = await plant.get("/logs?limit=20")
+    async with following(plant, after=str(page["items"][-1]["id"])) as stream:
+        assert [await next_line(stream) for _ in range(19)] == [f"line-{number}" for number in range(11, 30)]
+        await ship(device, entry("one-more"))
+        assert await next_line(stream) == "one-more"
+    assert (await plant.ask("GET", "/logs?follow=1&format=text&after=3&limit=5"))[0] == 400
+    assert (await plant.ask("GET", "/iiot/nobody/logs?follow=1&format=text&after=3"))[0] == 404
+
+
 async def test_a_tenant_s_lines_wake_nobody_of_another(tmp_path: Path) -> None:
     async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), follow_seconds=0.0, feed_seconds=PATIENCE)) as plant:
         platform = plants.admin_token(plant.database, "platform")
@@ -401,6 +413,16 @@ async def until_left(plant: Plant, count: int) -> None:
             await asyncio.sleep(0.02)
 
 
+def age(plant: Plant, days: int, which: str) -> None:
+    """Let lines have come so many days earlier."""
+    with plants.writing(plant.database) as connection:
+        connection.execute(f"update log_line set received_at = received_at - ? * {iiot.DAY} where {which}", (days,))
+        connection.execute("delete from log_hour")
+        connection.execute(
+            f"insert into log_hour select tenant_id, received_at / {iiot.HOUR}, min(id), max(id) from log_line group by 1, 2"
+        )
+
+
 async def test_lines_that_were_kept_long_enough_are_deleted_and_no_others(tmp_path: Path) -> None:
     limits = attrs.evolve(iiot.Limits(), retention_seconds=0.05, clock_seconds=0.05, removed_lines=3)
     async with plants.plant(tmp_path, limits) as plant:
@@ -408,8 +430,7 @@ async def test_lines_that_were_kept_long_enough_are_deleted_and_no_others(tmp_pa
         assert (await plant.ask("PUT", "/retention", {"logs": {"days": 10}}))[0] == 200
         await ship(device, *(entry(f"old{number}") for number in range(8)))
         await ship(device, entry("newer"))
-        with plants.writing(plant.database) as connection:
-            connection.execute("update log_line set received_at = received_at - 9 * 86400000 where message <> 'newer'")
+        age(plant, 9, "message <> 'newer'")
         await asyncio.sleep(0.3)
         assert await lines_left(plant) == 9
         assert (await plant.ask("PUT", "/retention", {"logs": {"days": 8}}))[1] == {"logs": {"days": 8}}
@@ -422,6 +443,56 @@ async def test_lines_that_were_kept_long_enough_are_deleted_and_no_others(tmp_pa
         await ship(device, entry("old3 again"))
         assert await found(plant, q="ld3") == ["old3 again"], "a word that was deleted is known again"
         check_index(plant.database)
+
+
+async def test_lines_that_came_while_the_clock_was_ahead_hold_up_no_others(tmp_path: Path) -> None:
+    limits = attrs.evolve(iiot.Limits(), retention_seconds=0.05, clock_seconds=0.05, removed_lines=3)
+    async with plants.plant(tmp_path, limits) as plant:
+        device = await plant.device("press-1")
+        await ship(device, *(entry(f"ahead{number}") for number in range(8)))
+        await ship(device, *(entry(f"old{number}") for number in range(8)))
+        await ship(device, entry("newer"))
+        age(plant, -400, "message like 'ahead%'")
+        age(plant, 40, "message like 'old%'")
+        await until_left(plant, 9)
+        assert await found(plant, q="old*") == []
+        assert plants.rows(plant.database, "select count(*) from log_hour") == [(2,)]
+        check_index(plant.database)
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_a_clock_that_is_set_forward_deletes_nothing_until_it_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, running: bool
+) -> None:
+    limits = attrs.evolve(iiot.Limits(), retention_seconds=0.05, clock_seconds=0.05, clock_doubt_seconds=1.0)
+    right, ahead = iiot.now_ms, 40 * iiot.DAY
+    async with plants.plant(tmp_path, limits) as plant:
+        await ship(await plant.device("press-1"), entry("one"))
+        if running:
+            await plant.until("/healthz", lambda body: body)
+            monkeypatch.setattr(iiot, "now_ms", lambda: right() + ahead)
+            await asyncio.sleep(0.5)
+            assert await lines_left(plant) == 1
+            await until_left(plant, 0)
+    if not running:
+        monkeypatch.setattr(iiot, "now_ms", lambda: right() + ahead)
+        async with plants.plant(tmp_path, limits) as plant:
+            await asyncio.sleep(0.5)
+            assert await lines_left(plant) == 1
+            await until_left(plant, 0)
+
+
+async def test_a_clock_that_is_put_right_again_is_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clock, moment = iiot.SteadyClock(iiot.Limits()), iiot.now_ms
+    with pytest.MonkeyPatch.context() as patch:
+        clock.expect(moment() - iiot.HOUR)
+        assert not clock.is_doubtful()
+        patch.setattr(iiot, "now_ms", lambda: moment() + 40 * iiot.DAY)
+        assert clock.is_doubtful()
+        assert "the clock is 960 h ahead of what was known" in caplog.text
+        assert clock.is_doubtful()
+        patch.setattr(iiot, "now_ms", moment)
+        assert not clock.is_doubtful()
 
 
 async def test_retention_is_as_the_installation_says_until_it_is_set(plant: Plant) -> None:

@@ -265,6 +265,8 @@ async def live(folder: Path) -> Path:
         with plants.writing(database) as connection:
             iiot.insert_log_lines(connection, [iiot.LogLine(1, 1, 1, 1, 3, "told again", None, None, None, "its number")])
             connection.execute("update log_line set received_at = 0")
+            connection.execute("delete from log_hour")
+            connection.execute("insert into log_hour select tenant_id, 0, min(id), max(id) from log_line group by tenant_id")
         async with asyncio.timeout(plants.PATIENCE):
             while plants.rows(database, "select 1 from log_line union all select 1 from log_word union all select 1 from log_repeat"):
                 await asyncio.sleep(0.01)

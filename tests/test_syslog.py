@@ -195,7 +195,8 @@ async def rsyslogd(folder: Path, port: int, token: str) -> AsyncIterator[socket.
     if RSYSLOGD is None:
         pytest.skip("rsyslogd is not installed")
     (action,) = blocks("Receive syslog", "rsyslog")
-    shown = {"192.0.2.1": "127.0.0.1", "2514": str(port), "TOKEN": token, 'resumeInterval="5"': 'resumeInterval="1"'}
+    shown = {"192.0.2.1": "127.0.0.1", "2514": str(port), 'resumeInterval="5"': 'resumeInterval="1"'}
+    shown |= {"TOKEN": token} if token else {'token=\\"TOKEN\\" ': ""}
     for name, real in shown.items():
         assert name in action
         action = action.replace(name, real)
@@ -226,6 +227,23 @@ async def test_rsyslogd_sends_its_lines_by_the_readme_s_configuration(tmp_path: 
         assert {(line["logger"], line["level"], line["fields"]["process_id"]) for line in lines} == {("pump", "notice", "7")}
         assert {line["host"].partition(".")[0] for line in lines} == {socket.gethostname().partition(".")[0]}
         assert all("structured_data" not in line["fields"] for line in lines)
+
+
+async def test_rsyslogd_keeps_lines_of_nobody_until_they_are_somebodys(tmp_path: Path) -> None:
+    """As after a token was replaced, until rsyslogd knows the new one: here its address is bound to the device. It tries again with the
+    next line that it is told."""
+    relp, count = free_port(), 50
+    async with listening(tmp_path, relp_port=relp) as site, rsyslogd(tmp_path, relp, "") as sender:
+        for number in range(count):
+            sender.send(b"<29>pump[7]: line %d" % number)
+        await site.refused(1)
+        await site.bind("press-1", "127.0.0.1")
+        async with asyncio.timeout(PATIENCE):
+            while len(items := (await site.plant.get("/logs?limit=1000"))["items"]) < count:
+                sender.send(b"<29>pump[7]: line %d" % number)
+                await asyncio.sleep(0.2)
+        lines = [line["message"] for line in reversed(items)]
+        assert lines[:count] == [f"line {number}" for number in range(count)]
 
 
 async def test_every_line_over_relp_is_stored_once_through_kills(tmp_path: Path, process: Process, request: pytest.FixtureRequest) -> None:
@@ -321,15 +339,39 @@ async def test_relp_answers_when_a_line_is_on_disk_and_repeats_are_stored_once(t
         assert await sender.reader.read() == b"0 serverclose 0\n"
 
 
-async def test_a_line_of_nobody_is_not_confirmed(tmp_path: Path) -> None:
+async def test_a_line_of_nobody_ends_the_connection_without_an_answer(tmp_path: Path) -> None:
+    """rsyslogd throws a line away that is answered by an error, and keeps one that is not answered."""
+    relp = free_port()
+    async with listening(tmp_path, relp_port=relp) as site:
+        async with Sender.of(relp) as sender:
+            with suppress(ConnectionError, asyncio.IncompleteReadError):
+                pytest.fail(str(await sender.ask("syslog", b"<14>1 - - - - - - x")))
+        assert (await site.refused(1))[0]["reason"] == "unknown_address"
+
+
+async def test_lines_before_one_of_nobody_are_confirmed(tmp_path: Path) -> None:
     relp = free_port()
     async with listening(tmp_path, relp_port=relp) as site, Sender.of(relp) as sender:
-        assert (await sender.ask("syslog", b"<14>1 - - - - - - x")).startswith(b"17 500 ")
-        assert (await site.refused(1))[0]["reason"] == "unknown_address"
+        token = await site.token()
+        with locked(site.plant.database):
+            for message in (f"{token} mine", f"{iiot.mint('log').text} nobody's"):
+                line = f"<14>Jan  1 00:00:00 host app: {message}".encode()
+                sender.number += 1
+                sender.writer.write(b"%d syslog %d %b\n" % (sender.number, len(line), line))
+            await site.refused(1)
+        with suppress(ConnectionError):
+            assert b" rsp 6 200 OK\n" in await sender.reader.read()
+        assert [line["message"] for line in await site.lines(1)] == ["mine"]
+
+
+async def test_what_is_no_relp_is_told_and_counted(tmp_path: Path) -> None:
+    relp = free_port()
+    async with listening(tmp_path, relp_port=relp) as site, Sender.of(relp) as sender:
         assert (await sender.ask("nonsense")).startswith(b"19 500 ")
         sender.writer.write(b"GET / HTTP/1.1\r\nHost: press\r\n\r\n and more than the longest head of all frames has")
         with suppress(ConnectionError):
             assert await sender.reader.read() == b""
+        assert (await site.refused(1))[0]["reason"] == "not_relp"
 
 
 async def test_it_is_forgotten_which_lines_came_when_nobody_repeats_them_any_more(tmp_path: Path) -> None:
@@ -406,6 +448,77 @@ async def test_an_address_belongs_to_one_device_in_all_tenants(site: Site) -> No
     await site.bind("press-2", "10.0.0.7")
 
 
+async def another_tenant(site: Site, name: str) -> Site:
+    """A tenant with one device, press-1, as its own admin sees the server."""
+    plant = site.plant
+    platform = plants.admin_token(plant.database, "platform")
+    status, body = await plant.ask("POST", "/tenants", {"name": name, "quotas": {}}, token=platform)
+    assert status == 201, body
+    theirs = Site(Plant(plant.url, plant.client, body["token"], plant.database), site.port)
+    await theirs.plant.register("press-1")
+    return theirs
+
+
+async def test_no_tenant_takes_addresses_of_another(site: Site) -> None:
+    acme = await another_tenant(site, "acme")
+    await site.bind("press-1", "127.0.0.0/24")
+    for address in ("127.0.0.10", "127.0.0.0/16", "127.0.0.0/24"):
+        status, answer = await acme.plant.ask("PUT", "/iiot/press-1/syslog-source", {"addresses": [address]})
+        assert (status, answer["error"]["code"]) == (409, "source_taken"), address
+    for network in ("0.0.0.0/0", "10.0.0.0/15", "2001:db8::/47"):
+        status, answer = await acme.plant.ask("PUT", "/iiot/press-1/syslog-source", {"addresses": [network]})
+        assert (status, answer["error"]["code"]) == (422, "invalid"), network
+    await acme.bind("press-1", "10.0.0.0/16", "2001:db8::/48")
+    assert (await site.plant.get("/iiot/press-1/syslog-source"))["addresses"] == ["127.0.0.0/24"]
+
+
+async def test_a_tenant_alone_may_bind_every_address(site: Site) -> None:
+    await site.plant.register("press-2")
+    await site.bind("press-1", "0.0.0.0/0")
+    await site.bind("press-2", "127.0.0.1")
+    site.udp(b"<14>Jan  1 00:00:00 host app: narrowest")
+    (line,) = await site.lines(1)
+    assert line["device"] == "press-2"
+
+
+async def test_an_address_of_ipv4_is_one_however_it_is_written(site: Site) -> None:
+    await site.bind("press-1", "::ffff:127.0.0.1")
+    assert (await site.plant.get("/iiot/press-1/syslog-source"))["addresses"] == ["127.0.0.1/32"]
+    site.udp(b"<14>Jan  1 00:00:00 host app: x")
+    await site.lines(1)
+    assert (await site.plant.ask("PUT", "/iiot/press-1/syslog-source", {"addresses": ["fe80::1%eth0"]}))[0] == 422
+
+
+async def test_a_tenant_sees_its_own_refused_lines_and_those_of_nobody(tmp_path: Path) -> None:
+    async with listening(tmp_path, quota_log_bytes=0) as site:
+        acme = await another_tenant(site, "acme")
+        site.udp(b"<14>Jan  1 00:00:00 host app: nobody's")
+        await site.refused(1)
+        await acme.bind("press-1", "127.0.0.1")
+        site.udp(b"<14>Jan  1 00:00:00 host app: over the quota")
+        assert {item["reason"] for item in await acme.refused(2)} == {"unknown_address", "log_bytes_per_day"}
+        assert {item["reason"] for item in await site.refused(1)} == {"unknown_address"}
+
+
+async def test_what_the_system_throws_away_of_datagrams_is_shown(tmp_path: Path) -> None:
+    limits = attrs.evolve(iiot.Limits(), syslog_buffer=1)
+    async with listening(tmp_path, limits) as site:
+        assert (await site.plant.get("/syslog/refused"))["datagrams_lost"] == 0
+        site.udp(*(b"<14>Jan  1 00:00:00 host app: x" for _ in range(1_000)))  # the server does not read meanwhile: it is this process
+        await site.plant.until("/syslog/refused", lambda body: body["datagrams_lost"] > 0)
+
+
+async def test_who_sends_datagrams_without_end_takes_nobody_elses_place() -> None:
+    waiting = iiot.WaitingDatagrams(8)
+    assert [waiting.put(b"%d" % number, "flood") for number in range(4)] == [True, True, False, False]
+    assert [waiting.put(b"%d" % number, address) for number in range(2) for address in ("one", "two", "three")] == [True] * 6
+    assert not waiting.put(b"", "four")
+    taken = [await waiting.get() for _ in range(8)]
+    assert taken == [(b"%d" % number, address) for number in range(2) for address in ("flood", "one", "two", "three")]
+    assert waiting.put(b"last", "flood")
+    assert await waiting.get() == (b"last", "flood")
+
+
 async def test_a_device_has_a_bounded_number_of_log_tokens(site: Site) -> None:
     for _ in range(iiot.Limits().log_tokens):
         await site.token()
@@ -429,9 +542,9 @@ async def test_datagrams_that_come_too_fast_are_counted(tmp_path: Path) -> None:
         assert {item["reason"] for item in items} == {"too_fast"}
         async with asyncio.timeout(PATIENCE):
             while True:
-                (lost,) = (await site.plant.get("/syslog/refused"))["items"]
+                lost = sum(item["lines"] for item in (await site.plant.get("/syslog/refused"))["items"])
                 stored = len((await site.plant.get("/logs"))["items"])
-                if lost["lines"] + stored == 50:
+                if lost + stored == 50:
                     break
 
 
@@ -464,6 +577,48 @@ async def test_datagrams_wait_for_nothing_while_streams_do(site: Site) -> None:
         assert (share.crowded, share.full) == (True, False)
         site.udp(b"<14>Jan  1 00:00:00 host app: meanwhile")
         assert (await site.refused(1))[0]["reason"] == "too_fast"
+
+
+@pytest.mark.parametrize("kind", ["tcp", "tls", "relp"])
+async def test_who_says_nothing_makes_room_for_who_sends_lines(tmp_path: Path, kind: str) -> None:
+    limits = attrs.evolve(iiot.Limits(), connections=5)
+    other = free_port()
+    cert, key = await certificate(tmp_path, "localhost")
+    secure: dict[str, Any] = {"tls_cert": str(tmp_path / cert), "tls_key": str(tmp_path / key), "syslog_tls_port": other}
+    settings: dict[str, dict[str, Any]] = {"tcp": {}, "tls": secure, "relp": {"relp_port": other}}
+    async with listening(tmp_path, limits, **settings[kind]) as site:
+        await site.bind("press-1", "127.0.0.1")
+        port = site.port if kind == "tcp" else other
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        async with asyncio.timeout(PATIENCE):
+            for reader, _ in silent[:10]:
+                with suppress(ConnectionError):
+                    assert await reader.read() == b""
+        line = b"<14>Jan  1 00:00:00 host app: x\n"
+        if kind == "relp":
+            async with Sender.of(port) as sender:
+                assert await sender.ask("syslog", line.strip()) == b"6 200 OK\n"
+        else:
+            context = ssl.create_default_context(cafile=tmp_path / cert) if kind == "tls" else None
+            if context is not None:
+                context.check_hostname = False
+            await site.tcp(line, tls=context)
+        await site.lines(1)
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_a_stream_that_has_sent_lines_of_a_device_stays_while_others_make_room(tmp_path: Path) -> None:
+    async with listening(tmp_path, attrs.evolve(iiot.Limits(), connections=5)) as site:
+        await site.bind("press-1", "127.0.0.1")
+        _, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(b"<14>Jan  1 00:00:00 host app: first\n")
+        await site.lines(1)
+        silent = [await asyncio.open_connection("127.0.0.1", site.port) for _ in range(20)]
+        writer.write(b"<14>Jan  1 00:00:00 host app: second\n")
+        assert [line["message"] for line in await site.lines(2)] == ["first", "second"]
+        for _, other in (*silent, (None, writer)):
+            other.close()
 
 
 async def test_streams_are_bounded_in_number(tmp_path: Path) -> None:
