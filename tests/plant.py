@@ -195,6 +195,15 @@ def rows(database: Path, sql: str) -> list[Any]:
         return connection.execute(sql).fetchall()
 
 
+def check_whole(database: Path) -> None:
+    """Nothing in a database is damaged. `pragma integrity_check` does not look into an index of words."""
+    with writing(database) as connection:
+        assert connection.execute("pragma integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("pragma foreign_key_check").fetchall() == []
+        connection.execute("insert into log_index (log_index, rank) values ('integrity-check', 0)")
+        connection.execute("insert into log_word_index (log_word_index, rank) values ('integrity-check', 1)")
+
+
 def tables(connection: sqlite3.Connection) -> set[str]:
     """All but SQLite's own, and those of indexes of words, which hold nothing that is not in others."""
     (names,) = connection.execute(
@@ -242,6 +251,7 @@ class Process:
         self.descriptors = descriptors
         self.url = ""
         self.printed = ""
+        self._killed = False
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -287,13 +297,17 @@ class Process:
         return token[0], key[0]
 
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Stop it by a signal; its exit code."""
+        """Stop it by a signal; its exit code. After a kill the next start must find the database as it was left, so it is looked at when
+        that is over."""
         assert self._process is not None
         if self._process.returncode is None:
             self._process.send_signal(number)
         async with asyncio.timeout(PATIENCE):
             await self._process.communicate()
         assert self._process.returncode is not None
+        self._killed = self._killed or number == signal.SIGKILL
+        if self._killed and number != signal.SIGKILL:
+            check_whole(self.database)
         return self._process.returncode
 
     def plant(self, client: ClientSession, token: str) -> Plant:

@@ -52,13 +52,6 @@ async def refused(plant: Plant, **query: str) -> dict[str, Any]:
         return error
 
 
-def check_index(database: Path) -> None:
-    """`pragma integrity_check` does not look into an index of words."""
-    with plants.writing(database) as connection:
-        connection.execute("insert into log_index (log_index, rank) values ('integrity-check', 0)")
-        connection.execute("insert into log_word_index (log_word_index, rank) values ('integrity-check', 1)")
-
-
 # ---- what is stored
 
 
@@ -113,7 +106,7 @@ async def test_acknowledged_lines_survive_kill(process: Process) -> None:
             await device.send("log", seq=device.seq, entries=[entry(f"line {number} of many")])
         await device.acknowledged(30)
         await process.stop(signal.SIGKILL)
-        check_index(process.database)
+        plants.check_whole(process.database)
         await process.start()
         again = process.plant(client, token)
         again.tokens, plant = plant.tokens, again
@@ -160,7 +153,7 @@ async def test_lines_of_a_file_are_stored_once_through_kills_of_agent_and_server
         await running.wait()
     messages = [message for (message,) in plants.rows(process.database, "select message from log_line order by id")]
     assert messages == [f"ERROR line {number}" for number in range(count)]
-    check_index(process.database)
+    plants.check_whole(process.database)
 
 
 # ---- what is found
@@ -442,7 +435,7 @@ async def test_lines_that_were_kept_long_enough_are_deleted_and_no_others(tmp_pa
                 await asyncio.sleep(0.02)
         await ship(device, entry("old3 again"))
         assert await found(plant, q="ld3") == ["old3 again"], "a word that was deleted is known again"
-        check_index(plant.database)
+        plants.check_whole(plant.database)
 
 
 async def test_lines_that_came_while_the_clock_was_ahead_hold_up_no_others(tmp_path: Path) -> None:
@@ -457,7 +450,7 @@ async def test_lines_that_came_while_the_clock_was_ahead_hold_up_no_others(tmp_p
         await until_left(plant, 9)
         assert await found(plant, q="old*") == []
         assert plants.rows(plant.database, "select count(*) from log_hour") == [(2,)]
-        check_index(plant.database)
+        plants.check_whole(plant.database)
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -512,7 +505,7 @@ async def test_a_removed_device_leaves_no_lines_and_no_words_in_the_index(plant:
     assert (await plant.ask("DELETE", "/iiot/press-1"))[0] == 204
     assert await found(plant) == ["stays"], "at once, before they are deleted"
     await until_left(plant, 1)
-    check_index(plant.database)
+    plants.check_whole(plant.database)
     with sqlite3.connect(plant.database) as connection:
         assert connection.execute("select count(*) from log_index where log_index match 'gone'").fetchone() == (0,)
     connection.close()
@@ -525,7 +518,7 @@ def test_a_wrong_word_in_the_index_is_noticed(tmp_path: Path) -> None:
     with plants.writing(database) as connection:
         connection.execute("insert into log_word (id, tenant_id, word) values (1, 1, 'pump')")
     with pytest.raises(sqlite3.DatabaseError):
-        check_index(database)
+        plants.check_whole(database)
 
 
 def test_json_of_a_line_is_told_as_json(tmp_path: Path) -> None:
