@@ -1818,6 +1818,7 @@ class LogFrames:
 
 
 ROTATED: Final = re.compile(r"[.-][0-9][0-9._-]*")  # what is added to a name, .1 or -20260131 or .2026-01-31_12; not what is compressed
+NUMBERED: Final = re.compile(r"[.-]([0-9]{1,3})")
 
 
 def digest(data: bytes) -> str:
@@ -1840,7 +1841,7 @@ class Tail:
         self._path = path
         self._file: IO[bytes] | None = None
         self._stat = os.stat_result([0] * 10)
-        self._modified = time.time_ns()  # what was written after that follows
+        self._modified = 0  # what was written after that follows
         self._done: deque[tuple[int, int]] = deque(maxlen=FILES_KNOWN)  # files that were opened
         self._head = b""
         self._last = b""  # the bytes before `_offset`
@@ -1855,19 +1856,23 @@ class Tail:
     def start(self, position: Mapping[str, Any] | None) -> None:
         """Go on where the position says; at the first time, behind the last whole line."""
         if position is None:
-            with suppress(OSError):
+            try:
                 self._open(self._path, 0)
                 self._offset = self._after_last_line()
                 self._learn_place()
+            except OSError:
+                self._modified = time.time_ns()
             return
         offset, known = int(position.get("offset", 0)), (position.get("device"), position.get("inode"))
-        self._modified = int(position.get("modified", self._modified))
+        self._modified = int(position.get("modified", time.time_ns()))
         files = {path: identity(stat) for path, stat in self._files()}
         found = [path for path in files if files[path] == known and self._is_at(path, position)]
         for path in (*found, *self._copies(position)):
             with suppress(OSError):
                 self._open(path, offset)
                 self._learn_place()
+                if self._stat.st_mtime_ns < self._modified:  # then what was written last was read before this file
+                    self._done.extend(identity(stat) for _, stat in self._rotated() if stat.st_mtime_ns == self._modified)
                 return
         if known in files.values():
             log.warning("%s was emptied while it was not read: lines may be missing", self._path)
@@ -1878,7 +1883,7 @@ class Tail:
         """The next lines, each with the position behind it."""
         try:
             if self._file is None:
-                self._open(self._next(), 0)
+                self._open(self._next() or self._path, 0)
             lines = self._read()
             self._told = ""
         except FileNotFoundError:  # it appears later
@@ -1924,7 +1929,8 @@ class Tail:
         if self._file is not None:
             self._file.close()
         self._file, self._stat = file, os.fstat(file.fileno())
-        self._modified = self._stat.st_mtime_ns
+        if self._stat.st_size or self._stat.st_mtime_ns > self._modified:  # the last one may be newer than this one, made empty
+            self._modified = self._stat.st_mtime_ns
         self._done.append(identity(self._stat))
         self._head, self._last, self._offset, self._length, self._moved = b"", b"", offset, 0, time.monotonic()
         self._line.clear()
@@ -1965,7 +1971,7 @@ class Tail:
     def _copies(self, position: Mapping[str, Any]) -> Iterator[Path]:
         """Other files that have the bytes that were read, and were written to since. So does what is copied before a file is emptied."""
         own = position.get("device"), position.get("inode")
-        for path, stat in self._files():
+        for path, stat in self._rotated():
             if position.get("offset") and identity(stat) != own and stat.st_mtime_ns >= self._modified and self._is_at(path, position):
                 yield path
 
@@ -1981,7 +1987,7 @@ class Tail:
             self._file.seek(self._offset - len(self._last))
             emptied = emptied or self._file.read(len(self._last)) != self._last
         if not emptied:
-            self._modified = stat.st_mtime_ns
+            self._modified = stat.st_mtime_ns if changed else self._modified
             return []
         for copy in self._copies(self.position()):
             self._open(copy, self._offset)
@@ -1992,7 +1998,6 @@ class Tail:
         lines = self._finish(0) if self._length else []
         self._head, self._last, self._end, self._offset = b"", b"", b"", 0
         return [(text, self._position(0)) for text, _ in lines]
-
 
     def _split(self, data: bytes) -> list[tuple[str, dict[str, Any]]]:
         lines: list[tuple[str, dict[str, Any]]] = []
@@ -2035,24 +2040,33 @@ class Tail:
                 if S_ISREG((stat := path.stat()).st_mode):
                     yield path, stat
 
+    def _rotated(self) -> list[tuple[Path, os.stat_result]]:
+        """The files that this one became, in the order in which they were written. Of two that were written in the same moment the
+        one with the higher number is the older one, as most programs number them."""
+
+        def age(found: tuple[Path, os.stat_result]) -> tuple[int, int, str]:
+            number = NUMBERED.fullmatch(found[0].name.removeprefix(self._path.name))
+            return found[1].st_mtime_ns, -int(number[1]) if number else 0, found[0].name
+
+        return sorted((found for found in self._files() if found[0] != self._path), key=age)
+
     def _following(self) -> Path | None:
-        """The file that follows this one, if it was renamed, or is a copy."""
+        """The file that follows this one, if it was renamed, or is a copy. The one with the name may not be there yet."""
         with suppress(OSError):
-            return None if identity(self._path.stat()) == identity(self._stat) else self._next()
-        return None
+            if identity(self._path.stat()) == identity(self._stat):
+                return None
+            return self._next() or self._path
+        return self._next()
 
     def _is_later(self, stat: os.stat_result) -> bool:
         """Than this file. The times of two files that are written one right after the other may be the same."""
+        if identity(stat) == identity(self._stat):  # somebody may write to it just now
+            return False
         return stat.st_mtime_ns > self._modified or (stat.st_mtime_ns == self._modified and identity(stat) not in self._done)
 
-    def _next(self) -> Path:
-        """The oldest file that was rotated and written to after this one, else the one with its name."""
-        found = [
-            (stat.st_mtime_ns, path)
-            for path, stat in self._files()
-            if path != self._path and self._is_later(stat)
-        ]
-        return min(found)[1] if found else self._path
+    def _next(self) -> Path | None:
+        """The oldest file that was rotated and written to after this one."""
+        return next((path for path, stat in self._rotated() if self._is_later(stat)), None)
 
 
 class LogFile:

@@ -204,11 +204,11 @@ async def test_a_file_that_is_rotated_with_a_while_between_is_followed(tmp_path:
         await sent(store, "line 0", "line 1", "line 2", "line 3", "last")
 
 
-def rotate(file: Path) -> None:
-    """As logrotate does it, with numbers."""
-    for number in range(5, 0, -1):
+def rotate(file: Path, keep: int = 6) -> None:
+    """As logrotate does it, with numbers; the oldest goes."""
+    for number in range(keep - 1, 0, -1):
         with suppress(FileNotFoundError):
-            Path(f"{file}.{number}").rename(f"{file}.{number + 1}")
+            Path(f"{file}.{number}").replace(f"{file}.{number + 1}")
     file.rename(f"{file}.1")
     file.touch()
 
@@ -247,6 +247,146 @@ async def test_a_file_that_went_while_the_agent_did_not_run_is_told_of(tmp_path:
         async with following(tmp_path, url):
             await sent(store, "new")
     assert f"{file}: the file that was read last is gone: lines may be missing" in caplog.text
+
+
+# ---- rotation while nobody looks
+
+
+def written(file: Path, seconds: float) -> None:
+    """Let a file be one that was written to so many seconds after a moment that lies in the future: later than what is written now."""
+    os.utime(file, ns=(round((1_900_000_000 + seconds) * 1e9),) * 2)
+
+
+@pytest.mark.parametrize("used_again", [False, True], ids=["its inode is free", "its inode is used again"])
+@pytest.mark.parametrize("end", ["compressed", "deleted"])
+async def test_when_the_file_that_was_read_last_is_gone_what_was_rotated_after_it_is_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, end: str, *, used_again: bool
+) -> None:
+    file, store = tmp_path / "app.log", Store()
+    file.touch()
+    append(tmp_path / "app.log.3", "of last week")
+    written(tmp_path / "app.log.3", -1_000_000_000)
+    async with played(store.play) as url:
+        async with following(tmp_path, url):
+            await at(tmp_path, 0)
+            append(file, "one")
+            written(file, 0)
+            await at(tmp_path, 4)
+        for number in (1, 2):
+            rotate(file)
+            append(file, f"wholly unread {number}", f"wholly unread {number}, too")
+            written(file, number)
+        read = tmp_path / "app.log.2"
+        if end == "compressed":
+            (tmp_path / "app.log.2.gz").write_bytes(read.read_bytes())
+        read.unlink()
+        if used_again:
+            kept = json.loads((tmp_path / "cursors.json").read_text())
+            kept[f"file:{file}"]["inode"] = (tmp_path / "app.log.1").stat().st_ino
+            (tmp_path / "cursors.json").write_text(json.dumps(kept))
+        async with following(tmp_path, url):
+            await sent(store, "one", *(f"wholly unread {number}{more}" for number in (1, 2) for more in ("", ", too")))
+    assert caplog.text.count(": lines may be missing") == 1
+
+
+async def test_of_files_that_are_rotated_fast_only_the_last_one_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them is gone after three more."""
+    monkeypatch.setattr(agent, "ROTATED_SECONDS", 60.0)
+    file, store, expected = tmp_path / "app.log", Store(), list[str]()
+    file.touch()
+    async with played(store.play) as url, following(tmp_path, url):
+        await at(tmp_path, 0)
+        for number in range(12):
+            for part in range(5):
+                append(file, f"{number} {part}")
+                expected.append(f"{number} {part}")
+            await asyncio.sleep(0.1)
+            rotate(file, keep=3)
+        await sent(store, *expected)
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["and made anew", "and not made anew"])
+async def test_a_file_that_appears_and_is_rotated_between_two_looks_is_sent(tmp_path: Path, *, made: bool) -> None:
+    file, store = tmp_path / "app.log", Store()
+    append(tmp_path / "app.log.7", "of last week")
+    written(tmp_path / "app.log.7", -1_000_000_000)
+    async with played(store.play) as url, following(tmp_path, url):
+        await at(tmp_path, 0)
+        append(tmp_path / "app.log.2", "one")
+        written(tmp_path / "app.log.2", 1)
+        await sent(store, "one")
+        append(tmp_path / "app.log.1", "two")
+        written(tmp_path / "app.log.1", 2)
+        if made:
+            append(file, "three")
+        await sent(store, "one", "two", *["three"] * made)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        *((name, True) for name in (".1", "-20260131", ".2026-11-30_12", ".20261130-1200", "-1796040000", ".2026-11-30.1")),
+        *((name, False) for name in (".1.gz", ".bak", ".1~", "2", ".", ".old")),
+    ],
+)
+def test_a_rotated_file_is_known_by_its_name(tmp_path: Path, name: str, *, known: bool) -> None:
+    file = tmp_path / "app.log"
+    file.touch()
+    append(tmp_path / f"app.log{name}", "one")
+    with closing(agent.Tail(file)) as tail:
+        assert [path.name for path, _ in tail._rotated()] == [f"app.log{name}"] * known
+
+
+@pytest.mark.parametrize("names", [(".3", ".2", ".1"), (".11", ".10", ".9"), ("-20260129", "-20260130", "-20260131")])
+def test_files_of_the_same_moment_are_read_in_the_order_of_their_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    file = tmp_path / "app.log"
+    append(file, "old")
+    with closing(agent.Tail(file)) as tail:
+        tail.start(None)
+        file.rename(tmp_path / f"app.log{names[0]}")
+        for number, name in enumerate(names[1:]):
+            append(tmp_path / f"app.log{name}", f"line {number}")
+        for name in names:
+            written(tmp_path / f"app.log{name}", 0)
+        assert [text for _ in range(9) for text, _ in tail.read()] == ["line 0", "line 1"]
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["while it is read", "and the agent is started again"])
+def test_a_file_that_was_written_to_after_the_next_one_was_made_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, restarted: bool
+) -> None:
+    """Its writer was told a little later, and the next one stays empty until it is rotated."""
+    monkeypatch.setattr(agent, "ROTATED_SECONDS", 0.0)
+    file = tmp_path / "app.log"
+    file.touch()
+    tail = agent.Tail(file)
+    tail.start(None)
+    rotate(file)
+    written(file, 1)
+    append(tmp_path / "app.log.1", "late")
+    written(tmp_path / "app.log.1", 2)
+    seen = [text for _ in range(3) for text, _ in tail.read()]
+    if restarted:
+        position = tail.position()
+        tail.close()
+        tail = agent.Tail(file)
+        tail.start(position)
+    rotate(file)
+    append(file, "new")
+    written(file, 3)
+    assert seen + [text for _ in range(5) for text, _ in tail.read()] == ["late", "new"]
+    tail.close()
+
+
+def test_a_rotated_file_that_is_written_to_just_when_the_next_one_is_looked_for_is_not_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "app.log"
+    append(file, "old")
+    with closing(agent.Tail(file)) as tail:
+        tail.start(None)
+        rotate(file)
+        assert tail.read() == []
+        append(tmp_path / "app.log.1", "late")
+        assert tail._next() is None
 
 
 # ---- a file that is emptied
@@ -305,6 +445,86 @@ async def test_a_file_that_was_removed_and_whose_inode_is_used_again_is_another_
         (tmp_path / "cursors.json").write_text(json.dumps(kept))
         async with following(tmp_path, url):
             await sent(store, "other one", "other two")
+
+
+def copy_and_empty(file: Path) -> None:
+    """As logrotate's copytruncate does it."""
+    for number in (2, 1):
+        with suppress(FileNotFoundError):
+            Path(f"{file}.{number}").rename(f"{file}.{number + 1}")
+    Path(f"{file}.1").write_bytes(file.read_bytes())
+    os.truncate(file, 0)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("runs", [True, False], ids=["while it is read", "while the agent does not run"])
+async def test_the_copy_of_a_file_that_was_emptied_is_read_to_its_end_and_each_line_is_sent_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, times: int, *, runs: bool
+) -> None:
+    file, store = tmp_path / "app.log", Store()
+    expected = ["one", "two", *(f"{number} {when}" for number in range(times) for when in ("before", "afterwards"))]
+    file.touch()
+    async with played(store.play) as url:
+        async with following(tmp_path, url):
+            await at(tmp_path, 0)
+            append(file, "one", "two")
+            await at(tmp_path, 8)
+            if runs:
+                change_by_copies(file, times)
+                await sent(store, *expected)
+                await at(tmp_path, file.stat().st_size)
+        if not runs:
+            change_by_copies(file, times)
+        async with following(tmp_path, url):
+            await sent(store, *expected)
+            append(file, "last")
+            await sent(store, *expected, "last")
+    assert ": lines may be missing" not in caplog.text
+
+
+def change_by_copies(file: Path, times: int) -> None:
+    for number in range(times):
+        append(file, f"{number} before")
+        copy_and_empty(file)
+        append(file, f"{number} afterwards")
+
+
+async def test_a_file_whose_banner_is_always_the_same_was_emptied_if_what_follows_it_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, store, banner = tmp_path / "app.log", Store(), [f"{number:40} the same banner" for number in range(40)]
+    assert len("\n".join(banner)) > agent.HEAD_BYTES + agent.LAST_BYTES
+    file.touch()
+    async with played(store.play) as url:
+        async with following(tmp_path, url):
+            await at(tmp_path, 0)
+            append(file, *banner, "one")
+            await at(tmp_path, file.stat().st_size)
+        os.truncate(file, 0)
+        append(file, *banner, "another one", "two")
+        async with following(tmp_path, url):
+            await sent(store, *banner, "one", *banner, "another one", "two")
+    assert f"{file} was emptied while it was not read: lines may be missing" in caplog.text
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["while it is read", "while the agent does not run"])
+async def test_an_older_file_that_begins_with_the_same_bytes_is_no_copy(tmp_path: Path, *, runs: bool) -> None:
+    file, store = tmp_path / "app.log", Store()
+    append(tmp_path / "app.log.1", "the banner", "of yesterday")
+    written(tmp_path / "app.log.1", -1_000_000_000)
+    file.touch()
+    async with played(store.play) as url:
+        async with following(tmp_path, url):
+            await at(tmp_path, 0)
+            append(file, "the banner")
+            await at(tmp_path, 11)
+            if runs:
+                file.write_text("new\n")
+                await sent(store, "the banner", "new")
+        if not runs:
+            file.write_text("new\n")
+            async with following(tmp_path, url):
+                await sent(store, "the banner", "new")
 
 
 # ---- how far it is sent
@@ -459,8 +679,9 @@ def lines_of(content: bytes) -> Iterator[str]:
 def test_however_a_file_grows_and_rotates_its_lines_are_read_once_and_in_order(
     tmp_path_factory: pytest.TempPathFactory, steps: list[bytes | str]
 ) -> None:
+    """Several times, with or without a look between."""
     folder = tmp_path_factory.mktemp("tail")
-    file, seen, written = folder / "app.log", list[str](), [b""]
+    file, seen, contents = folder / "app.log", list[str](), [b""]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("ROTATED_SECONDS", 0.0), ("PARTIAL_SECONDS", 1e9), ("PIECE_BYTES", 64)):
             patch.setattr(agent, name, value)
@@ -468,16 +689,16 @@ def test_however_a_file_grows_and_rotates_its_lines_are_read_once_and_in_order(
         tail = agent.Tail(file)
         tail.start(None)
         position = tail.position()
-        for step in [*steps, *["read"] * 200]:
+        for number, step in enumerate([*steps, *["read"] * 200]):
             if isinstance(step, bytes):
                 with file.open("ab") as writing:
                     writing.write(step)
-                written[-1] += step
-            elif step == "rotate" and not list(folder.glob("app.log.*")):
-                file.rename(folder / f"app.log.{len(written)}")
-                file.touch()
-                written.append(b"")
-                os.utime(file, ns=(2**61 + len(written),) * 2)
+                contents[-1] += step
+                written(file, number)
+            elif step == "rotate":
+                rotate(file, keep=50)
+                contents.append(b"")
+                written(file, number)
             elif step == "restart":
                 tail.close()
                 tail = agent.Tail(file)
@@ -487,6 +708,6 @@ def test_however_a_file_grows_and_rotates_its_lines_are_read_once_and_in_order(
                 seen += [text for text, _ in lines]
                 position = lines[-1][1] if lines else position
         tail.close()
-    *before, last = written
+    *before, last = contents
     whole = last[: last.rfind(b"\n") + 1]
     assert seen == [line for content in (*before, whole) for line in lines_of(content)]
