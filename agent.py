@@ -102,6 +102,7 @@ LOG_ENTRIES: Final = 500  # in one frame
 LOG_BYTES: Final = 64 * 1024  # likewise; one line alone may take more, and stays under a quarter of a frame all the same
 LOG_SECONDS: Final = 0.5  # between two looks at a file that has nothing new; the lines of this time go into one frame
 JOURNAL_BYTES: Final = 1024 * 1024  # of an entry of the journal; a larger one is left out
+JOURNAL_SECONDS: Final = 30.0  # for the entry that was reached: none comes while all of the journal's times lie before it
 PIECE_BYTES: Final = 64 * 1024  # that are read of a file at once
 LINE_BYTES: Final = 4 * MESSAGE_MOST + 4  # of a line that are kept in memory: one character more than a message has, in its longest form
 HEAD_BYTES: Final = 1_024  # a file is known again by its first bytes, and by those before the place that was reached
@@ -2095,13 +2096,62 @@ class LogFile:
                 await asyncio.sleep(LOG_SECONDS)
 
 
+BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+PLACE: Final = re.compile(r"(?:^|;)b=([0-9a-f]{32});m=([0-9a-f]{1,16});t=([0-9a-f]{1,16})(?:;|$)")
+
+
+def present_boot() -> str:
+    """The boot of this machine, as the journal names it; empty where that is not known."""
+    try:
+        return BOOT.read_text().strip().replace("-", "")
+    except (OSError, ValueError):
+        return ""
+
+
+@dataclass(frozen=True)
+class JournalPlace:
+    """When an entry of the journal was made, as its cursor says it: in which boot, so long after its start, and by the clock."""
+
+    boot: str
+    since_boot: int
+    clock: int
+
+    @classmethod
+    def parse(cls, cursor: str) -> JournalPlace | None:
+        found = PLACE.search(cursor)
+        return None if found is None else cls(found[1], int(found[2], 16), int(found[3], 16))
+
+
+def was_sent(cursor: str, reached: str, boot: str) -> bool:
+    """Whether an entry was certainly sent before, where the last one that was sent is gone from the journal. Within one boot its own
+    count of time says so. The clock says it of other boots; but not of the present one, whose clock may not be set yet. Without the
+    time of the last one, what other boots left was sent: it is much, and the agent most likely ran then."""
+    place, last = JournalPlace.parse(cursor), JournalPlace.parse(reached)
+    if place is None:
+        return False
+    if last is None:
+        return bool(boot) and place.boot != boot
+    if place.boot == last.boot:
+        return place.since_boot <= last.since_boot
+    return place.boot != boot and place.clock <= last.clock
+
+
+class PlaceGone(Exception):  # noqa: N818 - it is no error: the journal is read from its start
+    """The journal does not have the entry that was reached."""
+
+
 class Journal:
-    """Sends the lines of the system's journal. A child tells them; when it ends, the next one goes on behind the last line."""
+    """Sends the lines of the system's journal. A child tells them; when it ends, the next one goes on behind the last line.
+
+    The child is to begin with the last line itself. Told to begin behind it, journalctl passes over another one where this one is
+    gone, or tells nothing. Then it tells all that it has, and what was sent before is left out."""
 
     def __init__(self, frames: LogFrames, position: Mapping[str, Any] | None, without: int = 0) -> None:
         self._frames = frames
         self._without = without  # a process whose lines come another way
         self._cursor = str(position.get("cursor", "")) if position else ""
+        self._sought = 0.0  # until when the child has to tell the entry of the cursor, by the monotonic clock; 0 once it has
+        self._is_known: Callable[[str], bool] = lambda _: False  # entries that are left out
 
     async def run(self) -> None:
         attempt = 0
@@ -2114,8 +2164,20 @@ class Journal:
             await asyncio.sleep(pause)
 
     async def _follow(self) -> str:
+        """Run journalctl until it ends; why it did."""
+        self._sought, self._is_known = 0.0, lambda _: False
+        if not self._cursor:
+            return await self._run_child("--lines=0")
+        self._sought = time.monotonic() + JOURNAL_SECONDS
+        try:
+            return await self._run_child("--no-tail", f"--cursor={self._cursor}")
+        except PlaceGone:
+            log.warning("the place in the journal that was reached is gone: lines may be missing")
+        self._sought, self._is_known = 0.0, functools.partial(was_sent, reached=self._cursor, boot=present_boot())
+        return await self._run_child("--no-tail")
+
+    async def _run_child(self, *start: str) -> str:
         """Run journalctl until it ends; why it did. Without --all it would tell no long message."""
-        start = ("--no-tail", f"--after-cursor={self._cursor}") if self._cursor else ("--lines=0",)
         with tempfile.TemporaryFile() as said:
             try:
                 process = await asyncio.create_subprocess_exec(
@@ -2144,7 +2206,7 @@ class Journal:
         while not ended:
             data = b""
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._frames.patience()):
+                async with asyncio.timeout(self._patience()):
                     data = await told.read(PIECE_BYTES)
                     ended = not data
             *entries, rest = (rest + data).split(b"\n")
@@ -2155,8 +2217,14 @@ class Journal:
                 log.warning("an entry of the journal is left out: it is longer than %d bytes", JOURNAL_BYTES)
                 too_long = True
             rest = b"" if too_long else rest
+            if self._sought and (ended or too_long or time.monotonic() >= self._sought):
+                raise PlaceGone
             if self._frames.patience() == 0 or ended:
                 await self._frames.put()
+
+    def _patience(self) -> float | None:
+        """For how many seconds to wait for what the child tells next."""
+        return max(0.0, self._sought - time.monotonic()) if self._sought else self._frames.patience()
 
     async def _take(self, text: bytes) -> None:
         try:
@@ -2164,7 +2232,15 @@ class Journal:
             cursor = content["__CURSOR"]
         except (ValueError, KeyError, TypeError):  # what journalctl says besides, such as `-- No entries --`
             return
-        self._cursor = journal_text(cursor)
+        cursor = journal_text(cursor)
+        if self._sought:
+            if cursor != self._cursor:
+                raise PlaceGone
+            self._sought = 0.0
+            return
+        if self._is_known(cursor):
+            return
+        self._cursor = cursor
         entry = journal_entry(content)
         if entry is not None and self._without and entry.get("fields", {}).get("pid") == self._without:
             entry = None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from uuid import UUID
 
 import pytest
 from devices import Caller, played, started
@@ -16,16 +20,30 @@ from storing import TOKEN, Store, running, until
 
 import agent
 
+# Where the entry of --cursor is not there, the file `seek` says what it does: it begins with the entry of that number, ends with an
+# error, or tells nothing.
 JOURNALCTL = f"""#!{sys.executable}
 import json, os, pathlib, sys, time
 folder = pathlib.Path(__file__).parent
 with (folder / "calls").open("a") as calls:
     calls.write(json.dumps([os.getpid(), *sys.argv[1:]]) + "\\n")
-after = [word.split("=", 1)[1] for word in sys.argv if word.startswith("--after-cursor=")]
+cursors = [word.split("=", 1)[1] for word in sys.argv if word.startswith("--cursor=")]
 file = (folder / "journal").open("rb")
 told = False
 if "--lines=0" in sys.argv:
     file.seek(0, 2)
+if cursors:
+    lines = file.readlines()
+    known = [json.loads(line).get("__CURSOR") if line.startswith(b"{{") else "" for line in lines]
+    seek = (folder / "seek").read_text() if (folder / "seek").exists() else ""
+    if cursors[0] in known:
+        seek = str(known.index(cursors[0]))
+        told = None
+    elif seek == "error":
+        sys.exit("Failed to seek to cursor: Invalid argument")
+    elif not seek:
+        time.sleep(3600)
+    file.seek(sum(map(len, lines[: int(seek)])))
 while True:
     line = file.readline()
     if not line:
@@ -33,13 +51,10 @@ while True:
     elif line.startswith(b"die"):
         if told:
             sys.exit("the journal was rotated")
-    elif after:
-        if line.startswith(b"{{") and json.loads(line).get("__CURSOR") == after[0]:
-            after.clear()
     else:
         sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
-        told = True
+        told = told is not None
 """
 
 
@@ -148,8 +163,8 @@ async def test_it_is_started_behind_the_last_line_when_it_ends(tmp_path: Path, j
         await sent(store, *(f"line {number}" for number in range(1, 5)))
     assert [words[1:] for words in calls(journal)] == [
         ["-o", "json", "--all", "--follow", "--lines=0"],
-        ["-o", "json", "--all", "--follow", "--no-tail", "--after-cursor=s=a;i=2"],
-        ["-o", "json", "--all", "--follow", "--no-tail", "--after-cursor=s=a;i=3"],
+        ["-o", "json", "--all", "--follow", "--no-tail", "--cursor=s=a;i=2"],
+        ["-o", "json", "--all", "--follow", "--no-tail", "--cursor=s=a;i=3"],
     ]
     assert "journalctl ended: the journal was rotated; it is started again in " in caplog.text
 
@@ -194,6 +209,174 @@ async def test_entries_without_a_message_move_the_cursor(tmp_path: Path, journal
         await until(lambda: calls(journal))
         tell(journal, entry(1, MESSAGE=None))
         await until(lambda: cursor(tmp_path) == "s=a;i=1")
+
+
+# ---- a journal without the entry that was reached
+
+BOOTS: Mapping[str, str] = MappingProxyType({name: name * 32 for name in "abc"})
+PRESENT = "c"
+GONE = "the place in the journal that was reached is gone: lines may be missing"
+
+
+@pytest.fixture(autouse=True)
+def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This machine's present boot."""
+    file = tmp_path / "boot_id"
+    file.write_text(f"{UUID(BOOTS[PRESENT])}\n")
+    monkeypatch.setattr(agent, "BOOT", file)
+    return file
+
+
+def place(boot: str, since_boot: int, clock: int) -> str:
+    """The cursor of an entry."""
+    return f"s={'e' * 32};i=1f;b={BOOTS[boot]};m={since_boot:x};t={clock:x};x=0123456789abcdef"
+
+
+def placed(message: str, boot: str, since_boot: int, clock: int) -> dict[str, Any]:
+    return entry(1, MESSAGE=message, __CURSOR=place(boot, since_boot, clock))
+
+
+@pytest.mark.parametrize(
+    ("made", "reached", "sent_before"),
+    [
+        (place("a", 100, 5_000), place("a", 100, 5_000), True),
+        (place("a", 99, 9_000), place("a", 100, 5_000), True),  # the clock was set back
+        (place("a", 101, 4_000), place("a", 100, 5_000), False),
+        (place("c", 99, 9_000), place("c", 100, 5_000), True),
+        (place("c", 101, 4_000), place("c", 100, 5_000), False),
+        (place("b", 500, 5_000), place("a", 100, 5_000), True),
+        (place("b", 50, 5_001), place("a", 100, 5_000), False),
+        (place("c", 50, 1), place("a", 100, 5_000), False),  # the present boot, whose clock is not set yet
+        (place("b", 1, 1), "s=broken", True),
+        (place("c", 1, 1), "s=broken", False),
+        ("s=broken", place("a", 100, 5_000), False),
+        ("", "", False),
+    ],
+)
+def test_what_was_sent_before_is_known_by_its_boot_and_times(made: str, reached: str, *, sent_before: bool) -> None:
+    assert agent.was_sent(made, reached, BOOTS[PRESENT]) is sent_before
+
+
+def test_where_the_present_boot_is_not_known_the_clock_decides() -> None:
+    assert agent.was_sent(place("c", 1, 5), place("a", 9, 5), "")
+    assert not agent.was_sent(place("c", 1, 6), place("a", 9, 5), "")
+    assert not agent.was_sent(place("c", 1, 6), "s=broken", "")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff", b""])
+def test_a_machine_that_does_not_tell_its_boot_has_none(boot: Path, content: bytes | None) -> None:
+    assert agent.present_boot() == BOOTS[PRESENT]
+    boot.unlink()
+    if content is not None:
+        boot.write_bytes(content)
+    assert agent.present_boot() == ""
+
+
+async def read_so_far(folder: Path, url: str, journal: Path, *entries: dict[str, Any]) -> None:
+    """Let an agent send these, and end."""
+    before = len(calls(journal))
+    async with following(folder, url):
+        await until(lambda: len(calls(journal)) > before)
+        tell(journal, *entries)
+        await until(lambda: cursor(folder) == entries[-1]["__CURSOR"])
+
+
+@pytest.mark.parametrize("seek", ["0", "1", "error", ""], ids=["the next entry", "a later entry", "an error", "nothing"])
+async def test_the_rest_of_a_journal_whose_older_entries_were_removed_is_sent_from_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: Path, caplog: pytest.LogCaptureFixture, seek: str
+) -> None:
+    monkeypatch.setattr(agent, "JOURNAL_SECONDS", 20.0 if seek else 0.3)
+    store = Store()
+    async with played(store.play) as url:
+        await read_so_far(tmp_path, url, journal, placed("one", "c", 1, 1), placed("two", "c", 2, 2))
+        journal.write_text("")
+        tell(journal, placed("three", "c", 3, 3), placed("four", "c", 4, 4))
+        journal.with_name("seek").write_text(seek)
+        async with following(tmp_path, url):
+            await sent(store, "one", "two", "three", "four")
+            tell(journal, placed("five", "c", 5, 5))
+            await sent(store, "one", "two", "three", "four", "five")
+    assert [words[6:] for words in calls(journal)[1:]] == [[f"--cursor={place('c', 2, 2)}"], []]
+    assert caplog.text.count(GONE) == 1
+    assert "journalctl ended" not in caplog.text
+
+
+@pytest.mark.parametrize("seek", ["2", ""], ids=["is passed over to a later time", "tells nothing"])
+async def test_after_a_boot_with_an_earlier_clock_and_a_new_journal_every_line_is_sent_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: Path, seek: str
+) -> None:
+    monkeypatch.setattr(agent, "JOURNAL_SECONDS", 20.0 if seek else 0.3)
+    store = Store()
+    async with played(store.play) as url:
+        await read_so_far(tmp_path, url, journal, placed("one", "a", 900, 9_000))
+        journal.write_text("")
+        tell(journal, placed("kernel", "c", 1, 10), placed("start failed", "c", 2, 20), placed("clock is set", "c", 3, 9_500))
+        journal.with_name("seek").write_text(seek)
+        async with following(tmp_path, url):
+            await sent(store, "one", "kernel", "start failed", "clock is set")
+
+
+async def test_of_what_is_left_only_what_was_not_sent_before_is_sent(tmp_path: Path, journal: Path) -> None:
+    store = Store()
+    async with played(store.play) as url:
+        await read_so_far(tmp_path, url, journal, placed("last", "b", 100, 1_000))
+        journal.write_text("")
+        old = placed("of an older boot", "a", 900, 900), placed("sent before", "b", 99, 999)
+        tell(journal, *old, placed("one", "b", 101, 1_001), "die", placed("two", "c", 1, 1), "die", placed("three", "c", 2, 2))
+        journal.with_name("seek").write_text("0")
+        async with following(tmp_path, url):
+            await sent(store, "last", "one", "two", "three")
+    starts = [words[6:] for words in calls(journal)[1:]]
+    assert starts == [[f"--cursor={place('b', 100, 1_000)}"], [], [f"--cursor={place('b', 101, 1_001)}"], [f"--cursor={place('c', 1, 1)}"]]
+
+
+async def test_a_cursor_that_journalctl_refuses_is_not_tried_again_and_the_present_boot_is_sent(
+    tmp_path: Path, journal: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store()
+    (tmp_path / "cursors.json").write_text('{"journal": {"cursor": "s=broken", "count": 7}}')
+    tell(journal, placed("of another boot", "a", 1, 1), placed("one", "c", 1, 1))
+    journal.with_name("seek").write_text("error")
+    async with played(store.play) as url, following(tmp_path, url):
+        await sent(store, "one")
+        tell(journal, placed("two", "c", 2, 2))
+        await sent(store, "one", "two")
+    assert [words[6:] for words in calls(journal)] == [["--cursor=s=broken"], []]
+    assert caplog.text.count(GONE) == 1
+
+
+async def test_an_agent_that_is_started_again_sends_no_line_twice(
+    tmp_path: Path, journal: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store()
+    async with played(store.play) as url:
+        await read_so_far(tmp_path, url, journal, placed("one", "c", 1, 1))
+        for number in range(2, 5):
+            tell(journal, placed(f"{number} while it was down", "c", number, number))
+            async with following(tmp_path, url):
+                await until(lambda number=number: len(store.messages) >= number)  # type: ignore[misc]
+                await until(lambda number=number: cursor(tmp_path) == place("c", number, number))  # type: ignore[misc]
+    assert store.messages == ["one", *(f"{number} while it was down" for number in range(2, 5))]
+    assert GONE not in caplog.text
+
+
+async def test_the_entry_that_was_reached_is_waited_for_no_longer_than_for_lines_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once it has come, the journal may be silent."""
+    monkeypatch.setattr(agent, "JOURNAL_SECONDS", 0.3)
+    store = Store()
+    async with played(store.play) as url:
+        await read_so_far(tmp_path, url, journal, placed("one", "c", 1, 1))
+        async with following(tmp_path, url):
+            await asyncio.sleep(0.6)
+            tell(journal, placed("two", "c", 2, 2))
+            await sent(store, "one", "two")
+    assert len(calls(journal)) == 2
+    assert GONE not in caplog.text
+
+
+# ---- the child, and what it tells besides
 
 
 async def test_what_is_no_entry_and_what_is_too_long_is_passed_over(
