@@ -1169,7 +1169,7 @@ class SpoolFile:
         """Its records. What is torn at its end is cut off. AgentError when it cannot be used."""
         try:
             self._take_lock()
-            if not self._path.exists():
+            if not self._path.exists() or self._is_blank():
                 self.rewrite([])
                 return
             with self._path.open("rb") as file:
@@ -1220,6 +1220,17 @@ class SpoolFile:
             for file in (self._file, self._guard):
                 if file is not None:
                     file.close()
+
+    def _is_blank(self) -> bool:
+        """Whether the file holds nothing that could be lost: after a power cut some file systems leave it empty, or as zeros."""
+        if not self._path.is_file():
+            return False
+        with self._path.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                if piece.strip(b"\0"):
+                    return False
+        log.warning("%s is empty or holds nothing but zeros, as after a power cut: it is begun anew", self._path)
+        return True
 
     def _take_lock(self) -> None:
         """AgentError when another agent has the file; two would spoil it."""

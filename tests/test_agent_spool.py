@@ -424,11 +424,28 @@ async def test_a_torn_end_is_told_and_cut_off(tmp_path: Path, caplog: pytest.Log
         assert [frame.content for frame in spool._waiting] == [reading(0), reading(2)]
 
 
-async def test_another_file_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "spool").write_text("my notes\n")
+@pytest.mark.parametrize("content", [b"", b"\0", bytes(3 * agent.PIECE_BYTES + 7)], ids=["empty", "one zero", "zeros"])
+async def test_a_file_that_a_power_cut_left_without_content_is_begun_anew_and_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    path = tmp_path / "spool"
+    path.write_bytes(content)
+    async with spooled(path) as spool:
+        await spool.put(reading(0))
+        await on_disk(spool)
+    assert f"{path} is empty or holds nothing but zeros, as after a power cut: it is begun anew" in caplog.text
+    caplog.clear()
+    async with spooled(path) as spool:
+        assert [frame.content for frame in spool._waiting] == [reading(0)]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", bytes(2 * agent.PIECE_BYTES) + b"my notes\n"], ids=["text", "zeros before text"])
+async def test_another_file_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "spool").write_bytes(content)
     code, _, err = await agent_command(*arguments(tmp_path, "http://127.0.0.1:9"), folder=tmp_path)
     assert (code, err) == (1, f"agent.py: {tmp_path / 'spool'} is no spool file of this agent; name another one\n")
-    assert (tmp_path / "spool").read_text() == "my notes\n"
+    assert (tmp_path / "spool").read_bytes() == content
 
 
 async def test_two_agents_do_not_share_a_file(tmp_path: Path) -> None:
