@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import sys
@@ -25,13 +26,13 @@ import agent
 JOURNALCTL = f"""#!{sys.executable}
 import json, os, pathlib, sys, time
 folder = pathlib.Path(__file__).parent
-with (folder / "calls").open("a") as calls:
-    calls.write(json.dumps([os.getpid(), *sys.argv[1:]]) + "\\n")
-cursors = [word.split("=", 1)[1] for word in sys.argv if word.startswith("--cursor=")]
 file = (folder / "journal").open("rb")
-told = False
 if "--lines=0" in sys.argv:
     file.seek(0, 2)
+with (folder / "calls").open("a") as calls:  # now what is told is after this
+    calls.write(json.dumps([os.getpid(), *sys.argv[1:]]) + "\\n")
+cursors = [word.split("=", 1)[1] for word in sys.argv if word.startswith("--cursor=")]
+told = False
 if cursors:
     lines = file.readlines()
     known = [json.loads(line).get("__CURSOR") if line.startswith(b"{{") else "" for line in lines]
@@ -328,6 +329,17 @@ async def test_of_what_is_left_only_what_was_not_sent_before_is_sent(tmp_path: P
             await sent(store, "last", "one", "two", "three")
     starts = [words[6:] for words in calls(journal)[1:]]
     assert starts == [[f"--cursor={place('b', 100, 1_000)}"], [], [f"--cursor={place('b', 101, 1_001)}"], [f"--cursor={place('c', 1, 1)}"]]
+
+
+async def test_an_entry_that_was_sent_before_does_not_move_the_place_back(tmp_path: Path) -> None:
+    """Else the next child would go on there, and what follows would be sent again."""
+    cursors, reached = agent.Cursors(tmp_path / "cursors.json"), place("b", 100, 1_000)
+    journal = agent.Journal(agent.LogFrames("journal", agent.Spool(9), agent.Level(), cursors), {"cursor": reached})
+    journal._is_known = functools.partial(agent.was_sent, reached=reached, boot=BOOTS[PRESENT])
+    await journal._take(json.dumps(placed("sent before", "b", 99, 999)).encode())
+    assert journal._cursor == reached
+    await journal._take(json.dumps(placed("new", "c", 1, 1)).encode())
+    assert journal._cursor == place("c", 1, 1)
 
 
 async def test_a_cursor_that_journalctl_refuses_is_not_tried_again_and_the_present_boot_is_sent(
