@@ -111,6 +111,7 @@ FILES_KNOWN: Final = 64  # that were read, so that none is read twice
 PARTIAL_SECONDS: Final = 5.0  # for the end of a line
 ROTATED_SECONDS: Final = 2.0  # after a file was rotated, and since its last line: its writer is told a little later
 CURSOR_SECONDS: Final = 1.0  # between two writes of the cursor file
+LINE_AHEAD_MOST: Final = 23 * 3_600_000  # of the server's clock; it takes a day, and clocks differ
 OWN_LINES: Final = 1_000  # of the agent's own log that wait for room; beyond this the oldest are lost, and counted
 LOG_SPOOL_BYTES: Final = 1024 * 1024  # of lines that are read and not acknowledged; the others stay where they are
 
@@ -282,6 +283,7 @@ CLOSE_UNAUTHORIZED: Final = 4401
 CLOSE_FORBIDDEN: Final = 4403
 CLOSE_BAD_HANDSHAKE: Final = 4400
 CLOSE_FRAME_TOO_BIG: Final = 1009
+TIME_PATH: Final = re.compile(r"entries\[[0-9]{1,9}\]\.ts")
 ITEM_PATH: Final = re.compile(r"(?:samples|entries)\[([0-9]{1,9})\](?:\.values\.(.+))?.*", re.DOTALL)
 
 # The levels of lines, and Python's numbers for them.
@@ -374,6 +376,15 @@ def log_entry(level: str, message: str, ts: int, logger: str = "", fields: Mappi
     if kept and len(encode(kept)) <= FIELDS_BYTES:
         entry["fields"] = kept
     return entry
+
+
+def with_times_to(content: dict[str, Any], latest: float) -> dict[str, Any]:
+    """A frame without the times of lines that are later than this one: a line is worth more than its time, and the server then uses
+    its own. This is done when a frame is sent and not when a line is read, because without a session nobody knows the right time."""
+    entries = content.get("entries", [])
+    if all(entry.get("ts", latest) <= latest for entry in entries):
+        return content
+    return {**content, "entries": [{n: v for n, v in entry.items() if n != "ts" or v <= latest} for entry in entries]}
 
 
 def journal_text(value: object) -> str:
@@ -1506,6 +1517,7 @@ class Spool:
         self._bytes = 0  # of all frames, as far as they are counted: on the disk
         self._line_bytes = 0  # of lines of logs
         self._lines_from = 0.0  # when lines may be sent again, by the monotonic clock
+        self._server_clock = float("inf")  # milliseconds that it is ahead of the monotonic clock
         self.most = most
         self._seq = 0
         self._changed = asyncio.Condition()
@@ -1582,6 +1594,10 @@ class Spool:
         async with self._changed:
             self._lines_from = time.monotonic() + seconds
             self._changed.notify_all()
+
+    def learn_time(self, moment: int) -> None:
+        """What the server's clock says now. The monotonic clock goes on from there, because the device's own may be set at any time."""
+        self._server_clock = moment - time.monotonic() * 1000
 
     async def look_again(self) -> None:
         """Lines may be sent again by now."""
@@ -1697,7 +1713,8 @@ class Spool:
                 break
             if frame.seq != self._seq + 1 or not frame.text:
                 frame.seq = self._seq + 1
-                frame.text = encode({**frame.content, "seq": frame.seq})
+                latest = self._server_clock + time.monotonic() * 1000 + LINE_AHEAD_MOST
+                frame.text = encode({**with_times_to(frame.content, latest), "seq": frame.seq})
             if len(frame.text) > self.window.frame and (parts := halves(frame)):
                 self._waiting.remove(frame)
                 self._replace(frame, parts)
@@ -2228,7 +2245,7 @@ class Journal:
                 log.warning("an entry of the journal is left out: it is longer than %d bytes", JOURNAL_BYTES)
                 too_long = True
             rest = b"" if too_long else rest
-            if self._sought and (ended or too_long or time.monotonic() >= self._sought):
+            if self._sought and (ended or time.monotonic() >= self._sought):
                 raise PlaceGone
             if self._frames.patience() == 0 or ended:
                 await self._frames.put()
@@ -2500,6 +2517,8 @@ class Refusals:
             lost = frame
         elif error.get("code") == "too_many_series":
             parts, lost = self._without_unwelcome(frame)
+        elif TIME_PATH.fullmatch(path) and any("ts" in entry for entry in frame.items):
+            parts, lost = [Outgoing(with_times_to(frame.content, 0))], None
         else:
             parts, lost = parts_without(frame, path)
         if lost is None and not parts:
@@ -2688,9 +2707,11 @@ class Agent:
             welcome = await self._expect(link, "welcome")
             log.info("connected as %s, session %s", welcome["device"], welcome["session"])
             self._held_until = self._answered = 0.0
+            moment = round(datetime.fromisoformat(welcome["time"]).timestamp() * 1000)
+            self._spool.learn_time(moment)
             self._done(await self._spool.resume(welcome["seq"]))
             if self._replay is not None and not self._replay.latest.done():
-                self._replay.latest.set_result(round(datetime.fromisoformat(welcome["time"]).timestamp() * 1000) + DAY)
+                self._replay.latest.set_result(moment + DAY)
             self._want(welcome.get("config"))
             if self._spool.dropped != self._dropped:  # a report may have been among it
                 log.warning("the spool was full: %d frames are lost", self._spool.dropped - self._dropped)
