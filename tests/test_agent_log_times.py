@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def test_times_that_are_too_late_are_left_out_and_nothing_else(times: list[int |
     assert [line.get("ts") for line in left["entries"]] == [None if ts is None or ts > latest else ts for ts in times]
     assert left["type"] == "log"
     assert [line.get("ts") for line in lines] == times, "what is kept stays as it is"
+
+
+async def test_the_servers_clock_says_which_times_are_too_late() -> None:
+    spool, moment, hours = agent.Spool(9), 1_800_000_000_000, 3_600_000
+    spool.learn_time(moment)
+    times = [moment, moment + 23 * hours - 60_000, moment + 23 * hours + 60_000]
+    await spool.put({"type": "log", "entries": [entry(number, ts) for number, ts in enumerate(times)]})
+    sent = json.loads((await spool.next()).text)
+    assert [line.get("ts") for line in sent["entries"]] == [*times[:2], None]
 
 
 async def test_while_the_clock_is_days_ahead_lines_are_sent_without_times(

@@ -448,6 +448,13 @@ async def test_another_file_is_left_alone(tmp_path: Path, content: bytes) -> Non
     assert (tmp_path / "spool").read_bytes() == content
 
 
+async def test_what_is_empty_and_no_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "spool").symlink_to(os.devnull)
+    code, _, err = await agent_command(*arguments(tmp_path, "http://127.0.0.1:9"), folder=tmp_path)
+    assert (code, err) == (1, f"agent.py: {tmp_path / 'spool'} is no spool file of this agent; name another one\n")
+    assert (tmp_path / "spool").is_symlink()
+
+
 async def test_two_agents_do_not_share_a_file(tmp_path: Path) -> None:
     store = Store()
     async with played(store.play) as url, started(tmp_path, *arguments(tmp_path, url)) as device:
