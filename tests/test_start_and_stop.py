@@ -335,7 +335,8 @@ async def test_a_crash_at_any_point_of_renewing_the_salt_is_none_of_another_log(
                 reader.execute("select * from salt").fetchone()
                 writer.execute("pragma wal_checkpoint(truncate)")
                 with iiot.transaction(writer):
-                    writer.execute("insert into usage (tenant_id, day, points) values (1, 1, 1) on conflict do update set points = points + 1")
+                    counting = "insert into usage (tenant_id, day, points) values (1, 1, 1) on conflict do update set points = points + 1"
+                    writer.execute(counting)
                 assert Path(f"{database}-wal").stat().st_size
                 lock.check_log()
         lock.keep("other")
