@@ -1079,9 +1079,16 @@ class Codec:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._quick = self._converter(exact=False, largest=INTEGERS)  # the quick parser makes reals of integers of over 64 bits
-        self._large = self._converter(exact=False, largest=float("inf"))  # where there are none
-        self._exact = self._converter(exact=True, largest=float("inf"))
         self._hooks = {kind: (cls, self._quick.get_structure_hook(cls)) for kind, cls in FRAMES.items()}
+
+    @functools.cached_property
+    def _large(self) -> Converter:
+        """For content without such integers."""
+        return self._converter(exact=False, largest=float("inf"))
+
+    @functools.cached_property
+    def _exact(self) -> Converter:
+        return self._converter(exact=True, largest=float("inf"))
 
     def frame(self, data: bytes) -> Frame:
         """The frame in `data`, or Refusal: not_json, not_an_object, too_deep, unknown_type, invalid."""

@@ -19,9 +19,20 @@ hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests that take long, too: those that are marked so")
     parser.addoption("--kills", type=int, default=8, help="how often the server is killed under load (8)")
     parser.addoption("--relp-lines", type=int, default=5_000, help="how many lines rsyslogd sends through two kills (5000)")
     parser.addoption("--model-runs", type=int, default=10, help="how many runs of 25 steps the configuration model makes (10)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: takes many seconds, and is run by --long alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
 @pytest.fixture

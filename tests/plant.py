@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
@@ -229,11 +231,21 @@ def locked(database: Path) -> Iterator[None]:
             other.execute("rollback")
 
 
+@functools.cache
+def new_database() -> bytes:
+    """What a database file holds at first: to make one takes as long as many a test."""
+    with tempfile.TemporaryDirectory() as folder:
+        iiot.prepare_database(Path(folder, "iiot.db"))
+        return Path(folder, "iiot.db").read_bytes()
+
+
 @asynccontextmanager
 async def plant(folder: Path, limits: iiot.Limits | None = None, **settings: Any) -> AsyncIterator[Plant]:
     """A server in this process, its limits lowered at will, and a client for it."""
     database = folder / "iiot.db"
-    iiot.prepare_database(database)
+    if not database.exists():
+        iiot.make_file(database)
+        database.write_bytes(new_database())
     token = admin_token(database)
     chosen = attrs.evolve(iiot.Settings(db=str(database), port=0), **settings)
     async with iiot.serving(chosen, limits) as url, client() as operator:

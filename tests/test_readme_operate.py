@@ -134,6 +134,7 @@ def test_the_unit_hides_the_first_secrets_only() -> None:
     assert "logs go to standard error" in {field.name: field.metadata["help"] for field in attrs.fields(iiot.Settings)}["log_level"]
 
 
+@pytest.mark.long
 def test_an_update_and_a_way_back(machine: Path) -> None:
     """To an older version too, whose files are older than those that were built before."""
     (commands,) = blocks("Update")
@@ -179,6 +180,7 @@ async def test_the_agent_as_the_unit_starts_it(machine: Path, process: Process, 
     assert run("bash", "-c", journal, folder=machine).returncode in (0, 1)  # 1: no journal is kept here
 
 
+@pytest.mark.long
 def test_the_install_lines_with_and_without_internet(tmp_path: Path) -> None:
     line, pack, unpack = blocks("Install")
     source = copy_sources(tmp_path / "source")

@@ -70,11 +70,14 @@ async def until_printed(program: asyncio.subprocess.Process, *words: str) -> Non
             printed += line.decode()
 
 
-@pytest.mark.parametrize("name", sorted(DEVICES))
-async def test_what_is_missing_and_what_is_refused_is_told_in_words(terminal: Terminal, process: Process, name: str) -> None:
+async def test_what_is_missing_and_what_is_refused_is_told_in_words(terminal: Terminal, process: Process) -> None:
     await process.start()
     token, key = await process.read_first_start()
-    start = await prepared(terminal, name, process.url, key)
+    starts = {name: await prepared(terminal, name, process.url, key) for name in sorted(DEVICES)}
+    await asyncio.gather(*(check_words(terminal, process, token, key, name, start) for name, start in starts.items()))
+
+
+async def check_words(terminal: Terminal, process: Process, token: str, key: str, name: str, start: str) -> None:
     for variable in ("IIOT_URL", "IIOT_KEY"):
         assert await terminal.attempt(f"env -u {variable} {start}") == (1, "", f"The variable {variable} is not set.\n")
     program = await terminal.start(f"env IIOT_KEY={key[:-1]} {start}")
