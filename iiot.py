@@ -32,7 +32,9 @@ schema.sql the whole database.
     Sessions              one device's WebSocket from hello to close
     Syslog                the listeners for syslog
     HTTP queries          what the address of a request asks for, checked
-    HTTP API              the route table and its handlers
+    HTTP calls            a request in hand, and how it is answered
+    HTTP readings         the handlers of readings and logs
+    HTTP API              the other handlers, and the route table
     Application           how the parts are put together, started and stopped
     Command line          python iiot.py …
 """
@@ -8770,8 +8772,8 @@ def make_query_converter() -> Converter:
     return converter
 
 
-# ==== HTTP API ====
-# Owns: the route table and its handlers: a request in, JSON out. Must not know: SQL.
+# ==== HTTP calls ====
+# Owns: a request in hand, and how it is answered: at once, as a stream, or when what it waits for has come. Must not know: SQL.
 
 SERVICES: Final = web.AppKey("services", Services)
 JSON_TYPE: Final = "application/json"
@@ -8948,59 +8950,50 @@ async def look_until(
         await asyncio.sleep(pause)
 
 
-async def list_devices(call: Call) -> web.StreamResponse:
-    query: DeviceQuery = call.query
-    if query.match == "":
-        raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
-    read = call.services.store.read
-    return json_response(await read.devices(call.tenant, call.page(), query.after or "", query.match, connected=query.connected))
+def reset_if_broken(transport: asyncio.Transport | None, broken: bool) -> None:  # noqa: FBT001 - what the name ends in
+    """Let the system reset a connection that ends from now on, or end it in order again. A client of HTTP/1.0 knows the end of a
+    stream by the end of the connection, so only a reset tells it that something is missing; also when this process is killed."""
+    connection = transport.get_extra_info("socket") if transport is not None else None
+    if connection is not None:
+        with suppress(OSError):  # it has ended already
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", broken, 0))
 
 
-async def show_device(call: Call) -> web.StreamResponse:
-    return required(await call.services.store.read.device(call.tenant, call.device))
-
-
-async def register_device(call: Call) -> web.StreamResponse:
-    tenant, token = call.tenant, mint("dev")
+@asynccontextmanager
+async def streaming(call: Call, content_type: str, headers: Mapping[str, str] = MappingProxyType({})) -> AsyncIterator[web.StreamResponse]:
+    """A response of unknown length. Where it breaks off, the client must see that this is not the end of the file."""
+    unbuffered = {"X-Accel-Buffering": "no"}  # by nginx: a feed would never arrive
+    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: content_type, **unbuffered, **headers})
+    if call.request.version < HttpVersion11:  # the end of the connection is the end of the stream
+        response.force_close()
+    reset_if_broken(call.request.transport, True)
+    await response.prepare(call.request)
     try:
-        name = check_device_name(call.device)
-    except Invalid as error:
-        raise Refusal("invalid", FieldError("device", str(error))) from error
-    await call.body(NoQuery)
-    if call.match is not None:  # it asks for a device that is there already
-        raise Refusal("precondition_failed")
-    most = call.services.settings.quota_devices
+        yield response
+        await response.write_eof()
+        reset_if_broken(call.request.transport, False)
+    except ConnectionError:
+        return  # the client has gone
+    except BaseException as error:  # whatever it was, the transport must go; all but the client's slowness goes on
+        if call.request.transport is not None:
+            call.request.transport.abort()
+        if not isinstance(error, TimeoutError):  # the client does not read
+            raise
+
+
+async def wait_for_turn(services: Services, tenant_id: int | None) -> None:
+    """Until it is the turn of a request, among those of its tenant. Refusal: too_many_requests."""
+    share, limits = services.store.allowances.shares.of(tenant_id), services.limits
+    if share.asking >= limits.requests_waiting:
+        raise Refusal("too_many_requests", retry_after=1)
     try:
-        await call.change(lambda connection: insert_device(connection, tenant, name, token.stored, call.by, most))
-    except Refusal as refusal:
-        if refusal.fault.code == "device_exists":  # If-None-Match: * asks for just that
-            call.require(None)
-        raise
-    return answer({"device": name, "token": token.text}, 201)
+        await share.turn(for_seconds(limits.request_seconds), storing=False)
+    except TimeoutError:
+        raise Refusal("too_many_requests", retry_after=1) from None
 
 
-async def patch_device(call: Call) -> web.StreamResponse:
-    tenant, name, body = call.tenant, call.device, await call.body(DevicePatch)
-    device_id = await call.change(
-        lambda connection: update_device(connection, tenant, name, body, call.by, call.services.limits.labels),
-        **attrs.asdict(body, filter=lambda _, value: value not in (None, {})),
-    )
-    call.services.senders.forget()
-    if body.disabled:
-        call.services.registry.end(device_id, "device_disabled")
-    return await show_device(call)
-
-
-async def rotate_device_token(call: Call) -> web.StreamResponse:
-    tenant, name, token, body = call.tenant, call.device, mint("dev"), await call.body(Rotation)
-    device_id = await call.change(
-        lambda connection: rotate_token(connection, tenant, name, token.stored, call.by, revoke=body.revoke),
-        token=token.stored.id, revoke=body.revoke,
-    )  # fmt: skip
-    if body.revoke:
-        call.services.registry.end(device_id, "credentials_revoked")
-    return answer({"device": name, "token": token.text}, 201)
-
+# ==== HTTP readings ====
+# Owns: the handlers of readings and of logs, with who sends lines by syslog and how long they are kept. Must not know: SQL.
 
 async def make_log_token(call: Call) -> web.StreamResponse:
     tenant, name, token, body = call.tenant, call.device, mint("log"), await call.body(Rotation)
@@ -9060,75 +9053,6 @@ async def set_syslog_source(call: Call) -> web.StreamResponse:
 
 async def show_refused_lines(call: Call) -> web.StreamResponse:
     return answer(await asyncio.to_thread(call.services.turned_away.shown, call.tenant))
-
-
-async def delete_device(call: Call) -> web.StreamResponse:
-    tenant, name = call.tenant, call.device
-    device_id = await call.change(lambda connection: remove_device(connection, tenant, name, call.by))
-    call.services.senders.forget()
-    call.services.registry.end(device_id, "device_removed")
-    call.services.cleaner.wanted.set()
-    return web.Response(status=204)
-
-
-async def reset_counter(call: Call) -> web.StreamResponse:
-    """Set the counter, and end the session, which was told the old one. Frames that it sent just before may have raised it again,
-    and another session may have been told that: so both once more."""
-    tenant, name, seq, services = call.tenant, call.device, (await call.body(CounterReset)).seq, call.services
-    device_id = await call.change(lambda connection: reset_seq(connection, tenant, name, seq, call.by), seq=seq)
-    services.registry.end(device_id, "seq_reset")
-    await services.store.writer.change(lambda connection: set_seq(connection, device_id, seq))
-    services.registry.end(device_id, "seq_reset")
-    return answer({"device": name, "seq": seq})
-
-
-async def list_events(call: Call) -> web.StreamResponse:
-    query: EventQuery = call.query
-    after = INTEGERS - 1 if query.after is None else query.after
-    read = call.services.store.read
-    return required(await read.events(call.tenant, call.device, call.page(), after, query.kind, query.from_, query.to_))
-
-
-def reset_if_broken(transport: asyncio.Transport | None, broken: bool) -> None:  # noqa: FBT001 - what the name ends in
-    """Let the system reset a connection that ends from now on, or end it in order again. A client of HTTP/1.0 knows the end of a
-    stream by the end of the connection, so only a reset tells it that something is missing; also when this process is killed."""
-    connection = transport.get_extra_info("socket") if transport is not None else None
-    if connection is not None:
-        with suppress(OSError):  # it has ended already
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", broken, 0))
-
-
-@asynccontextmanager
-async def streaming(call: Call, content_type: str, headers: Mapping[str, str] = MappingProxyType({})) -> AsyncIterator[web.StreamResponse]:
-    """A response of unknown length. Where it breaks off, the client must see that this is not the end of the file."""
-    unbuffered = {"X-Accel-Buffering": "no"}  # by nginx: a feed would never arrive
-    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: content_type, **unbuffered, **headers})
-    if call.request.version < HttpVersion11:  # the end of the connection is the end of the stream
-        response.force_close()
-    reset_if_broken(call.request.transport, True)
-    await response.prepare(call.request)
-    try:
-        yield response
-        await response.write_eof()
-        reset_if_broken(call.request.transport, False)
-    except ConnectionError:
-        return  # the client has gone
-    except BaseException as error:  # whatever it was, the transport must go; all but the client's slowness goes on
-        if call.request.transport is not None:
-            call.request.transport.abort()
-        if not isinstance(error, TimeoutError):  # the client does not read
-            raise
-
-
-async def wait_for_turn(services: Services, tenant_id: int | None) -> None:
-    """Until it is the turn of a request, among those of its tenant. Refusal: too_many_requests."""
-    share, limits = services.store.allowances.shares.of(tenant_id), services.limits
-    if share.asking >= limits.requests_waiting:
-        raise Refusal("too_many_requests", retry_after=1)
-    try:
-        await share.turn(for_seconds(limits.request_seconds), storing=False)
-    except TimeoutError:
-        raise Refusal("too_many_requests", retry_after=1) from None
 
 
 async def stream_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> web.StreamResponse:
@@ -9337,6 +9261,90 @@ async def ask_report(call: Call) -> web.StreamResponse:
     await call.change(ask, what=body.what)
     registry.send(device_id, encode(Report(body.what)))  # to one that goes just now in vain, as to one whose link is broken
     return answer({"device": name, "what": body.what}, 202)
+
+
+# ==== HTTP API ====
+# Owns: the route table and its handlers: a request in, JSON out. Must not know: SQL.
+
+async def list_devices(call: Call) -> web.StreamResponse:
+    query: DeviceQuery = call.query
+    if query.match == "":
+        raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
+    read = call.services.store.read
+    return json_response(await read.devices(call.tenant, call.page(), query.after or "", query.match, connected=query.connected))
+
+
+async def show_device(call: Call) -> web.StreamResponse:
+    return required(await call.services.store.read.device(call.tenant, call.device))
+
+
+async def register_device(call: Call) -> web.StreamResponse:
+    tenant, token = call.tenant, mint("dev")
+    try:
+        name = check_device_name(call.device)
+    except Invalid as error:
+        raise Refusal("invalid", FieldError("device", str(error))) from error
+    await call.body(NoQuery)
+    if call.match is not None:  # it asks for a device that is there already
+        raise Refusal("precondition_failed")
+    most = call.services.settings.quota_devices
+    try:
+        await call.change(lambda connection: insert_device(connection, tenant, name, token.stored, call.by, most))
+    except Refusal as refusal:
+        if refusal.fault.code == "device_exists":  # If-None-Match: * asks for just that
+            call.require(None)
+        raise
+    return answer({"device": name, "token": token.text}, 201)
+
+
+async def patch_device(call: Call) -> web.StreamResponse:
+    tenant, name, body = call.tenant, call.device, await call.body(DevicePatch)
+    device_id = await call.change(
+        lambda connection: update_device(connection, tenant, name, body, call.by, call.services.limits.labels),
+        **attrs.asdict(body, filter=lambda _, value: value not in (None, {})),
+    )
+    call.services.senders.forget()
+    if body.disabled:
+        call.services.registry.end(device_id, "device_disabled")
+    return await show_device(call)
+
+
+async def rotate_device_token(call: Call) -> web.StreamResponse:
+    tenant, name, token, body = call.tenant, call.device, mint("dev"), await call.body(Rotation)
+    device_id = await call.change(
+        lambda connection: rotate_token(connection, tenant, name, token.stored, call.by, revoke=body.revoke),
+        token=token.stored.id, revoke=body.revoke,
+    )  # fmt: skip
+    if body.revoke:
+        call.services.registry.end(device_id, "credentials_revoked")
+    return answer({"device": name, "token": token.text}, 201)
+
+
+async def delete_device(call: Call) -> web.StreamResponse:
+    tenant, name = call.tenant, call.device
+    device_id = await call.change(lambda connection: remove_device(connection, tenant, name, call.by))
+    call.services.senders.forget()
+    call.services.registry.end(device_id, "device_removed")
+    call.services.cleaner.wanted.set()
+    return web.Response(status=204)
+
+
+async def reset_counter(call: Call) -> web.StreamResponse:
+    """Set the counter, and end the session, which was told the old one. Frames that it sent just before may have raised it again,
+    and another session may have been told that: so both once more."""
+    tenant, name, seq, services = call.tenant, call.device, (await call.body(CounterReset)).seq, call.services
+    device_id = await call.change(lambda connection: reset_seq(connection, tenant, name, seq, call.by), seq=seq)
+    services.registry.end(device_id, "seq_reset")
+    await services.store.writer.change(lambda connection: set_seq(connection, device_id, seq))
+    services.registry.end(device_id, "seq_reset")
+    return answer({"device": name, "seq": seq})
+
+
+async def list_events(call: Call) -> web.StreamResponse:
+    query: EventQuery = call.query
+    after = INTEGERS - 1 if query.after is None else query.after
+    read = call.services.store.read
+    return required(await read.events(call.tenant, call.device, call.page(), after, query.kind, query.from_, query.to_))
 
 
 FINAL: Final = ("applied", "rejected", "timed_out", "superseded")
