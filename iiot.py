@@ -371,6 +371,12 @@ class Limits:
     points: int = 1_000
     points_most: int = 10_000
     values_together: int = 50_000
+    # Series of the fleet: that are looked for at one time, that are read by one statement, and that somebody may follow. Points that a
+    # follower has not been sent yet.
+    fleet_page: int = 500
+    fleet_series: int = 50
+    followed_series: int = 1_000
+    followed_points: int = 100_000
     # Rows of a streamed CSV that are in memory at one time.
     csv_rows: int = 10_000
     # A push may ask for its own time until `timed_out`, up to a day; an answer may be waited for by HTTP for so long.
@@ -1542,15 +1548,15 @@ def csv_field(value: object) -> str:
     return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
 
 
-def csv_lines(rows: bytes, *, spreadsheet: bool = False) -> bytes:
-    """CSV lines of a JSON array of rows `[time, metric, …]`, with texts disarmed for a spreadsheet. Rows of numbers alone, all
-    but every row there is, are turned without a look at each: a time, the only other text beside the metric, ends in Z and
-    holds nothing to be quoted."""
+def csv_lines(rows: bytes, *, names: int = 1, spreadsheet: bool = False) -> bytes:
+    """CSV lines of a JSON array of rows `[time, metric, …]`, with texts disarmed for a spreadsheet. `names`: how many columns after the
+    time name the series, which is one. Rows of numbers alone, all but every row there is, are turned without a look at each: a time,
+    the only other text beside the names, ends in Z and holds nothing to be quoted."""
     if rows == b"[]":
         return b""
-    metric = rows[: rows.index(b"]")].split(b",")[1]
-    plain = re.fullmatch(rb'"(?!-)[A-Za-z0-9 _.:/-]+"', metric)
-    if plain and rows.count(b'"') == 4 * rows.count(b'Z",' + metric + b","):
+    shown_names = rows[: rows.index(b"]")].split(b",")[1 : 1 + names]
+    plain = all(re.fullmatch(rb'"(?!-)[A-Za-z0-9 _.:/-]+"', name) for name in shown_names)
+    if plain and rows.count(b'"') == (2 + 2 * names) * rows.count(b'Z",' + b",".join(shown_names) + b","):
         return rows[2:-2].replace(b",null", b",").replace(b'"', b"").replace(b"],[", b"\n") + b"\n"
     shown = [[disarmed(cell) if spreadsheet and isinstance(cell, str) else cell for cell in row] for row in orjson.loads(rows)]
     return "".join(",".join(map(csv_field, row)) + "\n" for row in shown).encode()
@@ -3436,6 +3442,11 @@ class Readers:
         """The first row of a query, or None. Refusal: query_too_slow."""
         return await self._run(self._fetch, sql, parameters, self._seconds)
 
+    async def exact_parts(self, sql: str, parameters: Mapping[str, object], seconds: float) -> list[tuple[int, bytes, int | None]]:
+        """Of a JSON array of parts `[number, rows, next]` in the first column of the first row: the rows as JSON text, their numbers
+        shortened. Refusal: query_too_slow."""
+        return await self._run(self._fetch_parts, sql, parameters, seconds)
+
     async def exact(
         self, sql: str, parameters: Mapping[str, object], seconds: float | None = None, most: int | None = None
     ) -> bytes | None:
@@ -3478,6 +3489,13 @@ class Readers:
     @staticmethod
     def _fetch(connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]) -> tuple[Any, ...] | None:
         return cast("tuple[Any, ...] | None", connection.execute(sql, parameters).fetchone())
+
+    @classmethod
+    def _fetch_parts(
+        cls, connection: sqlite3.Connection, sql: str, parameters: Mapping[str, object]
+    ) -> list[tuple[int, bytes, int | None]]:
+        row = cls._fetch(connection, sql, parameters)
+        return [(number, orjson.dumps(rows), following) for number, rows, following in orjson.loads(row[0] if row else "[]")]
 
     @classmethod
     def _fetch_exact(
@@ -4825,6 +4843,12 @@ class TelemetryRange:
     device_id: int | None = None
 
 
+def row_sql(values: Iterable[str], names: Iterable[str] = ()) -> str:
+    """SQL for a row's JSON: an array, or an object if the values have names."""
+    named = [f"'{name}', {value}" for name, value in zip(names, values, strict=True)] if names else []
+    return f"json_object({', '.join(named)})" if named else f"json_array({', '.join(values)})"
+
+
 class TelemetryReads:
     """Queries over the readings of one device of one tenant."""
 
@@ -4896,8 +4920,9 @@ class TelemetryReads:
         )  # fmt: skip
 
     @staticmethod
-    def _bucket_sql(aggregates: tuple[str, ...], *more: str) -> str:
-        """One bucket as JSON array, null if it is empty. Text counts, and may be last, but is no number."""
+    def _bucket_sql(aggregates: tuple[str, ...], *more: str, names: tuple[str, ...] = ()) -> str:
+        """One bucket as JSON array, or object where its values have names; null if it is empty. Text counts, and may be last, but is no
+        number."""
         number = "filter (where typeof(value) <> 'text')"
         inner = {
             "avg": f"avg(value) {number}", "min": f"min(value) {number}", "max": f"max(value) {number}",
@@ -4913,7 +4938,7 @@ class TelemetryReads:
         }
         shown = [exact_sql(f"({value[name]})" if name in value else f"a_{name}") for name in aggregates]
         return (
-            f"select json_array({', '.join([time_sql('bucket.low / :every * :every'), *more, *shown])})"
+            f"select {row_sql([time_sql('bucket.low / :every * :every'), *more, *shown], names)}"
             f" from (select count(*) n, {columns} from telemetry"
             " where series_id = wanted.id and ts >= bucket.low and ts < bucket.high) where n > 0"
         )
@@ -4992,6 +5017,102 @@ class TelemetryReads:
         return {
             "tenant": tenant, "device": device, "device_id": wanted.device_id, "metrics": metrics,
             "start": wanted.start, "stop": wanted.stop, "limit": 1, "together": self._limits.values_together, **more,
+        }  # fmt: skip
+
+
+@attrs.frozen
+class FleetRange:
+    """Which series: of devices whose names match (None: all), of these metrics (None: all). Which of their points: from `start` up to
+    but without `stop`, in milliseconds; of `every` so many milliseconds one, if that is not None, with these aggregates."""
+
+    match: str | None
+    metrics: tuple[str, ...] | None
+    start: int
+    stop: int
+    every: int | None
+    aggregates: tuple[str, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("time", "device", "metric", *(self.aggregates if self.every is not None and len(self.aggregates) > 1 else ("value",)))
+
+
+# A page of a tenant's series, by device and metric.
+FLEET_SQL: Final = """select series.id, device.name device, metric from device join series on device_id = device.id
+    where tenant_id = :tenant and name >= :device and (name > :device or metric > :metric) and (:match is null or name glob :match)
+    and (:metrics is null or metric in (select value from json_each(:metrics))) order by device.name, device.id, metric limit :limit"""
+# Series that were asked for by number, each with the time from which.
+ASKED_SQL: Final = """(select series.id, name device, metric, asked.value ->> 1 start, asked.key number from json_each(:series) asked
+    cross join series on series.id = asked.value ->> 0
+    cross join device on device.id = device_id and tenant_id = :tenant and name is not null) wanted"""
+
+
+class FleetReads(TelemetryReads):
+    """Queries over the readings of all devices of one tenant, as rows of time, device, metric and value."""
+
+    async def series(self, tenant: int, wanted: FleetRange, after: tuple[str, str], limit: int) -> list[tuple[int, str, str]]:
+        """Number, device and metric of the series behind one, by device and metric."""
+        row = await self._readers.row(
+            f"select json_group_array(json_array(id, device, metric)) from ({FLEET_SQL})", self._fleet(tenant, wanted, after, limit)
+        )
+        return [(number, device, metric) for number, device, metric in orjson.loads(row[0] if row else "[]")]
+
+    async def latest(
+        self, tenant: int, wanted: FleetRange, after: tuple[str, str], limit: int, names: tuple[str, ...]
+    ) -> tuple[bytes, tuple[str, str] | None]:
+        """The newest point of each series of a page, as JSON rows, and the last series of the page if there may be more."""
+        newest = f"""(select {row_sql([time_sql("ts"), "device", "metric", exact_sql("value")], names)} from (
+            select ts, value from telemetry where series_id = fleet.id and ts >= :start and ts < :stop order by ts desc limit 1))"""
+        parts = await self._readers.exact_parts(
+            f"""with fleet as materialized ({FLEET_SQL})
+            select json_array(json_array(count(*), json((
+                select json_group_array(json(point)) from (select {newest} point from fleet order by device, metric)
+                where point is not null)), json((
+                select json_array(device, metric) from fleet order by device desc, metric desc limit 1)))) from fleet""",
+            self._fleet(tenant, wanted, after, limit), self._limits.export_seconds,
+        )  # fmt: skip
+        count, rows, last = cast("tuple[int, bytes, list[str] | None]", parts[0])
+        return rows, (last[0], last[1]) if last and count == limit else None
+
+    async def rows(
+        self, tenant: int, wanted: FleetRange, series: list[tuple[int, int]], limit: int, names: tuple[str, ...]
+    ) -> list[tuple[int, bytes, int | None]]:
+        """For each of some series, from a time on: its place in the list, at most so many JSON rows, and from where to go on, None at
+        the end. One that is gone meanwhile is left out."""
+        part = self._points_part(names) if wanted.every is None else self._buckets_part(wanted.aggregates, names)
+        return await self._readers.exact_parts(
+            f"select json_group_array(json(({part}))) from {ASKED_SQL}",
+            {"tenant": tenant, "series": bind(series)[0], "stop": wanted.stop, "limit": limit, "every": wanted.every},
+            self._limits.export_seconds,
+        )
+
+    @staticmethod
+    def _points_part(names: tuple[str, ...]) -> str:
+        row = row_sql([time_sql("ts"), "wanted.device", "wanted.metric", exact_sql("value")], names)
+        return f"""select json_array(wanted.number, json(json_group_array({row})), case when count(*) = :limit then max(ts) + 1 end)
+            from (select ts, value from telemetry where series_id = wanted.id and ts >= wanted.start and ts < :stop
+                  order by ts limit :limit)"""
+
+    def _buckets_part(self, aggregates: tuple[str, ...], names: tuple[str, ...]) -> str:
+        return f"""with recursive first as (
+                select min(ts) ts from telemetry where series_id = wanted.id and ts >= wanted.start and ts < :stop),
+            span as (select max(wanted.start, ts / :every * :every) low, min(:stop, ts / :every * :every + :every * :limit) high
+                     from first where ts is not null),
+            bucket (low, high) as (
+                select low, min(high, low / :every * :every + :every) from span
+                union all
+                select bucket.high, min(span.high, bucket.high + :every) from bucket, span where bucket.high < span.high)
+            select json_array(wanted.number, json((
+                select json_group_array(json(line)) from (
+                    select ({self._bucket_sql(aggregates, "wanted.device", "wanted.metric", names=names)}) line from bucket order by low)
+                where line is not null)), (select high from span where high < :stop))"""
+
+    @staticmethod
+    def _fleet(tenant: int, wanted: FleetRange, after: tuple[str, str], limit: int) -> dict[str, object]:
+        metrics = None if wanted.metrics is None else bind(wanted.metrics)[0]
+        return {
+            "tenant": tenant, "match": wanted.match, "metrics": metrics, "device": after[0], "metric": after[1], "limit": limit,
+            "start": wanted.start, "stop": wanted.stop,
         }  # fmt: skip
 
 
@@ -5551,6 +5672,31 @@ def parts_of_points(points: dict[str, dict[str, Value]], most: int) -> Iterator[
         yield points
 
 
+class PointFeed:
+    """Committed points that somebody follows and has not been sent yet, by series as the writer has them. One that falls behind loses
+    what it has, and is told so."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._batches: deque[dict[str, dict[str, Value]]] = deque()
+        self._count = 0
+        self.behind = False
+        self.ring = asyncio.Event()
+
+    def add(self, points: dict[str, dict[str, Value]]) -> None:
+        self._count += sum(map(len, points.values()))
+        self._batches.append(points)
+        if self._count > self._most:
+            self._batches.clear()
+            self._count, self.behind = 0, True
+        self.ring.set()
+
+    def take(self) -> list[dict[str, dict[str, Value]]]:
+        self.ring.clear()
+        batches, self._batches, self._count = list(self._batches), deque(), 0
+        return batches
+
+
 class Batch:
     """What the next transaction stores. Points lie by series and time, so the last write wins before SQL sees it."""
 
@@ -5716,6 +5862,7 @@ class Writer:
         self.failing = False
         self.news = Bell()
         self.log_news = TenantBells()
+        self.point_feeds: set[PointFeed] = set()
         self.awaited = Awaited()
         self.committed_at = time.monotonic()
         self.task = asyncio.create_task(self._run(), name="writer")
@@ -5886,6 +6033,9 @@ class Writer:
             change.settle(result)
         for owner, mark in batch.waiting.items():
             owner.committed(mark)
+        if batch.points:
+            for feed in self.point_feeds:
+                feed.add(batch.points)
         if batch.eventful:
             self.news.ring()
         for tenant_id in {line.tenant_id for line in batch.lines}:
@@ -5914,6 +6064,7 @@ class Reads(Queries):
         """`keys` are for tokens alone: slow queries must not keep devices and people out."""
         super().__init__(readers)
         self.telemetry = TelemetryReads(readers, limits)
+        self.fleet = FleetReads(readers, limits)
         self.accounts = AccountReads(readers)
         self.tokens = TokenReads(keys)
         self.removal = RemovalReads(keys)
@@ -8704,6 +8855,22 @@ class TelemetryQuery:
     spreadsheet: bool | None = None
 
 
+@attrs.frozen
+class FleetQuery:
+    """GET /telemetry"""
+
+    match: str | None = None
+    metric: Names | None = None
+    from_: Moment | None = None
+    to_: Moment | None = None
+    every: Duration | None = None
+    agg: Aggregates | None = None
+    latest: bool | None = None
+    follow: bool | None = None
+    format: str = "json"
+    spreadsheet: bool | None = None
+
+
 QUERY_CHARACTERS: Final = 1_024
 
 
@@ -9214,6 +9381,153 @@ async def show_telemetry(call: Call) -> web.StreamResponse:
     return required(await telemetry.buckets(call.tenant, call.device, wanted, limit, query.every, aggregates))
 
 
+def fleet_range(query: FleetQuery) -> FleetRange:
+    """Refusal: bad_query, for what contradicts itself."""
+    others = {"every": query.every, "agg": query.agg, "from": query.from_, "to": query.to_}
+    if query.latest and query.follow:
+        raise Refusal("bad_query", FieldError("latest", "cannot be given with follow"))
+    for name in ("every", "agg") if query.latest else tuple(others) if query.follow else ():
+        if others[name] is not None:
+            raise Refusal("bad_query", FieldError(name, f"cannot be given with {'latest' if query.latest else 'follow'}"))
+    if query.agg and query.every is None:
+        raise Refusal("bad_query", FieldError("agg", "needs every"))
+    if query.match == "":
+        raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
+    start, stop = query.from_ or Moment(0), FUTURE if query.to_ is None else query.to_
+    return FleetRange(query.match, query.metric, start, stop, query.every, query.agg or Aggregates(("avg",)))
+
+
+async def rest_of_series(call: Call, wanted: FleetRange, number: int, start: int | None, names: tuple[str, ...]) -> AsyncIterator[bytes]:
+    while start is not None:
+        await wait_for_turn(call.services, call.tenant)
+        parts = await call.services.store.read.fleet.rows(call.tenant, wanted, [(number, start)], call.services.limits.csv_rows, names)
+        if not parts:
+            raise Refusal("not_found")
+        _, rows, start = parts[0]
+        yield rows
+
+
+async def fleet_pieces(call: Call, wanted: FleetRange, names: tuple[str, ...]) -> AsyncIterator[bytes]:
+    """JSON arrays of rows, series by series, each by time. Refusal: not_found, when a device was removed in the middle of its rows."""
+    fleet, limits, after = call.services.store.read.fleet, call.services.limits, ("", "")
+    while series := await fleet.series(call.tenant, wanted, after, limits.fleet_page):
+        after = series[-1][1], series[-1][2]
+        for first in range(0, len(series), limits.fleet_series):
+            some = [(number, wanted.start) for number, *_ in series[first : first + limits.fleet_series]]
+            parts = await fleet.rows(call.tenant, wanted, some, limits.csv_rows // limits.fleet_series, names)
+            for place, rows, following in parts:
+                yield rows
+                async for more in rest_of_series(call, wanted, some[place][0], following, names):
+                    yield more
+            await wait_for_turn(call.services, call.tenant)
+
+
+async def latest_pieces(call: Call, wanted: FleetRange, names: tuple[str, ...]) -> AsyncIterator[bytes]:
+    """JSON arrays of rows, the newest point of each series."""
+    limits, after = call.services.limits, cast("tuple[str, str] | None", ("", ""))
+    while after is not None:
+        rows, after = await call.services.store.read.fleet.latest(call.tenant, wanted, after, limits.fleet_page, names)
+        yield rows
+        await wait_for_turn(call.services, call.tenant)
+
+
+async def stream_rows(call: Call, wanted: FleetRange, pieces: AsyncIterator[bytes]) -> web.StreamResponse:
+    """The rows of all pieces, as CSV or as one JSON array."""
+    query: FleetQuery = call.query
+    is_csv, separator = query.format == "csv", b""
+    headers = {"Content-Disposition": 'attachment; filename="telemetry.csv"'} if query.spreadsheet else {}
+    async with streaming(call, "text/csv; charset=utf-8" if is_csv else JSON_TYPE, headers) as response:
+        header = (BYTE_ORDER_MARK if query.spreadsheet else b"") + ",".join(wanted.columns).encode() + b"\n"
+        await response.write(header if is_csv else b"[")
+        async for rows in pieces:
+            text = csv_lines(rows, names=2, spreadsheet=bool(query.spreadsheet)) if is_csv else rows[1:-1]
+            if text:
+                async with asyncio.timeout(call.services.limits.stall_seconds):
+                    await response.write(text if is_csv else separator + text)
+                separator = b","
+        await response.write(b"" if is_csv else b"]\n")
+    return response
+
+
+def as_stored(value: Value) -> Value:
+    return int(value) if isinstance(value, bool) else value
+
+
+class Followed:
+    """The series that a follower is sent, by number. New ones are looked for when there are some."""
+
+    def __init__(self, call: Call, wanted: FleetRange) -> None:
+        self._call = call
+        self._wanted = wanted
+        self._names: dict[str, tuple[str, str]] = {}
+        self._highest = 0
+
+    async def look(self) -> None:
+        """Refusal: bad_query, when there are too many."""
+        most = self._call.services.limits.followed_series
+        series = await self._call.services.store.read.fleet.series(self._call.tenant, self._wanted, ("", ""), most + 1)
+        if len(series) > most:
+            raise Refusal("bad_query", FieldError("match", f"finds more than {most:,} series, and no more can be followed"))
+        self._names = {str(number): (device, metric) for number, device, metric in series}
+
+    async def rows(self, batches: list[dict[str, dict[str, Value]]]) -> list[dict[str, Any]]:
+        """What of committed points is wanted."""
+        highest = max((int(number) for points in batches for number in points), default=0)
+        if highest > self._highest:
+            await self.look()
+            self._highest = highest
+        return [
+            {"time": format_time(int(ts)), "device": self._names[number][0], "metric": self._names[number][1], "value": as_stored(value)}
+            for points in batches
+            for number in points.keys() & self._names.keys()
+            for ts, value in sorted(points[number].items())
+        ]
+
+
+async def follow_points(call: Call, wanted: FleetRange) -> web.StreamResponse:
+    """Committed points as they come, as server-sent events; `reset` where some are left out, because they were not read in time.
+    Refusal: bad_query, too_many_feeds."""
+    services, limits = call.services, call.services.limits
+    feed, followed = PointFeed(limits.followed_points), Followed(call, wanted)
+    services.store.writer.point_feeds.add(feed)
+    try:
+        await followed.look()
+        with services.registry.follower(call.tenant), services.registry.feed(call.request.transport):
+            async with streaming(call, "text/event-stream") as response:
+                await response.write(b": connected\n\n")
+                while not services.registry.closing.is_set():
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(limits.feed_seconds):
+                            await feed.ring.wait()
+                    text = b"event: reset\ndata: {}\n\n" if feed.behind else b""
+                    feed.behind = False
+                    if rows := await followed.rows(feed.take()):
+                        text += b"event: points\ndata: %b\n\n" % orjson.dumps(rows)
+                    async with asyncio.timeout(limits.stall_seconds):
+                        await response.write(text or b": alive\n\n")
+                    await asyncio.sleep(limits.follow_seconds)
+                    await wait_for_turn(services, call.tenant)
+        return response
+    finally:
+        services.store.writer.point_feeds.discard(feed)
+
+
+async def show_fleet_telemetry(call: Call) -> web.StreamResponse:
+    query: FleetQuery = call.query
+    wanted = fleet_range(query)
+    if query.format not in ("json", "csv"):
+        raise Refusal("bad_query", FieldError("format", "is neither json nor csv"))
+    if query.spreadsheet is not None and query.format != "csv":
+        raise Refusal("bad_query", FieldError("spreadsheet", "needs format=csv"))
+    if query.follow:
+        if query.format == "csv":
+            raise Refusal("bad_query", FieldError("format", "cannot be csv with follow"))
+        return await follow_points(call, wanted)
+    names = () if query.format == "csv" else wanted.columns
+    pieces = latest_pieces(call, wanted, names) if query.latest else fleet_pieces(call, wanted, names)
+    return await stream_rows(call, wanted, pieces)
+
+
 async def remove_telemetry(call: Call) -> web.StreamResponse:
     """204 once the readings are gone; 202 when that takes longer than a request may, or the server stops: it goes on."""
     query: RangeQuery = call.query
@@ -9711,6 +10025,7 @@ ROUTES: Final = (
     Route("GET", "/iiot/{device}/state", "viewer", show_state, StateQuery),
     Route("GET", "/iiot/{device}/state/history", "viewer", list_states, HistoryQuery),
     Route("GET", "/iiot/{device}/events", "viewer", list_events, EventQuery),
+    Route("GET", "/telemetry", "viewer", show_fleet_telemetry, FleetQuery),
     Route("GET", "/iiot/{device}/telemetry", "viewer", show_telemetry, TelemetryQuery),
     Route("DELETE", "/iiot/{device}/telemetry", "admin", remove_telemetry, RangeQuery, "telemetry.remove"),
     Route("POST", "/iiot/{device}/report", "operator", ask_report, action="device.report"),
@@ -9967,6 +10282,8 @@ async def end_sessions(app: web.Application) -> None:
     app[SERVICES].store.writer.news.ring()
     app[SERVICES].news.wake_all()
     app[SERVICES].store.writer.log_news.ring_all()
+    for feed in app[SERVICES].store.writer.point_feeds:
+        feed.ring.set()
     await app[SERVICES].registry.wait_until_left(STOP_SECONDS)
 
 

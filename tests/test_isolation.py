@@ -208,6 +208,17 @@ def asked_points(world: World, side: Side) -> tuple[object, ...]:
     return tuple(iiot.TelemetryRange(metrics, 0, iiot.LATEST, down) for metrics in (None, some) for down in (False, True))
 
 
+def asked_fleet(world: World, side: Side) -> tuple[object, ...]:
+    some = (*SHARED_METRICS, side.text("metric"))
+    everything = iiot.FleetRange(None, None, 0, iiot.LATEST, None, ("last",))
+    return tuple(
+        attrs.evolve(everything, match=match, metrics=metrics, every=every)
+        for match in (None, "*", *(f"{each.word}*" for each in world.all))
+        for metrics in (None, some)
+        for every in (None, 60_000)
+    )
+
+
 def asked_lines(world: World, side: Side) -> tuple[object, ...]:
     everything = iiot.LogFilter(None, None, "debug", None, 0, iiot.LATEST)
     devices = [*SHARED_DEVICES, *(each.text(place) for each in world.all for place in ("device", "gone", "nothing"))]
@@ -251,6 +262,10 @@ ARGUMENTS: Mapping[str, Asked] = {
     "name: str": asked_devices,
     "metric: str": lambda world, side: (*SHARED_METRICS, side.text("metric")),
     "wanted: TelemetryRange": asked_points,
+    "wanted: FleetRange": asked_fleet,
+    "series: list[tuple[int, int]]": the_same([(number, 0) for number in range(1, 100)]),
+    "names: tuple[str, ...]": the_same((), ("time", "device", "metric", "value")),
+    "after: tuple[str, str]": the_same(("", ""), ("press-1", "")),
     "wanted: AuditFilter": asked_entries,
     "wanted: LogFilter": asked_lines,
     "default: int": the_same(30),

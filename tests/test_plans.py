@@ -39,7 +39,7 @@ SMALL = {"tenant", "salt", "sqlite_sequence"}
 # What never ends: a tenant has a bounded number of devices, tokens and keys, and any number of these.
 HISTORIES = {"event", "audit"}
 # What a statement makes for itself, and how much that is at most.
-BOUNDED = {"shown": "a page of a list", "bucket": "a page of buckets", "wanted": "the metrics of one device"}
+BOUNDED = {"shown": "a page of a list", "bucket": "a page of buckets", "wanted": "the metrics of one device", "fleet": "a page of series"}
 EXPLAINED = ("select", "with", "insert", "update", "delete")
 
 

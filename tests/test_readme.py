@@ -200,6 +200,24 @@ async def test_access_and_tenants_are_true(terminal: Terminal) -> None:
     assert [item["name"] for item in left["items"]] == ["default"]
 
 
+async def test_charts_and_tables_of_all_devices_are_true(terminal: Terminal) -> None:
+    await terminal.start(blocks("Five minutes")[1])
+    await seen(terminal)
+    latest, shown, program, _, follow, _ = blocks("Charts and tables of all devices")
+    (row,) = json.loads(await terminal.run(latest))
+    assert row.keys() == json.loads(shown)[0].keys()
+    assert row["device"] == "pump-house"
+    (terminal.folder / "table.py").write_text(program)
+    table = await terminal.run(".venv/bin/python table.py")
+    (terminal.folder / "table.py").unlink()
+    assert re.search(r"device +pump-house\ntime *\n20[0-9-]{8} [0-9:]{8}\+00:00 +[0-9.]+\n", table), table
+    feed = await terminal.start(follow)
+    assert feed.stdout is not None
+    async with asyncio.timeout(PATIENCE):
+        lines = [(await feed.stdout.readline()).decode() for _ in range(3)]
+    assert lines[0] == ": connected\n"
+
+
 async def test_receiving_syslog_is_true(terminal: Terminal) -> None:
     await terminal.start(blocks("Five minutes")[1])
     await seen(terminal)
@@ -330,6 +348,7 @@ def test_limits_are_the_readme_s() -> None:
         "wrong tokens of an address in a minute": f"{limits.guesses}",
         "sessions that a device opens at once": f"{limits.sessions}, then one in a second",
         "live feeds of a tenant": f"{limits.feeds}",
+        "series that a stream of points follows": f"{limits.followed_series:,}",
         "pushes of a tenant that wait for an answer (wait)": f"{limits.waiting_pushes}",
         "requests of a tenant that wait for their turn": f"{limits.requests_waiting}",
     }
