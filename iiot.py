@@ -5094,10 +5094,11 @@ class FleetReads(TelemetryReads):
                   order by ts limit :limit)"""
 
     def _buckets_part(self, aggregates: tuple[str, ...], names: tuple[str, ...]) -> str:
-        return f"""with recursive first as (
-                select min(ts) ts from telemetry where series_id = wanted.id and ts >= wanted.start and ts < :stop),
-            span as (select max(wanted.start, ts / :every * :every) low, min(:stop, ts / :every * :every + :every * :limit) high
-                     from first where ts is not null),
+        some = "from telemetry where series_id = wanted.id and ts >= wanted.start and ts < :stop"
+        return f"""with recursive ends as (select (select min(ts) {some}) first, (select max(ts) {some}) last),
+            span as (select max(wanted.start, first / :every * :every) low,
+                         min(:stop, last / :every * :every + :every, first / :every * :every + :every * :limit) high
+                     from ends where first is not null),
             bucket (low, high) as (
                 select low, min(high, low / :every * :every + :every) from span
                 union all
@@ -5105,7 +5106,7 @@ class FleetReads(TelemetryReads):
             select json_array(wanted.number, json((
                 select json_group_array(json(line)) from (
                     select ({self._bucket_sql(aggregates, "wanted.device", "wanted.metric", names=names)}) line from bucket order by low)
-                where line is not null)), (select high from span where high < :stop))"""
+                where line is not null)), (select high from span, ends where high <= last))"""
 
     @staticmethod
     def _fleet(tenant: int, wanted: FleetRange, after: tuple[str, str], limit: int) -> dict[str, object]:
