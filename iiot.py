@@ -16,6 +16,7 @@ schema.sql the whole database.
     Errors                every way to say no
     Frames                what crosses the wire, checked
     Rules                 pure functions: time, durations, cursors, searches of logs
+    Alert rules           what a rule makes of readings, and when its alert fires
     Syslog messages       what a syslog message says, and where it ends
     Allowances            who may use how much, and who goes on next
     Database              the file, connections, migrations, transactions, the readers
@@ -377,6 +378,9 @@ class Limits:
     fleet_series: int = 50
     followed_series: int = 1_000
     followed_points: int = 100_000
+    # Readings that a rule is tried on: at one time, for each takes some microseconds of the event loop; and in all.
+    trial_readings: int = 2_000
+    trial_most: int = 1_000_000
     # Rows of a streamed CSV that are in memory at one time.
     csv_rows: int = 10_000
     # A push may ask for its own time until `timed_out`, up to a day; an answer may be waited for by HTTP for so long.
@@ -585,7 +589,9 @@ Mode = NewType("Mode", str)
 Verdict = NewType("Verdict", str)
 LogLevel = NewType("LogLevel", str)
 Days = NewType("Days", int)
+Span = NewType("Span", int)
 LogText = NewType("LogText", str)
+MetricName = NewType("MetricName", str)
 
 DEVICE_NAME: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 MAC_ADDRESS: Final = re.compile(r"[0-9A-Fa-f]{2}([:.-]?[0-9A-Fa-f]{2}){5}([:.-]?[0-9A-Fa-f]{2}){0,2}")
@@ -830,6 +836,31 @@ class SyslogSource:
 
 
 @attrs.frozen
+class Condition:
+    """What a rule asks of readings. `kind` is one of CONDITIONS; `limit` what a value is compared with: for `outside` the lower end, and
+    `upper` the other; `window` the milliseconds over which a trend is taken; `span` those that a trend looks ahead, or that a reading
+    may be absent."""
+
+    kind: str
+    limit: Value = 0
+    upper: float = 0.0
+    window: int = 0
+    span: int = 0
+
+
+@attrs.frozen
+class Rule:
+    """Body of POST /rules/dry-run: when to raise an alert for a device. Times in milliseconds."""
+
+    metric: MetricName
+    condition: Condition
+    match: str = "*"
+    for_: Span = Span(0)
+    keep_firing_for: Span = Span(0)
+    clear: float | None = None
+
+
+@attrs.frozen
 class Retention:
     """Body of PUT /retention."""
 
@@ -875,6 +906,18 @@ def parse_rfc3339(text: str) -> int | None:
         return round(datetime.fromisoformat(text.upper()).timestamp() * 1000)
     except ValueError:
         return None
+
+
+UNITS: Final = MappingProxyType({"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": DAY, "": 1_000})
+DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d|)")
+
+
+def parse_duration(text: str) -> int:
+    """Milliseconds of `250ms`, `60s`, `5m`, `1h`, `2d`, or of a plain number of seconds."""
+    found = DURATION.fullmatch(text)
+    if found is None:
+        raise Invalid("is not a duration such as 60s, 5m, 1h or 1d")
+    return int(found[1]) * UNITS[found[2]]
 
 
 def check_timestamp(value: object, _: object = None) -> Timestamp:
@@ -969,6 +1012,87 @@ def check_quotas(value: object, _: object = None) -> QuotaChange:
     return QuotaChange(value)
 
 
+SPAN_MOST: Final = 30 * DAY
+LARGEST_NUMBER: Final = sys.float_info.max
+# What a rule may ask of readings, and what stands beside it.
+CONDITIONS: Final = MappingProxyType(
+    {
+        "above": (), "below": (), "outside": (), "equals": (), "changed": (), "slope_above": ("window",), "slope_below": ("window",),
+        "predicted_above": ("within", "window"), "predicted_below": ("within", "window"), "absent": (),
+    }
+)  # fmt: skip
+
+
+def check_span(value: object, _: object = None) -> Span:
+    if type(value) is not str:
+        raise Invalid("is not a duration such as 60s, 5m, 1h or 1d")
+    milliseconds = parse_duration(value)
+    if milliseconds > SPAN_MOST:
+        raise Invalid("is longer than 30d")
+    return Span(milliseconds)
+
+
+def check_number(value: object, _: object = None) -> float:
+    if type(value) not in (int, float) or not abs(cast("float", value)) <= LARGEST_NUMBER:
+        raise Invalid("is not a number")
+    return cast("float", value)
+
+
+def kind_of(content: object) -> tuple[str, dict[str, Any]]:
+    """What a condition asks, and its fields, which are those that it needs."""
+    if type(content) is not dict:
+        raise Invalid("is not an object")
+    kinds = [name for name in content if name in CONDITIONS]
+    if len(kinds) != 1:
+        raise Invalid(f"needs one of {', '.join(CONDITIONS)}, and has {' and '.join(kinds) or 'none'}")
+    for name in content:
+        if name != kinds[0] and name not in CONDITIONS[kinds[0]]:
+            raise Invalid(f"is not a known field beside {kinds[0]}", f".{name}")
+    return kinds[0], content
+
+
+def check_scalar(value: object) -> Value:
+    if type(value) not in (int, float, bool, str):
+        raise Invalid("is neither a number, a boolean nor a text")
+    return cast("Value", value)
+
+
+def check_range(value: object) -> tuple[float, float]:
+    if type(value) is not list or len(value) != 2:
+        raise Invalid("is not a list of a lower and an upper end")
+    low, high = map(check_number, value)
+    if not low < high:
+        raise Invalid("has a lower end that is not below the upper one")
+    return low, high
+
+
+def named(fields: Mapping[str, Any], name: str, check: Callable[[object], T]) -> T:
+    """One of the fields of a condition, checked."""
+    try:
+        return check(fields.get(name))
+    except Invalid as error:
+        raise Invalid(str(error), f".{name}") from None
+
+
+def named_span(fields: Mapping[str, Any], name: str) -> int:
+    """A duration among the fields of a condition, above 0."""
+    span = named(fields, name, check_span)
+    if not span:
+        raise Invalid("is not above 0", f".{name}")
+    return span
+
+
+def check_condition(content: object, _: object = None) -> Condition:
+    kind, fields = kind_of(content)
+    spans = {name: named_span(fields, name) for name in CONDITIONS[kind]}
+    if kind == "absent":
+        return Condition(kind, span=named_span(fields, kind))
+    if kind == "equals":
+        return Condition(kind, named(fields, kind, check_scalar))
+    ends = named(fields, kind, check_range if kind == "outside" else lambda value: (check_number(value), 0.0))
+    return Condition(kind, *ends, spans.get("window", 0), spans.get("within", 0))
+
+
 def one_of(*words: str) -> Callable[[object, object], str]:
     def check(value: object, _: object = None) -> str:
         if type(value) is not str or value not in words:
@@ -1022,7 +1146,7 @@ def field_errors(error: BaseException, path: str = "") -> Iterator[FieldError]:
     """Every field at fault in what the converter raised, with its path and a text made for the peer."""
     for note in getattr(error, "__notes__", ()):
         if isinstance(note, AttributeValidationNote):
-            path += f".{note.name}"
+            path += f".{note.name.rstrip('_')}"  # it was a word of Python
         elif isinstance(note, IterableValidationNote):
             path += f"[{note.index}]"
     if isinstance(error, BaseValidationError):
@@ -1267,6 +1391,10 @@ class Codec:
         converter.register_structure_hook(Document, functools.partial(self._check_document, largest))
         converter.register_structure_hook(LogLevel, one_of(*LEVELS))
         converter.register_structure_hook(Days, check_days)
+        converter.register_structure_hook(Span, check_span)
+        converter.register_structure_hook(Condition, check_condition)
+        converter.register_structure_hook(float, check_number)
+        converter.register_structure_hook(MetricName, self._check_metric)
         converter.register_structure_hook(LogText, self._check_log_text)
         converter.register_structure_hook(Mode, one_of("merge", "replace"))
         converter.register_structure_hook(Verdict, one_of("applied", "rejected", "in_progress"))
@@ -1277,7 +1405,8 @@ class Codec:
         return converter
 
     def _object_hook(self, converter: Converter, cls: type[Any]) -> Callable[[Any, Any], Any]:
-        make = make_dict_structure_fn(cls, converter)
+        renames = {field.name: override(rename=field.name.rstrip("_")) for field in attrs.fields(cls) if field.name.endswith("_")}
+        make = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True, **renames)  # type: ignore[arg-type]
 
         def structure(content: Any, _: Any) -> Any:
             if not isinstance(content, dict):
@@ -1327,6 +1456,12 @@ class Codec:
             raise Invalid(f"is not a string of at most {self._limits.text_characters} characters")
         return value
 
+    def _check_metric(self, value: object, _: object = None) -> MetricName:
+        most = self._limits.metric_characters
+        if type(value) is not str or not 0 < len(value) <= most or not value.isprintable():
+            raise Invalid(f"is not 1 to {most} printable characters")
+        return MetricName(value)
+
     def _check_log_text(self, value: object, _: object = None) -> LogText:
         """A zero character, which SQLite's JSON does not keep, is shown as a sign for it: no line is refused because of one."""
         if type(value) is not str or len(value) > self._limits.log_characters:
@@ -1369,8 +1504,6 @@ class Codec:
 # ==== Rules ====
 # Owns: pure functions over the field's own terms. Must not know: asyncio, SQL, sockets.
 
-UNITS: Final = MappingProxyType({"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": DAY, "": 1_000})
-DURATION: Final = re.compile(r"(\d{1,12})(ms|s|m|h|d|)")
 UNQUOTED_PLUS: Final = re.compile(r"(.{19,}) (\d\d:\d\d)")  # in the query of an address + is a space
 ENTITY_TAG: Final = re.compile(r'(W/)?"[\x21\x23-\x7e\x80-\xff]*"|[0-9]{1,18}')
 TOKEN: Final = re.compile(r"iiot_(dev|op|prov|log)_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
@@ -1385,14 +1518,6 @@ def format_time(moment: int) -> str:
 
 def moment_text(moment: int | None) -> str | None:
     return None if moment is None else format_time(moment)
-
-
-def parse_duration(text: str) -> int:
-    """Milliseconds of `250ms`, `60s`, `5m`, `1h`, `2d`, or of a plain number of seconds."""
-    found = DURATION.fullmatch(text)
-    if found is None:
-        raise Invalid("is not a duration such as 60s, 5m, 1h or 1d")
-    return int(found[1]) * UNITS[found[2]]
 
 
 def parse_moment(text: str, now: int) -> int:
@@ -1909,6 +2034,196 @@ def match_expression(search: Search, words: Mapping[str, Collection[str]], who: 
     column of that name, which the server puts together: nothing outside it is found."""
     expression, others = sides_for_index(search, words)
     return f"{{who}} : ({who}) {'NOT' if others else 'AND'} {{text}} : ({expression})"
+# ==== Alert rules ====
+# Owns: what a rule's condition makes of readings, and when an alert of it fires and clears. Must not know: asyncio, SQL, sockets.
+
+
+class Trend:
+    """The straight line through the readings of a window, by least squares. Sums are kept about the first time and value of the window,
+    and made anew when half of it has gone: else what is left of large numbers would pile up."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._readings: deque[tuple[int, float]] = deque()
+        self._gone = 0
+        self._begin(0, 0.0)
+
+    def _begin(self, time_zero: int, value_zero: float) -> None:
+        self._zero = time_zero, value_zero
+        self._sums = [0.0, 0.0, 0.0, 0.0]  # of x, y, xx, xy; x in minutes
+
+    def _count(self, reading: tuple[int, float], sign: int) -> None:
+        x, y = (reading[0] - self._zero[0]) / 60_000, reading[1] - self._zero[1]
+        for place, each in enumerate((x, y, x * x, x * y)):
+            self._sums[place] += sign * each
+
+    def add(self, ts: int, value: float) -> tuple[float, float] | None:
+        """Take a reading; the line's slope a minute and its value at this time. None, while there are no two times."""
+        self._readings.append((ts, value))
+        self._count(self._readings[-1], 1)
+        while self._readings[0][0] <= ts - self._window:
+            self._count(self._readings.popleft(), -1)
+            self._gone += 1
+        if len(self._readings) == 1 or self._gone > len(self._readings):
+            self._gone = 0
+            self._begin(*self._readings[0])
+            for reading in self._readings:
+                self._count(reading, 1)
+        return self._line(ts)
+
+    def _line(self, ts: int) -> tuple[float, float] | None:
+        count, (x, y, xx, xy) = len(self._readings), self._sums
+        spread = xx - x * x / count
+        if self._readings[-1][0] == self._readings[0][0] or spread <= 0:
+            return None
+        slope = (xy - x * y / count) / spread
+        return slope, self._zero[1] + y / count + slope * ((ts - self._zero[0]) / 60_000 - x / count)
+
+
+def check_clear(rule: Rule) -> None:
+    """Refusal: invalid, for a value at which an alert is to clear that does not lie on the good side of the limit."""
+    kind, limit = rule.condition.kind, rule.condition.limit
+    if rule.clear is None:
+        return
+    if not kind.endswith(("above", "below")):
+        raise Refusal("invalid", FieldError("clear", f"is not for {kind}"))
+    if (rule.clear > cast("float", limit)) == kind.endswith("above") and rule.clear != limit:
+        raise Refusal("invalid", FieldError("clear", f"is not on the other side of {limit}"))
+
+
+class Judge:
+    """Says of each reading of a series, in the order of their times, whether a condition holds. Text is a reading for `equals` alone."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._condition = rule.condition
+        self._clear = rule.clear
+        self._trend = Trend(rule.condition.window)
+        self._before: float | None = None
+        self.holds = False
+
+    def take(self, ts: int, value: Value) -> Value | None:
+        """What was judged: the value, its change, its slope a minute or what it will be; None where this says nothing."""
+        condition = self._condition
+        if condition.kind == "equals":
+            self.holds = value == condition.limit and isinstance(value, str) == isinstance(condition.limit, str)
+            return value
+        judged = None if isinstance(value, str) else self._measure(ts, float(value))
+        if judged is not None:
+            is_beyond = self._is_beyond(judged, cast("float", condition.limit), condition.upper)
+            self.holds = is_beyond or (self.holds and not self._is_clear(judged))
+        return judged
+
+    def _measure(self, ts: int, value: float) -> float | None:
+        kind = self._condition.kind
+        if kind == "changed":
+            before, self._before = self._before, value
+            return None if before is None else abs(value - before)
+        if not kind.startswith(("slope", "predicted")):
+            return value
+        line = self._trend.add(ts, value)
+        if line is None:
+            return None
+        slope, now = line
+        return slope if kind.startswith("slope") else now + slope * self._condition.span / 60_000
+
+    def _is_beyond(self, judged: float, limit: float, upper: float) -> bool:
+        match self._condition.kind.rpartition("_")[2]:
+            case "above":
+                return judged > limit
+            case "below":
+                return judged < limit
+            case "outside":
+                return judged < limit or judged > upper
+        return judged >= limit  # changed by
+
+    def _is_clear(self, judged: float) -> bool:
+        """Whether a condition that held does so no more, where that asks for more than not to be beyond."""
+        if self._clear is None:
+            return True
+        return judged >= self._clear if self._condition.kind.endswith("below") else judged <= self._clear
+
+
+@attrs.define
+class Episode:
+    """An alert from when its condition began to hold; `fired_at` and `resolved_at` None, while it has not."""
+
+    since: int
+    value: Value | None
+    fired_at: int | None = None
+    resolved_at: int | None = None
+
+
+class Watch:
+    """The life of one alert of a rule for one device: pending, firing, resolved. Timers run by the times that it is told."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._for = rule.for_
+        self._keep = rule.keep_firing_for
+        self.now: Episode | None = None
+        self._ended: int | None = None  # since when the condition of a firing alert holds no more
+
+    def advance(self, moment: int) -> Episode | None:
+        """Let the time go on; an alert that is over by then."""
+        episode = self.now
+        if episode is None:
+            return None
+        if episode.fired_at is None and self._ended is None and episode.since + self._for <= moment:
+            episode.fired_at = episode.since + self._for
+        if episode.fired_at is not None and self._ended is not None and self._ended + self._keep <= moment:
+            episode.resolved_at = self._ended + self._keep
+            self.now = self._ended = None
+            return episode
+        return None
+
+    def take(self, moment: int, value: Value | None, *, holds: bool) -> Episode | None:
+        """From this moment on the condition holds, or does not; an alert that is over."""
+        over = self.advance(moment - 1) if self.now is not None and not holds else self.advance(moment)
+        if holds:
+            self.now = self.now or Episode(moment, value)
+            self._ended = None
+        elif self.now is not None and self.now.fired_at is None:
+            self.now = None  # it did not hold for long enough
+        elif self.now is not None and self._ended is None:
+            self._ended = moment
+        return over or self.advance(moment)
+
+
+class Trial:
+    """A rule over the readings of one series, as if they had come at their times."""
+
+    def __init__(self, rule: Rule, start: int) -> None:
+        self._absent = rule.condition.span if rule.condition.kind == "absent" else None
+        self._judge = Judge(rule)
+        self._watch = Watch(rule)
+        self._last = start
+        self.over: list[Episode] = []
+
+    def _add(self, episode: Episode | None) -> None:
+        if episode is not None:
+            self.over.append(episode)
+
+    def take(self, ts: int, value: Value) -> None:
+        if self._absent is not None:
+            self._miss(ts)
+            self._add(self._watch.take(ts, None, holds=False))
+            self._last = ts
+        elif (judged := self._judge.take(ts, value)) is not None:
+            self._add(self._watch.take(ts, judged, holds=self._judge.holds))
+
+    def _miss(self, until: int) -> None:
+        """No reading came between the last one and this time."""
+        if self._absent is not None and until - self._last >= self._absent:
+            self._add(self._watch.take(self._last + self._absent, None, holds=True))
+
+    def end(self, moment: int) -> list[Episode]:
+        """All alerts that fired by then; the last one may still be firing."""
+        self._miss(moment)
+        self._add(self._watch.advance(moment))
+        if self._watch.now is not None and self._watch.now.fired_at is not None:
+            self.over.append(self._watch.now)
+        return self.over
+
+
 # ==== Syslog messages ====
 # Owns: what a syslog message says (RFC 5424, RFC 3164 and what is sent under its name), where messages end in a stream (RFC 6587),
 # and the token among them. Must not know: asyncio, SQL, sockets.
@@ -5073,6 +5388,30 @@ class FleetReads(TelemetryReads):
         )  # fmt: skip
         count, rows, last = cast("tuple[int, bytes, list[str] | None]", parts[0])
         return rows, (last[0], last[1]) if last and count == limit else None
+
+    async def devices(self, tenant: int, match: str, after: str, limit: int) -> list[str]:
+        """A page of the names of devices."""
+        row = await self._readers.row(
+            """select json_group_array(name) from (select name from device where tenant_id = :tenant and name > :after
+               and name glob :match order by name limit :limit)""",
+            {"tenant": tenant, "match": match, "after": after, "limit": limit},
+        )
+        return cast("list[str]", orjson.loads(row[0] if row else "[]"))
+
+    async def readings(
+        self, tenant: int, stop: int, series: list[tuple[int, int]], limit: int
+    ) -> list[tuple[int, list[tuple[int, Value]], int | None]]:
+        """For each of some series, from a time on and up to another: its place in the list, at most so many readings of time in
+        milliseconds and value, and from where to go on, None at the end."""
+        parts = await self._readers.exact_parts(
+            f"""select json_group_array(json((
+                select json_array(wanted.number, json(json_group_array(json_array(ts, {exact_sql("value")}))),
+                                  case when count(*) = :limit then max(ts) + 1 end)
+                from (select ts, value from telemetry where series_id = wanted.id and ts >= wanted.start and ts < :stop
+                      order by ts limit :limit)))) from {ASKED_SQL}""",
+            {"tenant": tenant, "series": bind(series)[0], "stop": stop, "limit": limit}, self._limits.export_seconds,
+        )  # fmt: skip
+        return [(number, [(ts, value) for ts, value in orjson.loads(rows)], following) for number, rows, following in parts]
 
     async def rows(
         self, tenant: int, wanted: FleetRange, series: list[tuple[int, int]], limit: int, names: tuple[str, ...]
@@ -8857,6 +9196,14 @@ class TelemetryQuery:
 
 
 @attrs.frozen
+class TrialQuery:
+    """POST /rules/dry-run; without `from` the last day, without `to` until now."""
+
+    from_: Moment | None = None
+    to_: Moment | None = None
+
+
+@attrs.frozen
 class FleetQuery:
     """GET /telemetry"""
 
@@ -9529,6 +9876,84 @@ async def show_fleet_telemetry(call: Call) -> web.StreamResponse:
     return await stream_rows(call, wanted, pieces)
 
 
+class RuleTrial:
+    """A rule over what is stored of all devices that match, a part of the readings at a time."""
+
+    def __init__(self, call: Call, rule: Rule, start: int, stop: int) -> None:
+        self._call = call
+        self._rule = rule
+        self._range = start, stop
+        self._trials: dict[str, Trial] = {}
+        self._alerts = 0  # of series that were read to their end
+        self.readings = 0
+
+    async def run(self) -> None:
+        """Refusal: bad_query, when there is too much."""
+        fleet, limits, tenant = self._call.services.store.read.fleet, self._call.services.limits, self._call.tenant
+        if self._rule.condition.kind == "absent":  # a device that never sent the metric is one without it
+            after = ""
+            while names := await fleet.devices(tenant, self._rule.match, after, limits.fleet_page):
+                self._trials |= {name: Trial(self._rule, self._range[0]) for name in names}
+                after = names[-1]
+        wanted = FleetRange(self._rule.match, (self._rule.metric,), *self._range, None, ())
+        place = ("", "")
+        while series := await fleet.series(tenant, wanted, place, limits.fleet_page):
+            place = series[-1][1], series[-1][2]
+            for first in range(0, len(series), limits.fleet_series):
+                await self._run_some(series[first : first + limits.fleet_series])
+
+    async def _run_some(self, series: list[tuple[int, str, str]]) -> None:
+        fleet, limits = self._call.services.store.read.fleet, self._call.services.limits
+        todo = [(number, self._range[0], device) for number, device, _ in series]
+        while todo:
+            await wait_for_turn(self._call.services, self._call.tenant)
+            asked = [(number, start) for number, start, _ in todo]
+            parts = await fleet.readings(self._call.tenant, self._range[1], asked, limits.trial_readings // len(todo))
+            for place, readings, _ in parts:
+                self._judge(todo[place][2], readings)
+            todo = [(todo[place][0], start, todo[place][2]) for place, _, start in parts if start is not None]
+
+    def _judge(self, device: str, readings: list[tuple[int, Value]]) -> None:
+        limits, trial = self._call.services.limits, self._trials.setdefault(device, Trial(self._rule, self._range[0]))
+        before = len(trial.over)
+        for ts, value in readings:
+            trial.take(ts, value)
+        self.readings += len(readings)
+        self._alerts += len(trial.over) - before
+        for count, most, what in ((self.readings, limits.trial_most, "readings"), (self._alerts, limits.page_most, "alerts")):
+            if count > most:
+                raise Refusal("bad_query", FieldError("from", f"gives more than {most:,} {what}: take fewer devices or less time"))
+
+    def shown(self) -> dict[str, Any]:
+        start, stop = self._range
+        found = [(device, episode) for device, trial in self._trials.items() for episode in trial.end(stop)]
+        return {
+            "from": format_time(start),
+            "to": format_time(stop),
+            "devices": len(self._trials),
+            "readings": self.readings,
+            "items": [
+                {
+                    "device": device, "since": format_time(episode.since), "fired_at": moment_text(episode.fired_at),
+                    "resolved_at": moment_text(episode.resolved_at), "value": episode.value,
+                }
+                for device, episode in sorted(found, key=lambda item: (item[1].fired_at or 0, item[0]))
+            ],
+        }  # fmt: skip
+
+
+async def try_rule(call: Call) -> web.StreamResponse:
+    """When a rule would have fired and cleared."""
+    rule, query, now = await call.body(Rule), cast("TrialQuery", call.query), now_ms()
+    check_clear(rule)
+    start, stop = now - DAY if query.from_ is None else query.from_, min(now, FUTURE if query.to_ is None else query.to_)
+    if start >= stop:
+        raise Refusal("bad_query", FieldError("from", "is not earlier than to"))
+    trial = RuleTrial(call, rule, start, stop)
+    await trial.run()
+    return answer(trial.shown())
+
+
 async def remove_telemetry(call: Call) -> web.StreamResponse:
     """204 once the readings are gone; 202 when that takes longer than a request may, or the server stops: it goes on."""
     query: RangeQuery = call.query
@@ -10027,6 +10452,7 @@ ROUTES: Final = (
     Route("GET", "/iiot/{device}/state/history", "viewer", list_states, HistoryQuery),
     Route("GET", "/iiot/{device}/events", "viewer", list_events, EventQuery),
     Route("GET", "/telemetry", "viewer", show_fleet_telemetry, FleetQuery),
+    Route("POST", "/rules/dry-run", "viewer", try_rule, TrialQuery),
     Route("GET", "/iiot/{device}/telemetry", "viewer", show_telemetry, TelemetryQuery),
     Route("DELETE", "/iiot/{device}/telemetry", "admin", remove_telemetry, RangeQuery, "telemetry.remove"),
     Route("POST", "/iiot/{device}/report", "operator", ask_report, action="device.report"),

@@ -405,7 +405,8 @@ async def test_a_call_leaves_its_exact_entry_allowed_or_refused(plant: Plant, ro
 
 
 def test_every_route_that_can_change_something_has_an_action() -> None:
-    assert {(route.method, route.path) for route in ACCOUNTED} >= {(r.method, r.path) for r in iiot.ROUTES if r.method != "GET"}
+    changes_nothing = {("POST", "/rules/dry-run")}
+    assert {(r.method, r.path) for r in ACCOUNTED} >= {(r.method, r.path) for r in iiot.ROUTES if r.method != "GET"} - changes_nothing
     assert set(CASES) == {(route.method, route.path) for route in ACCOUNTED}
 
 

@@ -264,6 +264,7 @@ ARGUMENTS: Mapping[str, Asked] = {
     "wanted: TelemetryRange": asked_points,
     "wanted: FleetRange": asked_fleet,
     "series: list[tuple[int, int]]": the_same([(number, 0) for number in range(1, 100)]),
+    "match: str": lambda world, side: ("*", *(f"{each.word}*" for each in world.all)),
     "names: tuple[str, ...]": the_same((), ("time", "device", "metric", "value")),
     "after: tuple[str, str]": the_same(("", ""), ("press-1", "")),
     "wanted: AuditFilter": asked_entries,
