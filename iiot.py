@@ -2058,7 +2058,8 @@ class Trend:
             self._sums[place] += sign * each
 
     def add(self, ts: int, value: float) -> tuple[float, float] | None:
-        """Take a reading; the line's slope a minute and its value at this time. None, while there are no two times."""
+        """Take a reading; the line's slope a minute and its value at this time. None, while the readings cover less than half of the
+        window: through two of them that lie close together every line would be steep."""
         self._readings.append((ts, value))
         self._count(self._readings[-1], 1)
         while self._readings[0][0] <= ts - self._window:
@@ -2074,7 +2075,7 @@ class Trend:
     def _line(self, ts: int) -> tuple[float, float] | None:
         count, (x, y, xx, xy) = len(self._readings), self._sums
         spread = xx - x * x / count
-        if self._readings[-1][0] == self._readings[0][0] or spread <= 0:
+        if 2 * (self._readings[-1][0] - self._readings[0][0]) < self._window or spread <= 0:
             return None
         slope = (xy - x * y / count) / spread
         return slope, self._zero[1] + y / count + slope * ((ts - self._zero[0]) / 60_000 - x / count)
