@@ -19,6 +19,7 @@ schema.sql the whole database.
     Alert rules           what a rule makes of readings, and when its alert fires
     Syslog messages       what a syslog message says, and where it ends
     Allowances            who may use how much, and who goes on next
+    Counts                what the server counts of itself
     Database              the file, connections, migrations, transactions, the readers
     Accounts              SQL about tenants, tokens, keys and the audit
     Devices               SQL about devices, their sessions, states and configurations
@@ -44,6 +45,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import contextvars
 import errno
 import functools
@@ -3027,6 +3029,11 @@ class Shares:
             share = self._shares[tenant_id] = Share(self._pace, Backlog(self._limits.backlog_bytes))
         return share
 
+    @property
+    def asking(self) -> int:
+        """How many wait that store nothing, of all tenants."""
+        return sum(share.asking for share in self._shares.values())
+
     def next_transaction(self) -> None:
         """What was pending is under way: from now on there is room for more."""
         now, limits = asyncio.get_running_loop().time(), self._limits
@@ -3062,6 +3069,57 @@ class Allowances:
         self.notices = Buckets(1, limits.notice_seconds, limits.notices)  # devices: entries of the timeline about a habit
         logs = round(limits.log_bytes_a_second * limits.log_rate_seconds)
         self.log_bytes = Buckets(logs, limits.log_rate_seconds, limits.notices)  # devices: what they log
+
+
+# ==== Counts ====
+# Owns: what the server counts of itself since its start, in plain numbers: what happens for every frame may cost an addition, no more.
+# Must not know: who reads them, and in which form.
+
+SECONDS_BOUNDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+POINTS_BOUNDS: Final = (0.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0)
+
+
+class Histogram:
+    """How often a number was at most so large, for each of its bounds, and the sum of all."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)  # between a bound and the one before it; the last: above all
+        self.total = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+@attrs.define(eq=False)
+class Stored:
+    """What was committed. The writer adds to it once a transaction."""
+
+    frames: int = 0
+    points: int = 0
+    log_lines: int = 0
+    log_bytes: int = 0
+    failures: int = 0  # transactions that were to be tried again, or dropped
+    batch_points: Histogram = attrs.field(factory=lambda: Histogram(POINTS_BOUNDS))
+    commit_seconds: Histogram = attrs.field(factory=lambda: Histogram(SECONDS_BOUNDS))
+    ack_seconds: Histogram = attrs.field(factory=lambda: Histogram(SECONDS_BOUNDS))
+
+
+@attrs.define(eq=False)
+class Counts:
+    """What came, and how it was answered. Nothing of it is named by a peer: codes are those of FAULTS, and requests are counted by the
+    route of the table that they met."""
+
+    started_at: float = attrs.field(factory=time.time)
+    frame_bytes: int = 0
+    sessions: int = 0
+    session_ends: Counter[str] = attrs.field(factory=Counter)
+    refusals: Counter[str] = attrs.field(factory=Counter)
+    requests: Counter[tuple[str, str, int]] = attrs.field(factory=Counter)  # by the route's method and path, empty for none, and status
+    datagrams_waiting: Callable[[], int] = lambda: 0  # of the listener, once there is one
 
 
 # ==== Database ====
@@ -6044,6 +6102,8 @@ class Batch:
     def __init__(self) -> None:
         self.points: dict[str, dict[str, Value]] = {}
         self.points_taken = 0
+        self.frames = 0
+        self.since = 0.0  # when the first of those who wait began to
         self.weight = 0
         self.series: list[tuple[int, int, str]] = []
         self.progress: dict[str, tuple[int, int, int | None]] = {}  # by device: seq, seen_at, stamp
@@ -6205,6 +6265,7 @@ class Writer:
         self.log_news = TenantBells()
         self.point_feeds: set[PointFeed] = set()
         self.awaited = Awaited()
+        self.stored = Stored()
         self.committed_at = time.monotonic()
         self.task = asyncio.create_task(self._run(), name="writer")
 
@@ -6233,6 +6294,11 @@ class Writer:
         before = usage.get(tenant_id, (0, 0))
         usage[tenant_id] = before[0] + points, before[1] + log_bytes
 
+    @property
+    def pending(self) -> tuple[int, int]:
+        """Points that wait for the next transaction, and what all that waits weighs."""
+        return self._pending.points_taken, self._pending.weight
+
     def token_used(self, token_id: str, at: int) -> None:
         self._pending.tokens_used[token_id] = at
         self._work.set()
@@ -6242,11 +6308,16 @@ class Writer:
         its session has handed over so far; `at`: when it came; `stamp`: the newest time given to a sample without one."""
         pending = self._pending
         pending.progress[device_id] = (mark[0], at, stamp)
+        pending.frames += 1
+        if not pending.waiting:
+            pending.since = time.monotonic()
         pending.waiting[owner] = mark
         self.weigh(share, weight)
 
     def await_commit(self, owner: Committed, mark: tuple[int, int]) -> None:
         """Tell the owner when what was handed over until now is on disk, by its mark."""
+        if not self._pending.waiting:
+            self._pending.since = time.monotonic()
         self._pending.waiting[owner] = mark
         self._work.set()
 
@@ -6344,6 +6415,7 @@ class Writer:
         """Commit a batch, however often it takes."""
         patience = time.monotonic() + self._limits.storage_seconds
         while batch:
+            began = time.monotonic()
             try:
                 outcome = await self._connection.run(self._write, batch)
             except Exception as error:  # noqa: BLE001 - whatever failed, nothing was stored, and those who wait must hear it
@@ -6361,9 +6433,21 @@ class Writer:
             else:
                 self.failing = False
                 self.committed_at = time.monotonic()
+                self._count_commit(batch, began)
                 self._shares.measured(batch.weight, outcome.seconds)
                 self._tell(batch, outcome)
                 return
+
+    def _count_commit(self, batch: Batch, began: float) -> None:
+        stored, now = self.stored, self.committed_at
+        stored.frames += batch.frames
+        stored.points += batch.points_taken
+        stored.log_lines += len(batch.lines)
+        stored.log_bytes += sum(log_bytes for _, log_bytes in batch.usage.values())
+        stored.batch_points.add(batch.points_taken)
+        stored.commit_seconds.add(now - began)
+        if batch.waiting:
+            stored.ack_seconds.add(now - batch.since)
 
     def _tell(self, batch: Batch, outcome: Outcome) -> None:
         """The batch is on disk: tell those who wait for it."""
@@ -6386,6 +6470,7 @@ class Writer:
         """Nothing is acknowledged: sessions end with 1013, callers hear it, rows stay in the batch to be tried again."""
         log.error("cannot store: %s", error)
         self.failing = True
+        self.stored.failures += 1
         for change in batch.changes + self._pending.changes:
             change.settle(Refusal("storage_unavailable"))
         for owner in [*batch.waiting, *self._pending.waiting]:
@@ -6897,6 +6982,7 @@ class TurnedAway:
         self._since = now_ms()
         self._known: dict[tuple[str, int | None], RefusedLines] = {}
         self._listening: list[socket.socket] = []
+        self.lines: Counter[str] = Counter()  # by reason
 
     def watch(self, listening: socket.socket) -> None:
         """What the system throws away of the datagrams to a socket is shown, too."""
@@ -6909,13 +6995,17 @@ class TurnedAway:
             address = address if len(self._known) < self._most else "others"
             known = self._known.setdefault((address, tenant_id), RefusedLines(address, tenant_id, 0, 0, reason))
         known.lines, known.last_at, known.reason = known.lines + 1, now_ms(), reason
+        self.lines[reason] += 1
+
+    def datagrams_lost(self) -> int:
+        return sum(map(datagrams_lost, self._listening))
 
     def shown(self, tenant_id: int) -> dict[str, Any]:
         """A tenant's own, and those of nobody: they may be meant for it."""
         seen = [refused for refused in self._known.values() if refused.tenant_id in (None, tenant_id)]
         return {
             "since": moment_text(self._since),
-            "datagrams_lost": sum(map(datagrams_lost, self._listening)),
+            "datagrams_lost": self.datagrams_lost(),
             "items": [
                 {"address": refused.address, "lines": refused.lines, "last_at": moment_text(refused.last_at), "reason": refused.reason}
                 for refused in sorted(seen, key=lambda refused: -refused.last_at)
@@ -6985,6 +7075,10 @@ class Peers:
         self._looks = 0
         self._limits = limits
         self._told = -math.inf  # when a shortage was logged
+
+    @property
+    def strangers(self) -> int:
+        return len(self._strangers)
 
     def enter(self, peer: socket.socket) -> None:
         """One was accepted."""
@@ -7692,6 +7786,11 @@ class Registry:
     def _links_of(self, tenant_id: int) -> list[Link]:
         return [link for link in self._places.values() if link.use is not None and link.use.tenant_id == tenant_id]
 
+    @property
+    def sessions(self) -> int:
+        """How many devices can be reached."""
+        return len(self._live)
+
     def is_live(self, device_id: int) -> bool:
         return device_id in self._live
 
@@ -8042,6 +8141,8 @@ class Services:
     trusted: Networks
     senders: LogSenders
     turned_away: TurnedAway
+    peers: Peers
+    counts: Counts
 
 
 def metrics_of(frame: Telemetry) -> set[str]:
@@ -8258,13 +8359,14 @@ class Intake:
     store."""
 
     __slots__ = (
-        "_bad_frames", "_codec", "_device_id", "_duplicates", "_durable", "_frames", "_frames_stored", "_limits", "_logs", "_owner",
-        "_progress_key", "_series", "_session", "_stamps", "_taken", "_throttle", "_use", "_writer", "share",
+        "_bad_frames", "_codec", "_counts", "_device_id", "_duplicates", "_durable", "_frames", "_frames_stored", "_limits", "_logs",
+        "_owner", "_progress_key", "_series", "_session", "_stamps", "_taken", "_throttle", "_use", "_writer", "share",
     )  # fmt: skip
 
     def __init__(self, services: Services, owner: Owner, device_id: int, use: TenantUse, opened: SessionRow) -> None:
         self._limits = services.limits
         self._codec = services.codec
+        self._counts = services.counts
         self._writer = services.store.writer
         self._owner = owner
         self._device_id = device_id
@@ -8336,6 +8438,7 @@ class Intake:
                 self._take_frame(frame, len(data))
         except Refusal as refusal:
             self._bad_frame(refusal, data)
+        self._counts.frame_bytes += len(data)
         return None
 
     def _used_up(self, frame: Frame) -> Throttled | None:
@@ -8359,6 +8462,7 @@ class Intake:
                         self._take_frame(frame, len(data))
         except Refusal as refusal:
             self._bad_frame(refusal, data)
+        self._counts.frame_bytes += len(data)
 
     def _is_known(self, frame: Frame) -> bool:
         """Whether it was taken before; then it is acknowledged again. Refusal: unknown_type, invalid."""
@@ -8499,6 +8603,7 @@ class Intake:
             self._frame_taken(seq, now_ms(), 1)
 
     def refuse(self, refusal: Refusal, seq: int | None) -> None:
+        self._counts.refusals[refusal.fault.code] += 1
         self._owner.link.send(encode_refusal(refusal, seq))
         if self._bad_frames.add(asyncio.get_running_loop().time()) >= self._limits.bad_frames_per_minute:
             self._owner.link.end("too_many_bad_frames")
@@ -8531,6 +8636,7 @@ class Session:
         self.link.phase = self
         self.link.send(encode(welcome))
         self._services.registry.welcome(self._device_id, self)
+        self._services.counts.sessions += 1
         if welcome.config is not None:
             self._config_sent = welcome.config.version
             self._services.store.writer.config_sent(self._device_id, welcome.config.version)
@@ -8673,6 +8779,7 @@ class Session:
     def ended(self, code: str) -> None:
         self.tell_change()
         self._intake.stop()
+        self._services.counts.session_ends[code] += 1
         self._services.registry.leave(self._device_id, self.link)
         self._services.store.writer.session_ended(Parting(self._device_id, self._number, now_ms(), code, self.link.address))
 
@@ -8749,8 +8856,10 @@ async def serve_link(services: Services, link: Link) -> None:
         if session is not None:
             await session.converse()
     except TimeoutError:
+        services.counts.refusals["handshake_timeout"] += 1
         link.end("handshake_timeout")
     except Refusal as refusal:
+        services.counts.refusals[refusal.fault.code] += 1
         if refusal.fault.close != FAULTS["closed_by_device"].close:
             link.send(encode_refusal(refusal, None))
         link.end(refusal.fault.code)
@@ -8775,6 +8884,10 @@ class WaitingDatagrams:
         self._count = 0
         self._by_address: dict[str, deque[bytes]] = {}
         self._came = asyncio.Event()
+
+    @property
+    def count(self) -> int:
+        return self._count
 
     def put(self, data: bytes, address: str) -> bool:
         """Whether there was room."""
@@ -8901,7 +9014,8 @@ class SyslogListener:
         self._services = services
         self._limits = services.limits
         self._peers = peers
-        self._waiting = WaitingDatagrams(services.limits.syslog_datagrams)
+        self._waiting = waiting = WaitingDatagrams(services.limits.syslog_datagrams)
+        services.counts.datagrams_waiting = lambda: waiting.count
         self._doors: list[Door] = []
         self._endpoints: list[asyncio.DatagramTransport] = []
         self._streams: set[asyncio.Task[None]] = set()
@@ -10561,15 +10675,19 @@ def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awai
 @web.middleware
 async def answer_errors(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
     """Every refusal and failure as the JSON of the contract; what an exception says goes to the log alone."""
+    counts = request.app[SERVICES].counts
     try:
         return await handler(request)
     except Refusal as refusal:
+        counts.refusals[refusal.fault.code] += 1
         if request.writer.output_size > 0:  # an answer is under way, of a token that was revoked: it breaks off
             raise ConnectionError from refusal
         return error_response(refusal)
     except web.HTTPException as error:
         known = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-        response = error_response(Refusal(known.get(error.status, "invalid")))
+        code = known.get(error.status, "invalid")
+        counts.refusals[code] += 1
+        response = error_response(Refusal(code))
         if hdrs.ALLOW in error.headers:
             response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
         return response
@@ -10577,6 +10695,7 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
         raise
     except Exception:  # the boundary: whatever a handler did wrong, the next request is answered
         log.exception("%s %s failed", request.method, request.rel_url.raw_path)
+        counts.refusals["server_fault"] += 1
         return error_response(Refusal("server_fault"))
 
 
@@ -10584,8 +10703,9 @@ class PlainRequestHandler(web.RequestHandler):
     """aiohttp's side of a connection, except that what is no HTTP gets an error of the contract, that a request whose client has
     gone ends, and that a WebSocket goes to a protocol of its own."""
 
-    __slots__ = ("peer", "running")
+    __slots__ = ("counts", "peer", "running")
 
+    counts: Counts
     peer: Peer
     running: RequestUnderWay
 
@@ -10627,7 +10747,9 @@ class PlainRequestHandler(web.RequestHandler):
             log.error("cannot serve %s: %s", request.remote, message, exc_info=exc)
         else:  # what the parser says quotes the peer, secrets and all
             log.debug("cannot serve %s: %s", request.remote, type(exc).__name__)
-        response = error_response(Refusal("server_fault" if status == 500 else "bad_request"))
+        code = "server_fault" if status == 500 else "bad_request"
+        self.counts.refusals[code] += 1
+        response = error_response(Refusal(code))
         response.force_close()
         return response
 
@@ -10635,9 +10757,11 @@ class PlainRequestHandler(web.RequestHandler):
 class PlainServer(web.Server):
     """aiohttp's server, of handlers that know their peer."""
 
+    counts: Counts
+
     def serve(self, peer: Peer) -> PlainRequestHandler:
         handler = PlainRequestHandler(self, loop=self._loop, **self._kwargs)
-        handler.peer = peer
+        handler.peer, handler.counts = peer, self.counts
         return handler
 
 
@@ -10649,7 +10773,9 @@ class PlainRunner(web.AppRunner):
             cast(PlainRequestHandler, request.protocol).peer.asked()
             return await made.request_handler(request)
 
-        return PlainServer(handle, request_factory=made.request_factory, **self._kwargs)
+        server = PlainServer(handle, request_factory=made.request_factory, **self._kwargs)
+        server.counts = self.app[SERVICES].counts
+        return server
 
 
 # ==== Application ====
@@ -10678,8 +10804,9 @@ async def run_services(app: web.Application, settings: Settings, limits: Limits)
         supervisor, news, trusted = Supervisor(), News(store, limits), networks(settings.trusted_proxy)
         senders, turned_away = LogSenders(identity, store.read.tokens, limits), TurnedAway(limits.refused_senders)
         app[SERVICES] = Services(
-            settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted, senders, turned_away
-        )
+            settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted, senders, turned_away,
+            Peers(limits), Counts(),
+        )  # fmt: skip
         supervisor.watch(store.writer.task)
         supervisor.start("heartbeat", Heartbeat(registry, store.writer, limits, settings.heartbeat).run())
         supervisor.start("config clock", ConfigClock(store.writer, limits).run())
@@ -10705,6 +10832,16 @@ async def add_headers(_: web.Request, response: web.StreamResponse) -> None:
         response.headers.setdefault(name, value)
 
 
+async def count_answer(request: web.Request, response: web.StreamResponse) -> None:
+    """By the route that it met: what is in its address is the client's."""
+    resource = request.match_info.route.resource
+    if resource is None:
+        method, path = "", ""
+    else:
+        method, path = request.match_info.route.method, resource.canonical
+    request.app[SERVICES].counts.requests[method, path, response.status] += 1
+
+
 async def end_sessions(app: web.Application) -> None:
     app[SERVICES].registry.end_all("shutting_down")
     app[SERVICES].store.writer.news.ring()
@@ -10724,7 +10861,7 @@ def make_app(settings: Settings, limits: Limits | None = None) -> web.Applicatio
         app.router.add_route(route.method, route.path, endpoint(route, converter))
     app.cleanup_ctx.append(lambda running: run_services(running, settings, bounds))
     app.on_shutdown.append(end_sessions)
-    app.on_response_prepare.append(add_headers)
+    app.on_response_prepare.extend((add_headers, count_answer))
     return app
 
 
@@ -10843,7 +10980,7 @@ async def serving(
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
         services = app[SERVICES]
-        peers = Peers(services.limits)
+        peers = services.peers
         door = Door(cast(PlainServer, runner.server).serve, context, peers, services.limits)
         stack.push_async_callback(door.close)
         try:
