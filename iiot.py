@@ -5,6 +5,7 @@
 #     "aiosqlite>=0.22,<0.23",
 #     "attrs>=25.1",
 #     "cattrs[orjson]>=25.1",
+#     "prometheus-client>=0.22",
 # ]
 # ///
 """Industrial-IoT platform in one process: devices hold a WebSocket to it, operators curl it, SQLite keeps everything.
@@ -35,6 +36,7 @@ schema.sql the whole database.
     Syslog                the listeners for syslog
     HTTP queries          what the address of a request asks for, checked
     HTTP calls            a request in hand, and how it is answered
+    HTTP metrics          the handlers for a monitoring system that scrapes
     HTTP readings         the handlers of readings and logs
     HTTP API              the other handlers, and the route table
     Application           how the parts are put together, started and stopped
@@ -63,6 +65,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -77,7 +80,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NewType, NoReturn, Protocol, TypeVar, cast
@@ -96,6 +99,9 @@ from cattrs.errors import (
     IterableValidationNote,
 )
 from cattrs.gen import make_dict_structure_fn, override
+from prometheus_client import ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 if sys.platform != "win32":
     import fcntl
@@ -218,6 +224,7 @@ class Settings:
         lambda days: 0 < days <= DAYS_MOST,
         f"between 1 and {DAYS_MOST}",
     )
+    metrics_public: bool = setting(False, "answer GET /metrics to everybody, without a token")
     log_level: str = setting(
         "info",
         "debug, info, warning or error; logs go to standard error",
@@ -6641,6 +6648,16 @@ class Reads(Queries):
         )  # fmt: skip
 
 
+@attrs.frozen
+class FileSizes:
+    """Bytes of the database, of its write-ahead log, and of the file system that they are on."""
+
+    database: int
+    log: int
+    disk: int
+    disk_free: int
+
+
 class Store:
     """The open database: `writer` for everything that changes, `read` for everything that is asked."""
 
@@ -6650,6 +6667,7 @@ class Store:
         self.writer = writer
         self.allowances = allowances
         self.read = read
+        self._path = path
         self._log = path.with_name(f"{path.name}-wal")
         self._readers = readers
         self._lock = lock
@@ -6706,6 +6724,15 @@ class Store:
         async with self._readers.paused(lambda: self._copier.run(copy_log)):
             await self.writer.alone(start_log_over)
         return True
+
+    async def sizes(self) -> FileSizes:
+        """OSError. Where a disk is slow, others do not wait for it."""
+
+        def look() -> FileSizes:
+            disk, log_size = shutil.disk_usage(self._path.parent), self._log.stat().st_size if self._log.exists() else 0
+            return FileSizes(self._path.stat().st_size, log_size, disk.total, disk.free)
+
+        return await asyncio.to_thread(look)
 
     async def renew_salt(self) -> None:
         """So that a copy that is made of the running database is soon known to be one of an earlier time."""
@@ -9622,6 +9649,162 @@ async def wait_for_turn(services: Services, tenant_id: int | None) -> None:
         raise Refusal("too_many_requests", retry_after=1) from None
 
 
+# ==== HTTP metrics ====
+# Owns: the handler for a monitoring system that scrapes (Prometheus): the server's own numbers. Must not know: SQL.
+
+TLS: Final = web.AppKey("tls", ssl.SSLContext)  # where the server has a certificate
+# https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
+PROMETHEUS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def der_elements(data: bytes) -> list[tuple[int, bytes]]:
+    """The elements that stand side by side in DER (X.690): tag and content of each. ValueError."""
+    found, at = [], 0
+    while at + 2 <= len(data):
+        tag, size, at = data[at], data[at + 1], at + 2
+        if size > 0x7F:  # the length has a length of its own
+            long = size - 0x80
+            size, at = int.from_bytes(data[at : at + long], "big"), at + long
+        found.append((tag, data[at : at + size]))
+        at += size
+    if at != len(data):
+        raise ValueError("it ends too early")
+    return found
+
+
+def not_after(certificate: bytes) -> int:
+    """Until when a certificate (DER) is valid, in seconds since 1970 (RFC 5280, sections 4.1 and 4.1.2.5). ValueError."""
+    try:
+        ((_, whole),) = der_elements(certificate)
+        fields = der_elements(der_elements(whole)[0][1])
+        validity = fields[4 if fields[0][0] == 0xA0 else 3][1]  # version 1 leaves out the version
+        _, (tag, text) = der_elements(validity)
+        written = text.decode("ascii")
+        if tag == 0x17:  # UTCTime: two digits of the year
+            written = ("19" if written >= "5" else "20") + written
+        return round(datetime.strptime(written, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp())
+    except (IndexError, ValueError) as error:
+        raise ValueError("it is no certificate") from error
+
+
+def shown_certificate(context: ssl.SSLContext) -> bytes:
+    """The certificate (DER) that a server with this context shows at the moment: its file may be newer. A context does not tell it but in
+    a handshake, so one is made within this process; that costs what a connection costs."""
+    asking = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    asking.check_hostname, asking.verify_mode = False, ssl.CERT_NONE
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client, server = asking.wrap_bio(to_client, to_server), context.wrap_bio(to_server, to_client, server_side=True)
+    for end in (client, server, client):
+        with suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    return client.getpeercert(binary_form=True) or b""
+
+
+def certificate_expiry(context: ssl.SSLContext | None) -> int | None:
+    """Until when the server's certificate is valid, in seconds since 1970; None without one."""
+    try:
+        return None if context is None else not_after(shown_certificate(context))
+    except (ValueError, ssl.SSLError) as error:  # the other numbers are there all the same
+        log.warning("cannot tell until when the certificate is valid: %s", error)
+        return None
+
+
+def gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def counter(name: str, text: str, value: float) -> Metric:
+    """Its name ends in _total, which the format adds."""
+    return CounterMetricFamily(name, text, value=value)
+
+
+def counter_by(name: str, text: str, labels: tuple[str, ...], rows: Iterable[tuple[tuple[str, ...], int]]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for values, count in rows:
+        family.add_metric(values, count)
+    return family
+
+
+def histogram(name: str, text: str, seen: Histogram) -> Metric:
+    """The format wants to know how many were at most as large as each bound."""
+    bounds = [*map(str, seen.bounds), "+Inf"]
+    return HistogramMetricFamily(name, text, buckets=list(zip(bounds, accumulate(seen.counts), strict=True)), sum_value=seen.total)
+
+
+def families_of_storage(writer: Writer, sizes: FileSizes) -> Iterator[Metric]:
+    stored, (points, weight) = writer.stored, writer.pending
+    yield counter("iiot_frames", "Frames of devices that are on disk, with those that were refused.", stored.frames)
+    yield counter("iiot_points", "Points that are on disk.", stored.points)
+    yield counter("iiot_log_lines", "Lines of logs that are on disk.", stored.log_lines)
+    yield counter("iiot_log_bytes", "Bytes of the lines of logs that are on disk, as they were sent.", stored.log_bytes)
+    yield counter("iiot_commit_failures", "Transactions that failed; what they held was tried again, or not confirmed.", stored.failures)
+    yield histogram("iiot_batch_points", "Points of a transaction.", stored.batch_points)
+    yield histogram("iiot_commit_seconds", "How long a transaction took, with its commit.", stored.commit_seconds)
+    yield histogram("iiot_ack_seconds", "How long the oldest frame of a transaction waited until it was on disk.", stored.ack_seconds)
+    yield gauge("iiot_pending_points", "Points that wait for the next transaction.", points)
+    yield gauge("iiot_pending_weight", "What waits for the next transaction, all of it counted as points.", weight)
+    yield gauge("iiot_database_bytes", "Size of the database file.", sizes.database)
+    yield gauge("iiot_wal_bytes", "Size of the write-ahead log.", sizes.log)
+    yield gauge("iiot_disk_bytes", "Size of the file system of the database.", sizes.disk)
+    yield gauge("iiot_disk_free_bytes", "Free bytes of the file system of the database.", sizes.disk_free)
+
+
+def families_of_traffic(services: Services) -> Iterator[Metric]:
+    counts, peers, turned_away = services.counts, services.peers, services.turned_away
+    yield gauge("iiot_sessions", "Devices that are connected.", services.registry.sessions)
+    yield counter("iiot_sessions_opened", "Sessions of devices that began.", counts.sessions)
+    ends = (((code,), counts.session_ends[code]) for code in FAULTS if code in counts.session_ends)
+    yield counter_by("iiot_session_ends", "Sessions of devices that ended, by the reason of the timeline.", ("reason",), ends)
+    yield gauge("iiot_connections", "Connections that are open.", peers.held)
+    yield gauge("iiot_stranger_connections", "Open connections that have shown no valid token, or have nothing under way.", peers.strangers)
+    yield counter("iiot_frame_bytes", "Bytes of the frames that devices sent.", counts.frame_bytes)
+    refusals = (((code,), counts.refusals[code]) for code in FAULTS)  # also those that did not happen: a rise from 0 is seen
+    yield counter_by("iiot_refusals", "Requests, frames and handshakes that were refused, by the code of the error.", ("code",), refusals)
+    requests = (((method, path or "unmatched", str(status)), n) for (method, path, status), n in sorted(counts.requests.items()))
+    yield counter_by("iiot_http_requests", "Requests that were answered, by route and status.", ("method", "route", "status"), requests)
+    yield gauge("iiot_requests_waiting", "Requests that wait for their turn.", services.store.allowances.shares.asking)
+    lines = (((reason,), n) for reason, n in sorted(turned_away.lines.items()))
+    yield counter_by("iiot_syslog_refused_lines", "Lines of syslog that were not stored, by reason.", ("reason",), lines)
+    yield gauge("iiot_syslog_datagrams_waiting", "Datagrams of syslog that wait for their turn.", counts.datagrams_waiting())
+
+
+def families_of_program(counts: Counts, expiry: int | None) -> Iterator[Metric]:
+    running = {"version": VERSION, "python": ".".join(map(str, sys.version_info[:3])), "sqlite": sqlite3.sqlite_version}
+    yield InfoMetricFamily("iiot_build", "What runs.", running)
+    yield gauge("iiot_start_time_seconds", "When the server was started, in seconds since 1970.", counts.started_at)
+    if expiry is not None:
+        yield gauge("iiot_certificate_expiry_timestamp_seconds", "Until when the certificate is valid, in seconds since 1970.", expiry)
+
+
+class ServerMetrics(Collector):
+    """All of one scrape: what was read off the server, and what a thread looks up of its process."""
+
+    def __init__(self, families: Iterable[Metric], turned_away: TurnedAway) -> None:
+        self._families = list(families)
+        self._turned_away = turned_away
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
+        lost = self._turned_away.datagrams_lost()
+        yield counter("iiot_syslog_datagrams_lost", "Datagrams of syslog that the system threw away: they were not read in time.", lost)
+        yield from ProcessCollector(registry=None).collect()
+
+    def text(self) -> bytes:
+        return generate_latest(self)
+
+
+async def show_metrics(call: Call) -> web.StreamResponse:
+    """The server's own numbers. They are read at one moment of the event loop, which changes them; text is made of them elsewhere."""
+    services = call.services
+    sizes = await services.store.sizes()
+    families = [
+        *families_of_program(services.counts, certificate_expiry(call.request.app.get(TLS))),
+        *families_of_traffic(services), *families_of_storage(services.store.writer, sizes),
+    ]  # fmt: skip
+    text = await asyncio.to_thread(ServerMetrics(families, services.turned_away).text)
+    return web.Response(body=text, headers={hdrs.CONTENT_TYPE: PROMETHEUS_TYPE})
+
+
 # ==== HTTP readings ====
 # Owns: the handlers of readings and of logs, with who sends lines by syslog and how long they are kept. Must not know: SQL.
 
@@ -10599,6 +10782,7 @@ ROUTES: Final = (
     Route("GET", "/events", "viewer", follow_events, FeedQuery),
     Route("GET", "/whoami", "any", whoami),
     Route("GET", "/healthz", "public", show_health),
+    Route("GET", "/metrics", "platform", show_metrics),
     Route("GET", "/device", "public", begin_link),
 )
 
@@ -10628,6 +10812,11 @@ def refuse_conditions(call: Call) -> None:
         raise Refusal("invalid", FieldError("If-Match", "cannot be used with this request"))
     if call.none_match is not None and (call.request.method not in ("GET", "HEAD") or call.none_match == {"*"}):
         raise Refusal("invalid", FieldError("If-None-Match", "cannot be used with this request"))
+
+
+def as_set(route: Route, settings: Settings) -> Route:
+    """A route with the role that the settings give it."""
+    return attrs.evolve(route, role="public") if settings.metrics_public and route.handler is show_metrics else route
 
 
 def endpoint(route: Route, converter: Converter) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -10858,7 +11047,7 @@ def make_app(settings: Settings, limits: Limits | None = None) -> web.Applicatio
     app = web.Application(middlewares=[answer_errors], client_max_size=bounds.body_bytes)
     converter = make_query_converter()
     for route in ROUTES:
-        app.router.add_route(route.method, route.path, endpoint(route, converter))
+        app.router.add_route(route.method, route.path, endpoint(as_set(route, settings), converter))
     app.cleanup_ctx.append(lambda running: run_services(running, settings, bounds))
     app.on_shutdown.append(end_sessions)
     app.on_response_prepare.extend((add_headers, count_answer))
@@ -10975,6 +11164,8 @@ async def serving(
     when it can go on no longer. OSError when it cannot listen there; StoreError at the end, when it could not go on."""
     context = context or tls_context(settings)
     app = make_app(settings, limits)
+    if context is not None:
+        app[TLS] = context
     runner = PlainRunner(app, access_log=None, keepalive_timeout=20, shutdown_timeout=STOP_SECONDS)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(runner.cleanup)
@@ -11008,9 +11199,18 @@ async def serving(
 # Owns: arguments, variables of the environment, what is printed where: results to standard output, the rest to standard error.
 
 
+SWITCHES: Final[Mapping[str, bool]] = MappingProxyType(
+    {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("", "0", "false", "no", "off"), False)},
+)
+
+
 def parse_option(field: attrs.Attribute[Any], text: str) -> Any:
     """An option's value. ArgumentTypeError, which argparse shows with the flag's name."""
     kind: Callable[[str], Any] = type(field.default)
+    if kind is bool:
+        if text.lower() not in SWITCHES:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        return SWITCHES[text.lower()]
     try:
         value = kind(text)
     except ValueError:
@@ -11034,6 +11234,9 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Any], names: Iterable
                 parser.error(f"{variable}: {error}")
         shown = f" ({field.default})" if field.default not in ("", 0.0) else ""
         flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action="store_true", default=default, help=field.metadata["help"])
+            continue
         parser.add_argument(flag, type=functools.partial(parse_option, field), default=default, help=field.metadata["help"] + shown)
 
 

@@ -120,6 +120,7 @@ EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {
     ("GET", "/events"): (Example(200, kind="text/event-stream"), Example(200, query="?after=0", kind="text/event-stream")),
     ("GET", "/whoami"): (Example(200, "id name role tenant expires_at quotas"),),
     ("GET", "/healthz"): (Example(200, "status version"),),
+    ("GET", "/metrics"): (Example(200, kind="text/plain"),),
     ("GET", "/device"): (Example(400, "error"),),  # without the upgrade to a WebSocket; with it, see below
 }
 

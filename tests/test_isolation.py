@@ -422,7 +422,7 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "Store.healthy": check_health,
 }
 
-NOT_READS = {"Store.open", "Store.keep_log_short", "Store.renew_salt", "Store.allowances", "Store.writer"}
+NOT_READS = {"Store.open", "Store.keep_log_short", "Store.renew_salt", "Store.sizes", "Store.allowances", "Store.writer"}
 
 
 def reads_of(owner: object, seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Read]]:
