@@ -392,6 +392,11 @@ class Limits:
     trial_most: int = 1_000_000
     # Rows of a streamed CSV that are in memory at one time.
     csv_rows: int = 10_000
+    # Lines of a scrape of devices that are in memory at one time: of a hundred devices with 20 metrics. They are written while everybody
+    # waits, which takes 3 ms. A reading that is older than the time after it is left out, if nothing else is asked for: Prometheus itself
+    # looks back so far for the last value of a series, and takes an older one for gone.
+    scrape_rows: int = 2_000
+    scrape_age_seconds: float = 300.0
     # A push may ask for its own time until `timed_out`, up to a day; an answer may be waited for by HTTP for so long.
     config_seconds: float = 60.0
     config_seconds_most: float = 86_400.0
@@ -5542,6 +5547,49 @@ def remove_readings(
     return [row[0] for row in rows.fetchall()]
 
 
+class ScrapeReads:
+    """Queries over all devices of a tenant for a monitoring system, which wants numbers and takes them page by page."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def presence(self, tenant: int, match: str | None, after: str, limit: int) -> list[tuple[str, int, int | None]]:
+        """Devices after one, by name: each with whether it is connected, as 0 or 1, and when it was last heard."""
+        text = await self._readers.exact(
+            """select json_group_array(json_array(name, connected, seen_at)) from (
+                   select name, connected, seen_at from device join presence on device_id = device.id
+                   where tenant_id = :tenant and name > :after and (:match is null or name glob :match) order by name limit :limit)""",
+            {"tenant": tenant, "match": match, "after": after, "limit": limit},
+        )
+        return cast("list[tuple[str, int, int | None]]", orjson.loads(text or b"[]"))
+
+    async def readings(
+        self, tenant: int, match: str | None, metrics: tuple[str, ...] | None, since: int, after: tuple[str, str], limit: int
+    ) -> tuple[list[tuple[str, str, float, int]], tuple[str, str] | None]:
+        """The newest readings, as device, metric, value and time, of the series after one, by device and metric; and after which to go
+        on, None at the end. Those that are older than `since` or a text are left out."""
+        # Names are unique, and the order has the id all the same: then two indexes have the rows in it, and nothing is sorted.
+        narrowed = "" if metrics is None else "and metric in (select value from json_each(:metrics))"
+        text = await self._readers.exact(
+            f"""with shown as materialized (
+                    select device.name device, series.id series, metric from device cross join series on series.device_id = device.id
+                    where tenant_id = :tenant and name >= :device and (name > :device or metric > :metric)
+                    and (:match is null or name glob :match) {narrowed} order by name, device.id, metric limit :limit)
+                select json_array(json((
+                    select json_group_array(json_array(device, metric, {exact_sql("value")}, ts)) from shown cross join telemetry
+                    on series_id = series and ts = (select max(ts) from telemetry where series_id = series and ts >= :since)
+                    where typeof(value) <> 'text')),
+                    json((select case when (select count(*) from shown) = :limit then json_array(device, metric) end
+                          from shown order by device desc, metric desc limit 1)))""",
+            {
+                "tenant": tenant, "match": match, "metrics": None if metrics is None else orjson.dumps(metrics).decode(),
+                "since": since, "device": after[0], "metric": after[1], "limit": limit,
+            },
+        )  # fmt: skip
+        rows, last = orjson.loads(text or b"[[],null]")
+        return rows, last and (last[0], last[1])
+
+
 # ==== Logs ====
 # Owns: every line of SQL about lines of logs: how they are stored and found, and how long they are kept. Must not know: HTTP, sockets,
 # the shape of frames.
@@ -6498,6 +6546,7 @@ class Reads(Queries):
         super().__init__(readers)
         self.telemetry = TelemetryReads(readers, limits)
         self.fleet = FleetReads(readers, limits)
+        self.scrapes = ScrapeReads(readers)
         self.accounts = AccountReads(readers)
         self.tokens = TokenReads(keys)
         self.removal = RemovalReads(keys)
@@ -9361,6 +9410,15 @@ class FleetQuery:
     spreadsheet: bool | None = None
 
 
+@attrs.frozen
+class ScrapeQuery:
+    """GET /metrics/devices; without `max_age` it is `scrape_age_seconds`."""
+
+    match: str | None = None
+    metric: Names | None = None
+    max_age: Duration | None = None
+
+
 QUERY_CHARACTERS: Final = 1_024
 
 
@@ -9650,7 +9708,8 @@ async def wait_for_turn(services: Services, tenant_id: int | None) -> None:
 
 
 # ==== HTTP metrics ====
-# Owns: the handler for a monitoring system that scrapes (Prometheus): the server's own numbers. Must not know: SQL.
+# Owns: the handlers for a monitoring system that scrapes (Prometheus): the server's own numbers, and the newest of its devices. Must not
+# know: SQL.
 
 TLS: Final = web.AppKey("tls", ssl.SSLContext)  # where the server has a certificate
 # https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
@@ -9803,6 +9862,76 @@ async def show_metrics(call: Call) -> web.StreamResponse:
     ]  # fmt: skip
     text = await asyncio.to_thread(ServerMetrics(families, services.turned_away).text)
     return web.Response(body=text, headers={hdrs.CONTENT_TYPE: PROMETHEUS_TYPE})
+
+
+def label_value(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def family_head(name: str, text: str) -> str:
+    return f"# HELP {name} {text}\n# TYPE {name} gauge\n"
+
+
+async def presence_lines(call: Call, name: str, text: str, value: Callable[[int, int | None], float | None]) -> AsyncIterator[str]:
+    """A family of a number of every device; `value` makes it of whether it is connected and when it was heard."""
+    limits, scrapes, after = call.services.limits, call.services.store.read.scrapes, ""
+    head = family_head(name, text)
+    while True:
+        page = await scrapes.presence(call.tenant, call.query.match, after, limits.scrape_rows)
+        numbers = ((device, value(connected, seen_at)) for device, connected, seen_at in page)
+        yield head + "".join(f'{name}{{device="{label_value(device)}"}} {number}\n' for device, number in numbers if number is not None)
+        if len(page) < limits.scrape_rows:
+            return
+        head, after = "", page[-1][0]
+
+
+async def reading_lines(call: Call, since: int, name: str, text: str, value: Callable[[float, int], float]) -> AsyncIterator[str]:
+    """A family of a number of every series; `value` makes it of its newest reading and the time of that."""
+    limits, scrapes, query = call.services.limits, call.services.store.read.scrapes, call.query
+    head, after = family_head(name, text), cast("tuple[str, str] | None", ("", ""))
+    while after is not None:
+        page, after = await scrapes.readings(call.tenant, query.match, query.metric, since, after, limits.scrape_rows)
+        yield head + "".join(
+            f'{name}{{device="{label_value(device)}",metric="{label_value(metric)}"}} {value(number, at)}\n'
+            for device, metric, number, at in page
+        )
+        head = ""
+
+
+async def device_lines(call: Call) -> AsyncIterator[str]:
+    """The format wants the lines of a family in one piece, and all of them would fill the memory: so the devices are walked through once
+    for each."""
+    age = round(call.services.limits.scrape_age_seconds * 1000) if call.query.max_age is None else cast(int, call.query.max_age)
+    since = now_ms() - age
+    families = (
+        presence_lines(call, "iiot_device_connected", "Whether the device is connected.", lambda connected, _: connected),
+        presence_lines(
+            call, "iiot_device_seen_timestamp_seconds", "When the device was last heard, in seconds since 1970.",
+            lambda _, seen_at: None if seen_at is None else seen_at / 1000,
+        ),
+        reading_lines(call, since, "iiot_reading", "The newest reading.", lambda number, _: number),
+        reading_lines(
+            call, since, "iiot_reading_timestamp_seconds", "The time of the newest reading, in seconds since 1970.", lambda _, at: at / 1000
+        ),
+    )  # fmt: skip
+    for family in families:
+        async for lines in family:
+            yield lines
+
+
+async def show_device_metrics(call: Call) -> web.StreamResponse:
+    """Presence and newest readings of the tenant's devices. Refusal: bad_query."""
+    if call.query.match == "":
+        raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
+    pages = device_lines(call)
+    first = await anext(pages)  # before the head of the answer: what is wrong with it can still be told
+    async with streaming(call, PROMETHEUS_TYPE) as response:
+        await response.write(first.encode())
+        async for lines in pages:
+            async with asyncio.timeout(call.services.limits.stall_seconds):
+                await response.write(lines.encode())
+            await wait_for_turn(call.services, call.tenant)
+    return response
 
 
 # ==== HTTP readings ====
@@ -10783,6 +10912,7 @@ ROUTES: Final = (
     Route("GET", "/whoami", "any", whoami),
     Route("GET", "/healthz", "public", show_health),
     Route("GET", "/metrics", "platform", show_metrics),
+    Route("GET", "/metrics/devices", "viewer", show_device_metrics, ScrapeQuery),
     Route("GET", "/device", "public", begin_link),
 )
 

@@ -22,7 +22,7 @@ import pytest
 from plant import PATIENCE, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RUNNABLE = {"sh", "python", "js", "ini", "nginx", "caddy", "rsyslog"}
+RUNNABLE = {"sh", "python", "js", "ini", "nginx", "caddy", "rsyslog", "yaml"}
 
 
 @attrs.frozen
@@ -209,6 +209,6 @@ class Terminal:
                 outputs.append(await self.run(block.text))
             elif block.kind == "json":
                 assert list(map(shape, answers(outputs[-1]))) == list(map(shape, answers(block.text))), (title, outputs[-1])
-            else:
+            elif block.kind == "text":
                 assert outputs[-1] == block.text, title
         return outputs

@@ -121,6 +121,9 @@ EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {
     ("GET", "/whoami"): (Example(200, "id name role tenant expires_at quotas"),),
     ("GET", "/healthz"): (Example(200, "status version"),),
     ("GET", "/metrics"): (Example(200, kind="text/plain"),),
+    ("GET", "/metrics/devices"): (
+        Example(200, kind="text/plain"), Example(200, query="?match=*&metric=level&max_age=1h", kind="text/plain"),
+    ),
     ("GET", "/device"): (Example(400, "error"),),  # without the upgrade to a WebSocket; with it, see below
 }
 

@@ -1,10 +1,11 @@
-"""What a monitoring system scrapes: the server's own numbers."""
+"""What a monitoring system scrapes: the server's own numbers, the newest of its devices, and both in a real Prometheus."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import re
+import shutil
 import signal
 import ssl
 import subprocess
@@ -20,11 +21,13 @@ import pytest
 from aiohttp.test_utils import unused_port
 from hypothesis import given
 from hypothesis import strategies as st
-from plant import OPENSSL, PATIENCE, Plant, Process, locked
+from plant import OPENSSL, PATIENCE, Device, Plant, Process, certificate, locked
 from prometheus_client.parser import text_string_to_metric_families
+from readme import Terminal, blocks, section
 
 import iiot
 
+PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
 Labels = frozenset[tuple[str, str]]
 
 
@@ -60,6 +63,11 @@ class Watched:
 
     async def server(self) -> Scrape:
         status, text = await self.plant.ask("GET", "/metrics", token=self.platform)
+        assert status == 200, text
+        return Scrape.of(text)
+
+    async def devices(self, query: str = "") -> Scrape:
+        status, text = await self.plant.ask("GET", f"/metrics/devices{query}")
         assert status == 200, text
         return Scrape.of(text)
 
@@ -228,7 +236,7 @@ async def test_the_numbers_are_public_where_that_is_set(tmp_path: Path) -> None:
     async with watched(tmp_path, metrics_public=True) as site:
         for token in ("", site.platform, site.plant.token, "wrong"):
             assert (await site.plant.ask("GET", "/metrics", token=token))[0] == 200
-        assert (await site.plant.ask("GET", "/whoami", token=""))[0] == 401
+        assert (await site.plant.ask("GET", "/metrics/devices", token=""))[0] == 401
 
 
 @pytest.mark.parametrize(
@@ -323,3 +331,231 @@ async def test_a_certificate_of_rsa_is_read_off_tls(tmp_path: Path) -> None:
     openssl(tmp_path, "req", "-x509", "-newkey", *KEYS["rsa"], "-nodes", "-subj", "/CN=a", "-keyout", "a.key", "-out", "a.pem")
     context = iiot.tls_context(iiot.Settings(tls_cert=str(tmp_path / "a.pem"), tls_key=str(tmp_path / "a.key")))
     assert iiot.certificate_expiry(context) == end_by_openssl(tmp_path, "a.pem")
+
+
+# ---- the devices'
+
+
+DEVICE_FAMILIES = ["iiot_device_connected", "iiot_device_seen_timestamp_seconds", "iiot_reading", "iiot_reading_timestamp_seconds"]
+
+
+async def test_presence_and_newest_readings_of_the_devices(site: Watched) -> None:
+    plant = site.plant
+    device = await plant.device("press-1")
+    gone = await plant.device("press-2")
+    await plant.register("press-3")
+    at = iiot.now_ms() - 60_000
+    await device.store({"ts": at, "values": {"level": 1}}, {"ts": at + 1, "values": {"level": 2.5, "on": True, "mode": "auto"}})
+    await device.store({"ts": at - 5, "values": {"level": 9, "big": 2**63 - 1, "tiny": 5e-324, "tenth": 0.1}})
+    await gone.close()
+    await plant.until("/iiot/press-2", lambda shown: not shown["connected"])
+    scrape = await site.devices()
+    assert scrape.families == DEVICE_FAMILIES
+    assert scrape.of_name("iiot_device_connected") == {("press-1",): 1, ("press-2",): 0, ("press-3",): 0}
+    seen = scrape.of_name("iiot_device_seen_timestamp_seconds")
+    assert set(seen) == {("press-1",), ("press-2",)}
+    assert all(abs(moment - iiot.now_ms() / 1000) < 60 for moment in seen.values())
+    assert scrape.of_name("iiot_reading") == {
+        ("press-1", "level"): 2.5, ("press-1", "on"): 1, ("press-1", "big"): float(2**63 - 1), ("press-1", "tiny"): 5e-324,
+        ("press-1", "tenth"): 0.1,
+    }  # fmt: skip
+    times = scrape.of_name("iiot_reading_timestamp_seconds")
+    assert times.keys() == scrape.of_name("iiot_reading").keys()
+    assert times["press-1", "level"] == (at + 1) / 1000
+    assert all(re.fullmatch(r'(#.*|[^{]+\{.*\} [^ ]+)', line) for line in scrape.text.splitlines()), "no sample has a time of its own"
+
+
+HARD = ['a"b', "a\\b", 'a\\"', "{}", "ü°C", "a,b=c", "#", "\\n", "x" * 128, "\U0001f321"]
+
+
+async def test_every_name_of_a_metric_comes_out_valid(site: Watched) -> None:
+    device = await site.plant.device("press:1.A_b-c")
+    await device.store({"values": {name: number for number, name in enumerate(HARD)}})
+    scrape = await site.devices()
+    assert scrape.of_name("iiot_reading") == {("press:1.A_b-c", name): number for number, name in enumerate(HARD)}
+    assert iiot.label_value('a"b\n\\') == 'a\\"b\\n\\\\'
+    await check_by_promtool(scrape.text)
+
+
+async def test_a_scrape_is_narrowed(site: Watched) -> None:
+    for name in ("press-1", "press-2", "pump-1"):
+        device = await site.plant.device(name)
+        await device.store({"values": {"level": 1, "speed": 2, "heat": 3}})
+
+    async def readings(query: str) -> set[tuple[str, ...]]:
+        scrape = await site.devices(query)
+        assert scrape.families == DEVICE_FAMILIES
+        return set(scrape.of_name("iiot_reading"))
+
+    assert len(await readings("")) == 9
+    assert await readings("?match=press-*&metric=level") == {("press-1", "level"), ("press-2", "level")}
+    assert await readings("?match=pump-1&metric=speed&metric=heat&metric=nothing") == {("pump-1", "speed"), ("pump-1", "heat")}
+    assert await readings("?match=nobody") == set()
+    assert (await site.devices("?match=press-*")).of_name("iiot_device_connected") == {("press-1",): 1, ("press-2",): 1}
+    for query in ("match=", "max_age=0", "max_age=x", "metrics=level", "match=a&match=b"):
+        assert (await site.plant.ask("GET", f"/metrics/devices?{query}"))[0] == 400, query
+
+
+async def test_old_readings_are_left_out(site: Watched) -> None:
+    device = await site.plant.device("press-1")
+    now = iiot.now_ms()
+    ages = {"a": 0, "b": 240_000, "c": 360_000, "d": 86_400_000 * 365, "ahead": -3_600_000}
+    await device.store(*({"ts": now - age, "values": {name: 1}} for name, age in ages.items()))
+    await device.store({"ts": now - 1_000, "values": {"became text": 1}}, {"ts": now, "values": {"became text": "broken"}})
+
+    async def shown(query: str) -> set[str]:
+        return {metric for _, metric in (await site.devices(query)).of_name("iiot_reading")}
+
+    assert iiot.Limits().scrape_age_seconds == 300
+    assert await shown("") == {"a", "b", "ahead"}
+    assert await shown("?max_age=10m") == {"a", "b", "c", "ahead"}
+    assert await shown("?max_age=3650d") == set(ages)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 1_000])
+async def test_pages_of_any_size_make_the_same_answer(tmp_path: Path, rows: int) -> None:
+    """Grouped by family, each number once; also where a page ends with a device, or in the middle of one."""
+    async with watched(tmp_path, attrs.evolve(iiot.Limits(), scrape_rows=rows)) as site:
+        expected: dict[tuple[str, ...], float] = {}
+        for number in range(4):
+            device = await site.plant.device(f"press-{number}")
+            values = {f"m{metric}": metric for metric in range(number)}
+            await device.store({"values": {**values, "text": "x"}})
+            expected |= {(f"press-{number}", metric): value for metric, value in values.items()}
+        for query in ("", "?metric=m0&metric=m1&metric=m2"):
+            scrape = await site.devices(query)
+            assert scrape.families == DEVICE_FAMILIES
+            assert scrape.of_name("iiot_reading") == expected
+            assert scrape.of_name("iiot_device_connected") == {(f"press-{number}",): 1 for number in range(4)}
+            assert scrape.of_name("iiot_reading_timestamp_seconds").keys() == expected.keys()
+
+
+async def test_a_tenant_sees_its_own(site: Watched) -> None:
+    await (await site.plant.device("press-1")).store({"values": {"level": 1}})
+    _, made = await site.plant.ask("POST", "/tenants", {"name": "acme"}, token=site.platform)
+    status, text = await site.plant.ask("GET", "/metrics/devices?max_age=3650d", token=made["token"])
+    assert status == 200
+    assert Scrape.of(text).numbers == {}
+
+
+# ---- Prometheus
+
+
+async def check_by_promtool(text: str, *words: str) -> None:
+    if PROMTOOL is None:
+        pytest.skip("promtool is of the package prometheus")
+    process = await asyncio.create_subprocess_exec(
+        PROMTOOL, *(words or ("check", "metrics")), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    out, _ = await process.communicate(text.encode())
+    assert process.returncode == 0, out.decode()
+    assert words or not out, out.decode()
+
+
+async def everything(site: Watched) -> Device:
+    """What makes every number of the server's be there; the device that is connected."""
+    device = await site.plant.device("press-1")
+    await device.store({"values": {"level": 7.25, 'a"b\\c': 1}})
+    await (await site.plant.device("press-2")).close()
+    await site.plant.ask("GET", "/nowhere")
+    await site.until("iiot_session_ends_total", 1, reason="closed_by_device")
+    return device
+
+
+@asynccontextmanager
+async def full_site(folder: Path) -> AsyncIterator[Watched]:
+    cert, key = await certificate(folder, "localhost")
+    port = unused_port()
+    async with watched(folder, tls_cert=str(folder / cert), tls_key=str(folder / key), syslog_port=port) as site:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"<13>a: b\n")
+        await site.until("iiot_syslog_refused_lines_total", 1, reason="unknown_address")
+        writer.close()
+        await everything(site)
+        yield site
+
+
+async def test_both_routes_pass_promtool(tmp_path: Path) -> None:
+    async with full_site(tmp_path) as site:
+        for scrape in (await site.server(), await site.devices()):
+            await check_by_promtool(scrape.text)
+
+
+def names_of(scrapes: tuple[Scrape, ...]) -> set[str]:
+    return {name for scrape in scrapes for name, _ in scrape.numbers}
+
+
+async def test_the_readme_names_every_number(tmp_path: Path) -> None:
+    async with full_site(tmp_path) as site:
+        there = names_of((await site.server(), await site.devices()))
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in there if name.startswith("iiot_")}
+    shown = set(re.findall(r"`(iiot_\w+)(?:\{[\w,]+\})?`", section("Metrics").text))
+    assert shown == families
+
+
+@attrs.frozen
+class Prometheus:
+    """A real one, that runs."""
+
+    plant: Plant
+    url: str
+
+    async def ask(self, path: str, **parameters: str) -> Any:
+        async with self.plant.client.get(f"{self.url}/api/v1/{path}", params=parameters) as response:
+            body = await response.json()
+            assert (response.status, body["status"]) == (200, "success"), (parameters, body)
+            return body["data"]
+
+    async def value(self, query: str) -> float | None:
+        found = (await self.ask("query", query=query))["result"]
+        return float(found[0]["value"][1]) if found else None
+
+    async def until(self, query: str, wanted: float) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while await self.value(query) != wanted:
+                await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def prometheus(folder: Path, plant: Plant) -> AsyncIterator[Prometheus]:
+    """With the configuration of the README, whose tokens the README's commands make; only times are shorter, and the port is the test's."""
+    if PROMETHEUS is None:
+        pytest.skip("prometheus is not there")
+    terminal = Terminal(folder)
+    await terminal.run(blocks("Metrics", "sh")[0])
+    assert (folder / "iiot-viewer.token").stat().st_mode & 0o777 == 0o600
+    (text,) = blocks("Metrics", "yaml")
+    text = text.replace("127.0.0.1:8080", plant.url.removeprefix("http://")).replace("15s", "1s")
+    (folder / "prometheus.yml").write_text(text)
+    await check_by_promtool("", "check", "config", str(folder / "prometheus.yml"))
+    port = unused_port()
+    with (folder / "prometheus.log").open("ab") as log:
+        running = await asyncio.create_subprocess_exec(
+            PROMETHEUS, "--config.file=prometheus.yml", f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.path=tsdb",
+            cwd=folder, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while b"Server is ready" not in (folder / "prometheus.log").read_bytes():
+                await asyncio.sleep(0.05)
+        yield Prometheus(plant, f"http://127.0.0.1:{port}")
+    finally:
+        running.terminate()
+        await running.wait()
+
+
+async def test_a_real_prometheus_scrapes_both(site: Watched, tmp_path: Path) -> None:
+    device = await everything(site)
+    async with prometheus(tmp_path, site.plant) as real:
+        await real.until('iiot_reading{job="iiot-devices",device="press-1",metric="level"}', 7.25)
+        await real.until(r'iiot_reading{metric="a\"b\\c"}', 1)
+        await real.until('sum by (job) (up{job="iiot"})', 1)
+        await real.until("iiot_sessions", 1)
+        assert await real.value('iiot_device_connected{device="press-1"}') == 1
+        assert await real.value('iiot_device_connected{device="press-2"}') == 0
+        await device.store({"values": {"level": 8.5}})
+        await real.until('iiot_reading{metric="level"}', 8.5)
+        await device.close()
+        await real.until('iiot_device_connected{device="press-1"}', 0)
+        await real.until("iiot_points_total", 3)
