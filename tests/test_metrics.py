@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
 import signal
 import ssl
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,13 +22,14 @@ import pytest
 from aiohttp.test_utils import unused_port
 from hypothesis import given
 from hypothesis import strategies as st
-from plant import OPENSSL, PATIENCE, Device, Plant, Process, certificate, locked
+from plant import OPENSSL, PATIENCE, ROOT, Device, Plant, Process, certificate, locked
 from prometheus_client.parser import text_string_to_metric_families
 from readme import Terminal, blocks, section
 
 import iiot
 
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
+RULES, DASHBOARD = ROOT / ".github/prometheus-rules.yml", ROOT / ".github/grafana-dashboard.json"
 Labels = frozenset[tuple[str, str]]
 
 
@@ -494,6 +496,50 @@ async def test_the_readme_names_every_number(tmp_path: Path) -> None:
     assert shown == families
 
 
+def queries_of(dashboard: Any) -> Iterator[str]:
+    for panel in dashboard["panels"]:
+        yield from (target["expr"] for target in panel.get("targets", ()))
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["definition"])
+            assert found is not None
+            assert variable["query"]["query"] == variable["definition"]
+            yield found[1]
+
+
+def rule_queries() -> list[str]:
+    return re.findall(r"^ +expr: (.*)$", RULES.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+async def test_dashboard_and_rules_ask_for_numbers_that_are_there(tmp_path: Path) -> None:
+    async with full_site(tmp_path) as site:
+        there = names_of((await site.server(), await site.devices()))
+    assert len(rule_queries()) >= 5
+    dashboard = list(queries_of(json.loads(DASHBOARD.read_text(encoding="utf-8"))))
+    asked = {name for query in (*dashboard, *rule_queries()) for name in re.findall(r"\b(?:iiot|process)_\w+", query)}
+    assert asked - there == set()
+    unseen = {re.sub(r"_(bucket|count|sum)$", "", name) for name in there - asked if name.startswith("iiot_")}
+    assert unseen - {re.sub(r"_(bucket|count|sum)$", "", name) for name in asked} == set(), "each is in a panel or a rule"
+    codes = {code for query in rule_queries() for found in re.findall(r'code=~?"([^"]+)"', query) for code in found.split("|")}
+    assert codes <= set(iiot.FAULTS)
+
+
+def test_the_dashboard_is_one_for_any_data_source() -> None:
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    (source,) = (variable for variable in dashboard["templating"]["list"] if variable["type"] == "datasource")
+    assert source["query"] == "prometheus"
+    users = [part for panel in dashboard["panels"] if panel["type"] != "row" for part in (panel, *panel["targets"])]
+    assert {part["datasource"]["uid"] for part in users} == {f"${{{source['name']}}}"}
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    rows = [panel["title"] for panel in dashboard["panels"] if panel["type"] == "row"]
+    assert rows == ["Server", "Devices"]
+
+
+async def test_the_rules_pass_promtool() -> None:
+    await check_by_promtool("", "check", "rules", str(RULES))
+
+
 @attrs.frozen
 class Prometheus:
     """A real one, that runs."""
@@ -528,6 +574,7 @@ async def prometheus(folder: Path, plant: Plant) -> AsyncIterator[Prometheus]:
     (text,) = blocks("Metrics", "yaml")
     text = text.replace("127.0.0.1:8080", plant.url.removeprefix("http://")).replace("15s", "1s")
     (folder / "prometheus.yml").write_text(text)
+    shutil.copy(RULES, folder)
     await check_by_promtool("", "check", "config", str(folder / "prometheus.yml"))
     port = unused_port()
     with (folder / "prometheus.log").open("ab") as log:
@@ -559,3 +606,15 @@ async def test_a_real_prometheus_scrapes_both(site: Watched, tmp_path: Path) -> 
         await device.close()
         await real.until('iiot_device_connected{device="press-1"}', 0)
         await real.until("iiot_points_total", 3)
+        for query in queries_of(json.loads(DASHBOARD.read_text(encoding="utf-8"))):
+            await real.ask("query", query=query.replace("$__rate_interval", "1m").replace('"$', '".*'))
+        async with asyncio.timeout(PATIENCE):
+            while {rule["health"] for rule in await rules(real)} != {"ok"}:
+                await asyncio.sleep(0.1)
+        assert "firing" not in {rule["state"] for rule in await rules(real)}  # the disk of who tests may be filling up
+
+
+async def rules(real: Prometheus) -> list[dict[str, Any]]:
+    (group,) = (await real.ask("rules"))["groups"]
+    found: list[dict[str, Any]] = group["rules"]
+    return found
