@@ -387,6 +387,9 @@ class Limits:
     fleet_series: int = 50
     followed_series: int = 1_000
     followed_points: int = 100_000
+    # Who follows points, of a tenant: each gets rows of its own made. Rows in one event: clients read a line of half a megabyte at most.
+    point_followers: int = 20
+    event_points: int = 1_000
     # Readings that a rule is tried on: at one time, for each takes some microseconds of the event loop; and in all.
     trial_readings: int = 2_000
     trial_most: int = 1_000_000
@@ -2054,33 +2057,35 @@ def match_expression(search: Search, words: Mapping[str, Collection[str]], who: 
 
 class Trend:
     """The straight line through the readings of a window, by least squares. Sums are kept about the first time and value of the window,
-    and made anew when half of it has gone: else what is left of large numbers would pile up."""
+    and made anew when half of it has gone, or the reading that was furthest off: what is left of a large number hides the small ones."""
 
     def __init__(self, window: int) -> None:
         self._window = window
         self._readings: deque[tuple[int, float]] = deque()
-        self._gone = 0
         self._begin(0, 0.0)
 
     def _begin(self, time_zero: int, value_zero: float) -> None:
+        self._gone, self._largest = 0, 0.0
         self._zero = time_zero, value_zero
         self._sums = [0.0, 0.0, 0.0, 0.0]  # of x, y, xx, xy; x in minutes
 
     def _count(self, reading: tuple[int, float], sign: int) -> None:
         x, y = (reading[0] - self._zero[0]) / 60_000, reading[1] - self._zero[1]
+        self._largest = max(self._largest, abs(y))
         for place, each in enumerate((x, y, x * x, x * y)):
             self._sums[place] += sign * each
 
     def add(self, ts: int, value: float) -> tuple[float, float] | None:
         """Take a reading; the line's slope a minute and its value at this time. None, while the readings cover less than half of the
-        window: through two of them that lie close together every line would be steep."""
+        window, through two of them that lie close together every line would be steep; or where one is beyond all reckoning."""
         self._readings.append((ts, value))
         self._count(self._readings[-1], 1)
+        left = 0.0
         while self._readings[0][0] <= ts - self._window:
+            left = max(left, abs(self._readings[0][1] - self._zero[1]))
             self._count(self._readings.popleft(), -1)
             self._gone += 1
-        if len(self._readings) == 1 or self._gone > len(self._readings):
-            self._gone = 0
+        if len(self._readings) == 1 or self._gone > len(self._readings) or 0 < self._largest <= left:
             self._begin(*self._readings[0])
             for reading in self._readings:
                 self._count(reading, 1)
@@ -2092,12 +2097,17 @@ class Trend:
         if 2 * (self._readings[-1][0] - self._readings[0][0]) < self._window or spread <= 0:
             return None
         slope = (xy - x * y / count) / spread
-        return slope, self._zero[1] + y / count + slope * ((ts - self._zero[0]) / 60_000 - x / count)
+        now = self._zero[1] + y / count + slope * ((ts - self._zero[0]) / 60_000 - x / count)
+        return (slope, now) if math.isfinite(slope) and math.isfinite(now) else None
 
 
-def check_clear(rule: Rule) -> None:
-    """Refusal: invalid, for a value at which an alert is to clear that does not lie on the good side of the limit."""
+def check_rule(rule: Rule) -> None:
+    """Refusal: invalid, for what can never be, such as a value at which an alert is to clear beyond the limit."""
     kind, limit = rule.condition.kind, rule.condition.limit
+    if not rule.match:
+        raise Refusal("invalid", FieldError("match", "is empty; * is every device"))
+    if kind == "changed" and not cast("float", limit) > 0:
+        raise Refusal("invalid", FieldError("condition.changed", "is not above 0"))
     if rule.clear is None:
         return
     if not kind.endswith(("above", "below")):
@@ -2227,12 +2237,12 @@ class Trial:
 
     def _miss(self, until: int) -> None:
         """No reading came between the last one and this time."""
-        if self._absent is not None and until - self._last >= self._absent:
+        if self._absent is not None and until - self._last > self._absent:
             self._add(self._watch.take(self._last + self._absent, None, holds=True))
 
     def end(self, moment: int) -> list[Episode]:
         """All alerts that fired by then; the last one may still be firing."""
-        self._miss(moment)
+        self._miss(moment + 1)
         self._add(self._watch.advance(moment))
         if self._watch.now is not None and self._watch.now.fired_at is not None:
             self.over.append(self._watch.now)
@@ -5505,18 +5515,17 @@ class FleetReads(TelemetryReads):
 
     def _buckets_part(self, aggregates: tuple[str, ...], names: tuple[str, ...]) -> str:
         some = "from telemetry where series_id = wanted.id and ts >= wanted.start and ts < :stop"
-        return f"""with recursive ends as (select (select min(ts) {some}) first, (select max(ts) {some}) last),
-            span as (select max(wanted.start, first / :every * :every) low,
-                         min(:stop, last / :every * :every + :every, first / :every * :every + :every * :limit) high
-                     from ends where first is not null),
-            bucket (low, high) as (
-                select low, min(high, low / :every * :every + :every) from span
+        return f"""with recursive step (low) as (
+                select max(wanted.start, (select min(ts) {some}) / :every * :every)
                 union all
-                select bucket.high, min(span.high, bucket.high + :every) from bucket, span where bucket.high < span.high)
+                select (select min(ts) from telemetry where series_id = wanted.id
+                        and ts >= step.low / :every * :every + :every and ts < :stop) / :every * :every
+                from step where step.low is not null limit :limit),
+            bucket (low, high) as (select low, min(:stop, low / :every * :every + :every) from step where low is not null)
             select json_array(wanted.number, json((
                 select json_group_array(json(line)) from (
                     select ({self._bucket_sql(aggregates, "wanted.device", "wanted.metric", names=names)}) line from bucket order by low)
-                where line is not null)), (select high from span, ends where high <= last))"""
+                where line is not null)), (select max(high) from bucket having count(*) = :limit))"""
 
     @staticmethod
     def _fleet(tenant: int, wanted: FleetRange, after: tuple[str, str], limit: int) -> dict[str, object]:
@@ -7725,7 +7734,7 @@ class Registry:
         self._running: set[RequestUnderWay] = set()
         self._feeds: set[asyncio.Transport | None] = set()
         self._held: dict[int, int] = {}  # how often
-        self._followers: Counter[int] = Counter()  # of logs, by tenant
+        self._followers: Counter[tuple[int, str]] = Counter()  # of logs and of points, by tenant
         self._feeds_most = limits.feeds
 
     def serve(self, link: Link, conversation: Coroutine[Any, Any, None]) -> None:
@@ -7755,17 +7764,17 @@ class Registry:
         return device_id in self._held
 
     @contextmanager
-    def follower(self, tenant_id: int) -> Iterator[None]:
-        """Somebody follows a tenant's logs. Refusal: too_many_feeds."""
-        if self._followers[tenant_id] >= self._feeds_most:
+    def follower(self, tenant_id: int, what: str, most: int) -> Iterator[None]:
+        """Somebody follows a tenant's logs or points. Refusal: too_many_feeds."""
+        if self._followers[tenant_id, what] >= most:
             raise Refusal("too_many_feeds", retry_after=1)
-        self._followers[tenant_id] += 1
+        self._followers[tenant_id, what] += 1
         try:
             yield
         finally:
-            self._followers[tenant_id] -= 1
-            if not self._followers[tenant_id]:
-                del self._followers[tenant_id]
+            self._followers[tenant_id, what] -= 1
+            if not self._followers[tenant_id, what]:
+                del self._followers[tenant_id, what]
 
     @contextmanager
     def feed(self, transport: asyncio.Transport | None) -> Iterator[None]:
@@ -10031,7 +10040,7 @@ async def follow_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> 
     else:
         last = min(last, after)
         required_text(await logs.newer_lines(tenant, wanted, 1, last))
-    with services.registry.follower(tenant), services.registry.feed(call.request.transport):
+    with services.registry.follower(tenant, "logs", limits.feeds), services.registry.feed(call.request.transport):
         async with streaming(call, shown.content_type) as response:
             lines = orjson.loads(text)["items"][::-1]
             if first := shown.header + b"".join(map(shown.write, lines)):
@@ -10182,19 +10191,31 @@ async def rest_of_series(call: Call, wanted: FleetRange, number: int, start: int
         yield rows
 
 
+async def require_series(call: Call, wanted: FleetRange, number: int) -> None:
+    """The device whose series were listed up to this one may have had more of them, and be gone. Refusal: not_found."""
+    if not await call.services.store.read.fleet.rows(call.tenant, wanted, [(number, wanted.stop)], 1, ()):
+        raise Refusal("not_found")
+
+
 async def fleet_pieces(call: Call, wanted: FleetRange, names: tuple[str, ...]) -> AsyncIterator[bytes]:
     """JSON arrays of rows, series by series, each by time. Refusal: not_found, when a device was removed in the middle of its rows."""
-    fleet, limits, after = call.services.store.read.fleet, call.services.limits, ("", "")
+    fleet, limits, after, last = call.services.store.read.fleet, call.services.limits, ("", ""), 0
     while series := await fleet.series(call.tenant, wanted, after, limits.fleet_page):
-        after = series[-1][1], series[-1][2]
+        if last and series[0][1] != after[0]:
+            await require_series(call, wanted, last)
+        after, last = (series[-1][1], series[-1][2]), series[-1][0]
         for first in range(0, len(series), limits.fleet_series):
             some = [(number, wanted.start) for number, *_ in series[first : first + limits.fleet_series]]
             parts = await fleet.rows(call.tenant, wanted, some, limits.csv_rows // limits.fleet_series, names)
+            if len(parts) < len(some):
+                raise Refusal("not_found")
             for place, rows, following in parts:
                 yield rows
                 async for more in rest_of_series(call, wanted, some[place][0], following, names):
                     yield more
             await wait_for_turn(call.services, call.tenant)
+    if last:
+        await require_series(call, wanted, last)
 
 
 async def latest_pieces(call: Call, wanted: FleetRange, names: tuple[str, ...]) -> AsyncIterator[bytes]:
@@ -10225,7 +10246,8 @@ async def stream_rows(call: Call, wanted: FleetRange, pieces: AsyncIterator[byte
 
 
 def as_stored(value: Value) -> Value:
-    return int(value) if isinstance(value, bool) else value
+    """As it is read from the database: without the sign of zero, too."""
+    return int(value) if isinstance(value, bool) else value + 0.0 if isinstance(value, float) else value
 
 
 class Followed:
@@ -10246,17 +10268,33 @@ class Followed:
         self._names = {str(number): (device, metric) for number, device, metric in series}
 
     async def rows(self, batches: list[dict[str, dict[str, Value]]]) -> list[dict[str, Any]]:
-        """What of committed points is wanted."""
+        """What of committed points is wanted. Refusal: bad_query, when there are too many series by now."""
         highest = max((int(number) for points in batches for number in points), default=0)
         if highest > self._highest:
             await self.look()
             self._highest = highest
         return [
-            {"time": format_time(int(ts)), "device": self._names[number][0], "metric": self._names[number][1], "value": as_stored(value)}
+            {"time": format_time(ts), "device": self._names[number][0], "metric": self._names[number][1], "value": as_stored(value)}
             for points in batches
-            for number in points.keys() & self._names.keys()
-            for ts, value in sorted(points[number].items())
+            for number in sorted(points.keys() & self._names.keys(), key=self._names.__getitem__)
+            for ts, value in sorted((int(ts), value) for ts, value in points[number].items())
         ]
+
+
+async def events_of(call: Call, feed: PointFeed, followed: Followed) -> AsyncIterator[bytes]:
+    """What has come, in events of a bounded length, each in its tenant's turn; a comment when there is nothing."""
+    if feed.behind:
+        feed.behind = False
+        yield b"event: reset\ndata: {}\n\n"
+    is_empty, most = True, call.services.limits.event_points
+    for batch in feed.take():
+        rows = await followed.rows([batch])
+        for first in range(0, len(rows), most):
+            await wait_for_turn(call.services, call.tenant)
+            yield b"event: points\ndata: %b\n\n" % orjson.dumps(rows[first : first + most])
+            is_empty = False
+    if is_empty:
+        yield b": alive\n\n"
 
 
 async def follow_points(call: Call, wanted: FleetRange) -> web.StreamResponse:
@@ -10267,21 +10305,17 @@ async def follow_points(call: Call, wanted: FleetRange) -> web.StreamResponse:
     services.store.writer.point_feeds.add(feed)
     try:
         await followed.look()
-        with services.registry.follower(call.tenant), services.registry.feed(call.request.transport):
+        with services.registry.follower(call.tenant, "points", limits.point_followers), services.registry.feed(call.request.transport):
             async with streaming(call, "text/event-stream") as response:
                 await response.write(b": connected\n\n")
                 while not services.registry.closing.is_set():
                     with suppress(TimeoutError):
                         async with asyncio.timeout(limits.feed_seconds):
                             await feed.ring.wait()
-                    text = b"event: reset\ndata: {}\n\n" if feed.behind else b""
-                    feed.behind = False
-                    if rows := await followed.rows(feed.take()):
-                        text += b"event: points\ndata: %b\n\n" % orjson.dumps(rows)
-                    async with asyncio.timeout(limits.stall_seconds):
-                        await response.write(text or b": alive\n\n")
+                    async for text in events_of(call, feed, followed):
+                        async with asyncio.timeout(limits.stall_seconds):
+                            await response.write(text)
                     await asyncio.sleep(limits.follow_seconds)
-                    await wait_for_turn(services, call.tenant)
         return response
     finally:
         services.store.writer.point_feeds.discard(feed)
@@ -10311,7 +10345,8 @@ class RuleTrial:
         self._rule = rule
         self._range = start, stop
         self._trials: dict[str, Trial] = {}
-        self._alerts = 0  # of series that were read to their end
+        self._alerts = 0  # that are over
+        self._found: list[tuple[str, Episode]] = []
         self.readings = 0
 
     async def run(self) -> None:
@@ -10328,6 +10363,16 @@ class RuleTrial:
             place = series[-1][1], series[-1][2]
             for first in range(0, len(series), limits.fleet_series):
                 await self._run_some(series[first : first + limits.fleet_series])
+        for count, (device, trial) in enumerate(self._trials.items(), 1):
+            self._found += [(device, episode) for episode in trial.end(self._range[1])]
+            if count % limits.fleet_page == 0:
+                await wait_for_turn(self._call.services, tenant)
+        self._require_few(len(self._found), limits.page_most, "alerts")
+
+    @staticmethod
+    def _require_few(count: int, most: int, what: str) -> None:
+        if count > most:
+            raise Refusal("bad_query", FieldError("from", f"gives more than {most:,} {what}: take fewer devices or less time"))
 
     async def _run_some(self, series: list[tuple[int, str, str]]) -> None:
         fleet, limits = self._call.services.store.read.fleet, self._call.services.limits
@@ -10347,13 +10392,11 @@ class RuleTrial:
             trial.take(ts, value)
         self.readings += len(readings)
         self._alerts += len(trial.over) - before
-        for count, most, what in ((self.readings, limits.trial_most, "readings"), (self._alerts, limits.page_most, "alerts")):
-            if count > most:
-                raise Refusal("bad_query", FieldError("from", f"gives more than {most:,} {what}: take fewer devices or less time"))
+        self._require_few(self.readings, limits.trial_most, "readings")
+        self._require_few(self._alerts, limits.page_most, "alerts")
 
     def shown(self) -> dict[str, Any]:
         start, stop = self._range
-        found = [(device, episode) for device, trial in self._trials.items() for episode in trial.end(stop)]
         return {
             "from": format_time(start),
             "to": format_time(stop),
@@ -10364,7 +10407,7 @@ class RuleTrial:
                     "device": device, "since": format_time(episode.since), "fired_at": moment_text(episode.fired_at),
                     "resolved_at": moment_text(episode.resolved_at), "value": episode.value,
                 }
-                for device, episode in sorted(found, key=lambda item: (item[1].fired_at or 0, item[0]))
+                for device, episode in sorted(self._found, key=lambda item: (item[1].fired_at or 0, item[0]))
             ],
         }  # fmt: skip
 
@@ -10372,8 +10415,8 @@ class RuleTrial:
 async def try_rule(call: Call) -> web.StreamResponse:
     """When a rule would have fired and cleared."""
     rule, query, now = await call.body(Rule), cast("TrialQuery", call.query), now_ms()
-    check_clear(rule)
-    start, stop = now - DAY if query.from_ is None else query.from_, min(now, FUTURE if query.to_ is None else query.to_)
+    check_rule(rule)
+    start, stop = now - DAY if query.from_ is None else max(0, query.from_), min(now, FUTURE if query.to_ is None else query.to_)
     if start >= stop:
         raise Refusal("bad_query", FieldError("from", "is not earlier than to"))
     trial = RuleTrial(call, rule, start, stop)

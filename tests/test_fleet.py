@@ -148,6 +148,35 @@ async def test_removed_devices_are_in_no_row(filled: Plant) -> None:
     assert await filled.get("/telemetry") == [row for row in expected() if row["device"] != "press-2"]
 
 
+async def read_to_the_end(reader: StreamReader | asyncio.StreamReader) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while await reader.read(1 << 16):
+            pass
+
+
+@pytest.mark.parametrize("page", [3, 4, 500])
+async def test_a_list_in_which_a_device_is_removed_breaks_off(tmp_path: Path, page: int) -> None:
+    limits = attrs.evolve(iiot.Limits(), fleet_page=page, fleet_series=2)
+    async with plants.plant(tmp_path, limits) as plant:
+        device = await plant.device("press-1")
+        await device.store(*({"ts": START + n, "values": {f"metric-{m:03}": n for m in range(200)}} for n in range(100)))
+        await plant.device("press-2")
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(plant.url.rsplit(":", 1)[1]))
+        writer.write(f"GET /telemetry HTTP/1.1\r\nHost: press\r\nAuthorization: Bearer {plant.token}\r\n\r\n".encode())
+        await reader.readexactly(1_000)
+        assert (await plant.ask("DELETE", "/iiot/press-1"))[0] == 204
+        with pytest.raises(ConnectionResetError):
+            await read_to_the_end(reader)
+        writer.close()
+
+
+async def test_rare_readings_are_found_in_short_buckets(plant: Plant) -> None:
+    await (await plant.device("press-1")).store(*({"ts": START + n * 3_600_000 + 7, "values": {"level": n}} for n in range(50)))
+    rows = await plant.get("/telemetry?every=3ms&agg=last")
+    starts = [iiot.format_time((START + n * 3_600_000 + 7) // 3 * 3) for n in range(50)]
+    assert [(row["time"], row["value"]) for row in rows] == list(zip(starts, range(50), strict=True))
+
+
 # ---- points as they come
 
 
@@ -234,6 +263,19 @@ async def test_who_does_not_keep_up_is_told(tmp_path: Path) -> None:
             await device.store({"ts": START + 100, "values": {"level": 100}})
             while (await event(stream))[1][-1:] != [dict(zip(COLUMNS, (moment(0)[:-4] + "100Z", "press-1", "level", 100), strict=True))]:
                 pass
+
+
+async def test_events_have_a_bounded_length_and_followers_a_bounded_number(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), event_points=3, point_followers=1)) as plant:
+        device = await plant.device("press-1")
+        async with following(plant) as stream:
+            await stream.readline()
+            assert (await plant.ask("GET", "/telemetry?follow=1"))[0] == 429
+            await device.store(*({"ts": START + n, "values": {"level": -0.0}} for n in range(10)))
+            rows = [(await event(stream))[1] for _ in range(4)]
+        assert [len(some) for some in rows] == [3, 3, 3, 1]
+        assert [row["time"] for some in rows for row in some] == [iiot.format_time(START + n) for n in range(10)]
+        assert str(rows[0][0]["value"]) == "0.0"
 
 
 async def test_more_series_than_can_be_followed_are_refused(tmp_path: Path) -> None:

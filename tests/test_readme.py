@@ -349,6 +349,7 @@ def test_limits_are_the_readme_s() -> None:
         "sessions that a device opens at once": f"{limits.sessions}, then one in a second",
         "live feeds of a tenant": f"{limits.feeds}",
         "series that a stream of points follows": f"{limits.followed_series:,}",
+        "streams of points of a tenant": f"{limits.point_followers}",
         "readings on which a rule is tried": f"{limits.trial_most:,}",
         "pushes of a tenant that wait for an answer (wait)": f"{limits.waiting_pushes}",
         "requests of a tenant that wait for their turn": f"{limits.requests_waiting}",

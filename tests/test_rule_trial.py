@@ -82,7 +82,7 @@ def test_timers_run_by_the_times_of_the_readings(more: dict[str, Any], readings:
     ("readings", "stop", "alerts"),
     [
         ([], 59, []), ([], 60, [(60, 60, None)]), ([(10, 1)], 69, []), ([(10, 1)], 71, [(70, 70, None)]),
-        ([(10, 1), (69, 1)], 80, []), ([(10, 1), (70, 1)], 80, [(70, 70, 70)]),
+        ([(10, 1), (69, 1)], 80, []), ([(10, 1), (70, 1)], 80, []), ([(10, 1), (71, 1)], 80, [(70, 70, 71)]),
         ([(10, 1), (100, 1), (300, "x")], 300, [(70, 70, 100), (160, 160, 300)]),
     ],
 )  # fmt: skip
@@ -112,6 +112,15 @@ def test_a_trend_is_the_line_of_least_squares_through_its_window(steps: list[tup
         assert line[1] == pytest.approx(float(mean_y + slope * (Fraction(now, MINUTE) - mean_x)), rel=1e-6, abs=most)
 
 
+@pytest.mark.parametrize("mark", [1.7976931348623157e308, -1e18, 1e18])
+def test_a_reading_that_is_far_off_leaves_nothing_behind_when_it_has_left_the_window(mark: float) -> None:
+    trend = iiot.Trend(10 * MINUTE)
+    lines = [trend.add(n * 10 * SECOND, mark if n == 100 else n / 3) for n in range(300)]
+    for line in lines[160:]:
+        assert line is not None
+        assert line[0] == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize(
     ("body", "path"),
     [
@@ -122,6 +131,7 @@ def test_a_trend_is_the_line_of_least_squares_through_its_window(steps: list[tup
         ({"slope_above": 1, "window": "0s"}, "condition.window"),
         ({"predicted_above": 1, "window": "1m"}, "condition.within"), ({"absent": "31d"}, "condition.absent"),
         ({"absent": 5}, "condition.absent"),
+        ({"changed": 0}, "condition.changed"),
         ({"equals": None}, "condition.equals"), ({"equals": [1]}, "condition.equals"), ("above", "condition"),
     ],
 )  # fmt: skip
@@ -136,6 +146,7 @@ async def test_a_condition_that_cannot_be_is_refused_by_its_field(plant: Plant, 
     [
         ({"for": "x"}, "for"), ({"for_": "1s"}, "for_"), ({"keep_firing_for": 5}, "keep_firing_for"), ({"clear": 6}, "clear"),
         ({"clear": "x"}, "clear"), ({"metric": ""}, "metric"), ({"metric": 'a"b\n'}, "metric"), ({"match": 5}, "match"),
+        ({"match": ""}, "match"),
     ],
 )  # fmt: skip
 async def test_a_rule_that_cannot_be_is_refused_by_its_field(plant: Plant, more: dict[str, Any], path: str) -> None:
@@ -195,6 +206,14 @@ async def test_without_a_range_it_is_the_last_day(plant: Plant) -> None:
     status, answer = await plant.ask("POST", "/rules/dry-run", {"metric": "level", "condition": {"above": 5}})
     assert (status, answer["readings"], len(answer["items"])) == (200, 1, 1)
     status, answer = await plant.ask("POST", "/rules/dry-run?from=5&to=5", {"metric": "level", "condition": {"above": 5}})
+    assert (status, answer["error"]["details"][0]["path"]) == (400, "from")
+
+
+async def test_alerts_that_still_fire_count_too(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(iiot.Limits(), page_most=3)) as plant:
+        for number in range(4):
+            await plant.register(f"press-{number}")
+        status, answer = await plant.ask("POST", "/rules/dry-run", {"metric": "level", "condition": {"absent": "5m"}})
     assert (status, answer["error"]["details"][0]["path"]) == (400, "from")
 
 
