@@ -6346,17 +6346,15 @@ class Writer:
 
     def points_taken(self, tenant_id: int, points: int) -> None:
         """So many of those just added count for a tenant."""
-        self._pending.points_taken += points
-        self._count(tenant_id, points, 0)
+        pending = self._pending
+        pending.points_taken += points
+        before = pending.usage.get(tenant_id)
+        pending.usage[tenant_id] = (points, 0) if before is None else (before[0] + points, before[1])
 
     def log_bytes_taken(self, tenant_id: int, size: int) -> None:
         """So many bytes of lines count for a tenant."""
-        self._count(tenant_id, 0, size)
-
-    def _count(self, tenant_id: int, points: int, log_bytes: int) -> None:
-        usage = self._pending.usage
-        before = usage.get(tenant_id, (0, 0))
-        usage[tenant_id] = before[0] + points, before[1] + log_bytes
+        points, before = self._pending.usage.get(tenant_id, (0, 0))
+        self._pending.usage[tenant_id] = points, before + size
 
     @property
     def pending(self) -> tuple[int, int]:
@@ -8482,7 +8480,8 @@ class Intake:
 
     def take(self, data: bytes) -> None:
         """One text frame: for the writer, or behind those that are held back."""
-        if self._use.points.used_up or self.held:
+        points = self._use.points
+        if points.used >= points.most or (self._throttle is not None and self._throttle.size):
             self._throttled().hold(data)
         elif used_up := self._take(data):
             self._throttled().hold(data, used_up)
@@ -8518,16 +8517,13 @@ class Intake:
         try:
             frame = self._codec.frame(data)
             if not self._is_known(frame):
-                if used_up := self._used_up(frame):
+                if isinstance(frame, Log) and (used_up := self._logs.wholly_used_up(now_ms())):
                     return used_up
                 self._take_frame(frame, len(data))
         except Refusal as refusal:
             self._bad_frame(refusal, data)
         self._counts.frame_bytes += len(data)
         return None
-
-    def _used_up(self, frame: Frame) -> Throttled | None:
-        return self._logs.wholly_used_up(now_ms()) if isinstance(frame, Log) else None
 
     async def take_in_pieces(self, data: bytes, pause: Callable[[], Awaitable[None]]) -> None:
         """A long text frame: as `take`, with a pause after each piece of the work."""
@@ -8539,7 +8535,7 @@ class Intake:
                 if frame is None:
                     await pause()
                 elif not self._is_known(frame) and not self._owner.link.ended:
-                    if used_up := self._used_up(frame):
+                    if isinstance(frame, Log) and (used_up := self._logs.wholly_used_up(now_ms())):
                         self._throttled().hold(data, used_up)
                     elif isinstance(frame, Telemetry):
                         await self._take_long_telemetry(frame, self._codec.piece(frame.samples, data), pause)
@@ -8629,10 +8625,11 @@ class Intake:
 
     def _points_taken(self, seq: Seq, now: int, count: int, weight: int) -> None:
         """`count` points of the quota."""
-        self._use.points.add(now, count)
+        points = self._use.points
+        points.add(now, count)
         self._writer.points_taken(self._use.tenant_id, count)
         self._frame_taken(seq, now, weight)
-        if self._use.points.used_up:
+        if points.used >= points.most:
             self._throttled().look()
 
     def _take_state(self, frame: State, size: int) -> None:

@@ -436,9 +436,8 @@ async def throttled(url: str, rate: int, *, buffers: bool) -> AsyncIterator[tupl
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@pytest.mark.parametrize(
-    "buffers", [False, pytest.param(True, marks=pytest.mark.long)], ids=["a slow line", "a proxy that buffers"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("buffers", [False, True], ids=["a slow line", "a proxy that buffers"])
 async def test_a_slow_link_carries_a_recording(tmp_path: Path, *, buffers: bool) -> None:
     """The agent's patience is shorter here than in the field, and the line carries 3 kB/s: a frame of fifty rows takes over four
     seconds. Where all bytes seem to leave at once, the frames get smaller from one connection to the next."""

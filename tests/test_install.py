@@ -48,6 +48,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return programs
 
 
+@pytest.mark.long
 def test_the_installed_program_starts_with_a_new_database(installed: Path, tmp_path: Path) -> None:
     server = subprocess.Popen(
         [installed / "iiot", "--port", "0"], cwd=tmp_path, env=separate(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -71,6 +72,7 @@ def test_the_installed_program_starts_with_a_new_database(installed: Path, tmp_p
     assert f"\n  {installed / 'iiot-agent'} --url http://127.0.0.1:" in out
 
 
+@pytest.mark.long
 def test_the_installed_module_is_not_the_source_tree(installed: Path, tmp_path: Path) -> None:
     where = run(installed / "python", "-c", "import iiot; print(iiot.__file__); print(len(iiot.schema_text()))", folder=tmp_path)
     assert where.returncode == 0, where.stderr
@@ -79,6 +81,7 @@ def test_the_installed_module_is_not_the_source_tree(installed: Path, tmp_path: 
     assert int(characters) == len((ROOT / "schema.sql").read_text(encoding="utf-8"))
 
 
+@pytest.mark.long
 def test_the_installed_distribution_knows_its_version_and_its_program(installed: Path, tmp_path: Path) -> None:
     version = run(installed / "iiot", "--version", folder=tmp_path)
     said = run(installed / "python", "-c", "from importlib.metadata import version; print(version('iiot'))", folder=tmp_path)

@@ -181,6 +181,7 @@ async def test_before_a_pause_a_long_question_makes_its_own_tenant_wait_alone() 
     turns.give("a", await again)
 
 
+@pytest.mark.long
 async def test_the_log_stays_short_under_readers_that_always_overlap(tmp_path: Path) -> None:
     limits = attrs.evolve(iiot.Limits(), log_bytes=1024 * 1024, log_look_seconds=0.05, checkpoint_pages=50)
     async with plants.plant(tmp_path, limits) as plant:

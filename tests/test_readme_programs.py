@@ -70,6 +70,7 @@ async def until_printed(program: asyncio.subprocess.Process, *words: str) -> Non
             printed += line.decode()
 
 
+@pytest.mark.long
 async def test_what_is_missing_and_what_is_refused_is_told_in_words(terminal: Terminal, process: Process) -> None:
     await process.start()
     token, key = await process.read_first_start()
@@ -102,6 +103,7 @@ async def every_reading(plant: Plant, name: str, wanted: int) -> list[float]:
     return [value for _, value in body["series"][0]["points"]]
 
 
+@pytest.mark.long
 async def test_both_programs_lose_nothing_and_apply_what_is_pushed(terminal: Terminal, process: Process, tmp_path: Path) -> None:
     process.arguments = ("--port", str(unused_port()))
     await process.start()
