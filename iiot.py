@@ -2051,6 +2051,8 @@ def match_expression(search: Search, words: Mapping[str, Collection[str]], who: 
     column of that name, which the server puts together: nothing outside it is found."""
     expression, others = sides_for_index(search, words)
     return f"{{who}} : ({who}) {'NOT' if others else 'AND'} {{text}} : ({expression})"
+
+
 # ==== Alert rules ====
 # Owns: what a rule's condition makes of readings, and when an alert of it fires and clears. Must not know: asyncio, SQL, sockets.
 
@@ -5433,7 +5435,8 @@ class FleetRange:
         return ("time", "device", "metric", *(self.aggregates if self.every is not None and len(self.aggregates) > 1 else ("value",)))
 
 
-# A page of a tenant's series, by device and metric.
+# A page of a tenant's series, by device and metric. Names are unique, and the order has the device's id all the same: then two indexes
+# have the rows in it, and nothing is sorted.
 FLEET_SQL: Final = """select series.id, device.name device, metric from device join series on device_id = device.id
     where tenant_id = :tenant and name >= :device and (name > :device or metric > :metric) and (:match is null or name glob :match)
     and (:metrics is null or metric in (select value from json_each(:metrics))) order by device.name, device.id, metric limit :limit"""
@@ -5577,21 +5580,16 @@ class ScrapeReads:
     ) -> tuple[list[tuple[str, str, float, int]], tuple[str, str] | None]:
         """The newest readings, as device, metric, value and time, of the series after one, by device and metric; and after which to go
         on, None at the end. Those that are older than `since` or a text are left out."""
-        # Names are unique, and the order has the id all the same: then two indexes have the rows in it, and nothing is sorted.
-        narrowed = "" if metrics is None else "and metric in (select value from json_each(:metrics))"
         text = await self._readers.exact(
-            f"""with shown as materialized (
-                    select device.name device, series.id series, metric from device cross join series on series.device_id = device.id
-                    where tenant_id = :tenant and name >= :device and (name > :device or metric > :metric)
-                    and (:match is null or name glob :match) {narrowed} order by name, device.id, metric limit :limit)
+            f"""with shown as materialized ({FLEET_SQL})
                 select json_array(json((
                     select json_group_array(json_array(device, metric, {exact_sql("value")}, ts)) from shown cross join telemetry
-                    on series_id = series and ts = (select max(ts) from telemetry where series_id = series and ts >= :since)
+                    on series_id = shown.id and ts = (select max(ts) from telemetry where series_id = shown.id and ts >= :since)
                     where typeof(value) <> 'text')),
                     json((select case when (select count(*) from shown) = :limit then json_array(device, metric) end
                           from shown order by device desc, metric desc limit 1)))""",
             {
-                "tenant": tenant, "match": match, "metrics": None if metrics is None else orjson.dumps(metrics).decode(),
+                "tenant": tenant, "match": match, "metrics": None if metrics is None else bind(metrics)[0],
                 "since": since, "device": after[0], "metric": after[1], "limit": limit,
             },
         )  # fmt: skip
@@ -7733,7 +7731,6 @@ class Registry:
         self._feeds: set[asyncio.Transport | None] = set()
         self._held: dict[int, int] = {}  # how often
         self._followers: Counter[tuple[int, str]] = Counter()  # of logs and of points, by tenant
-        self._feeds_most = limits.feeds
 
     def serve(self, link: Link, conversation: Coroutine[Any, Any, None]) -> None:
         """Begin a conversation, and keep it until it is over."""
@@ -9628,16 +9625,14 @@ def json_response(text: str | bytes, status: int = 200, headers: Mapping[str, st
     return web.Response(body=body + b"\n", status=status, content_type=JSON_TYPE, headers=headers)
 
 
-def required_text(text: str | None) -> str:
+def required_text(text: str | bytes | None) -> str | bytes:
     if text is None:
         raise Refusal("not_found")
     return text
 
 
 def required(text: str | bytes | None) -> web.Response:
-    if text is None:
-        raise Refusal("not_found")
-    return json_response(text)
+    return json_response(required_text(text))
 
 
 def answer(value: object, status: int = 200) -> web.Response:
@@ -10029,7 +10024,8 @@ async def follow_log_lines(call: Call, wanted: LogFilter, shown: LineFormat) -> 
     """The newest lines, `limit` of them, or those after a line that is named; then those that come, as they are committed; an empty
     line where there is none for a while. Refusal: bad_query, not_found, too_many_feeds."""
     services, logs, limits, tenant = call.services, call.services.store.read.logs, call.services.limits, call.tenant
-    last, text = await logs.newest(), '{"items":[]}'
+    last = await logs.newest()
+    text: str | bytes = '{"items":[]}'
     if (after := cast("int | None", call.query.after)) is None:
         text = required_text(await logs.lines(tenant, wanted, call.count(limits.tail, limits.page_most), last + 1))
     elif call.query.limit is not None:
@@ -10383,7 +10379,9 @@ class RuleTrial:
             todo = [(todo[place][0], start, todo[place][2]) for place, _, start in parts if start is not None]
 
     def _judge(self, device: str, readings: list[tuple[int, Value]]) -> None:
-        limits, trial = self._call.services.limits, self._trials.setdefault(device, Trial(self._rule, self._range[0]))
+        limits, trial = self._call.services.limits, self._trials.get(device)
+        if trial is None:
+            trial = self._trials[device] = Trial(self._rule, self._range[0])
         before = len(trial.over)
         for ts, value in readings:
             trial.take(ts, value)
