@@ -52,7 +52,8 @@ def expected(points: int = 10) -> list[dict[str, Any]]:
 @pytest.fixture(params=[True, False], ids=["in small pieces", "at once"])
 async def filled(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Plant]:
     async with plants.plant(tmp_path, SMALL if request.param else None) as plant:
-        await fill(plant)
+        for device in (await fill(plant)).values():
+            await device.close()
         yield plant
 
 
@@ -160,7 +161,8 @@ async def test_a_list_in_which_a_device_is_removed_breaks_off(tmp_path: Path, pa
     async with plants.plant(tmp_path, limits) as plant:
         device = await plant.device("press-1")
         await device.store(*({"ts": START + n, "values": {f"metric-{m:03}": n for m in range(200)}} for n in range(100)))
-        await plant.device("press-2")
+        await device.close()
+        await plant.register("press-2")
         reader, writer = await asyncio.open_connection("127.0.0.1", int(plant.url.rsplit(":", 1)[1]))
         writer.write(f"GET /telemetry HTTP/1.1\r\nHost: press\r\nAuthorization: Bearer {plant.token}\r\n\r\n".encode())
         await reader.readexactly(1_000)
