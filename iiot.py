@@ -18,6 +18,7 @@ schema.sql the whole database.
     Frames                what crosses the wire, checked
     Rules                 pure functions: time, durations, cursors, searches of logs
     Alert rules           what a rule makes of readings, and when its alert fires
+    Alert watch           all rules at work: how each stands with each device
     Syslog messages       what a syslog message says, and where it ends
     Allowances            who may use how much, and who goes on next
     Counts                what the server counts of itself
@@ -26,6 +27,7 @@ schema.sql the whole database.
     Devices               SQL about devices, their sessions, states and configurations
     Readings              SQL about telemetry
     Logs                  SQL about lines of logs, their words and how long they are kept
+    Alerts                SQL about rules, alerts and silences
     Removal               what is left of removed things, deleted little by little
     Writer                what waits to be stored, and the one task that stores it
     Store                 the open database
@@ -38,6 +40,7 @@ schema.sql the whole database.
     HTTP calls            a request in hand, and how it is answered
     HTTP metrics          the handlers for a monitoring system that scrapes
     HTTP readings         the handlers of readings and logs
+    HTTP alerts           the handlers of rules, alerts and silences
     HTTP API              the other handlers, and the route table
     Application           how the parts are put together, started and stopped
     Command line          python iiot.py …
@@ -57,6 +60,7 @@ import hashlib
 import heapq
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -462,6 +466,25 @@ class Limits:
     search_depth: int = 8
     # Before a failed commit is tried again.
     retry_seconds: float = 1.0
+    # Alerts. Rules of a tenant; clocks are looked at so often; at one time so many of what is due, so many devices, and so many parts of
+    # so many readings of what is judged anew, which take some milliseconds each.
+    rules: int = 2_000
+    silences: int = 1_000
+    silenced_shown: int = 100
+    # An alert is stale if its readings are older: many devices report every few minutes.
+    stale_seconds: float = 900.0
+    alert_seconds: float = 0.5
+    alert_rows: int = 1_000
+    alert_devices: int = 500
+    judged_lines: int = 100_000
+    replays: int = 4
+    replay_readings: int = 2_500
+    # A server that did not look at its clock for so long stood still: silence meanwhile is nobody's.
+    standstill_seconds: float = 5.0
+    # A reading so old is one of the past: a device tells what it could not tell before. Nobody is told of alerts in it until a look
+    # after so many seconds shows that the device no longer catches up.
+    behind_seconds: float = 60.0
+    settle_seconds: float = 10.0
     # Samples without a time get one millisecond each, so a burst of one metric runs ahead of the clock. A frame holds about
     # 55,000 samples: one frame always fits. A stamp further ahead comes from a clock that was wrong, and binds nothing.
     stamp_ahead_seconds: float = 60.0
@@ -496,6 +519,7 @@ def fault_table(*rows: tuple[str, int, int, str]) -> Mapping[str, Fault]:
 
 FAULTS: Final = fault_table(
     # code                  HTTP  close  message
+    ("alert_resolved",       409, 4400, "The alert is over."),
     ("bad_handshake",        400, 4400, "The first frame must be hello or provision."),
     ("bad_query",            400, 4400, "A query parameter is not valid."),
     ("bad_request",          400, 4400, "The request is not valid HTTP."),
@@ -521,6 +545,7 @@ FAULTS: Final = fault_table(
     ("precondition_failed",  412, 4400, "The condition of the request is not true."),
     ("protocol_error",       400, 1002, "The device does not follow the WebSocket protocol."),
     ("query_too_slow",       503, 1013, "The query took too long; ask for less."),
+    ("rule_exists",          409, 4400, "A rule of this name exists already."),
     ("server_fault",         500, 1011, "The server failed; its log says why."),
     ("seq_reset",            409, 4409, "An operator reset the device's frame counter."),
     ("session_conflict",     409, 4429, "Two clients use the token of this device. Wait, then try again."),
@@ -539,8 +564,10 @@ FAULTS: Final = fault_table(
     ("too_many_devices",     403, 4429, "The tenant has reached its limit of devices."),
     ("too_many_feeds",       429, 4429, "The tenant has reached its limit of live feeds."),
     ("too_many_requests",    429, 4429, "The tenant has too many requests at once. Wait, then try again."),
+    ("too_many_rules",       409, 4429, "The tenant has reached its limit of rules."),
     ("too_many_series",      422, 4400, "The device has reached its limit of metrics."),
     ("too_many_sessions",    429, 4429, "The device opens sessions too often. Wait, then try again."),
+    ("too_many_silences",    409, 4429, "The tenant has reached its limit of silences."),
     ("too_slow",             408, 1013, "The client did not read what the server sent."),
     ("unauthorized",         401, 4401, "A valid token is needed."),
     ("unknown_type",         400, 4400, "There is no frame of this type."),
@@ -609,6 +636,8 @@ Days = NewType("Days", int)
 Span = NewType("Span", int)
 LogText = NewType("LogText", str)
 MetricName = NewType("MetricName", str)
+TextLabels = NewType("TextLabels", dict[str, str])
+Severity = NewType("Severity", str)
 
 DEVICE_NAME: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 MAC_ADDRESS: Final = re.compile(r"[0-9A-Fa-f]{2}([:.-]?[0-9A-Fa-f]{2}){5}([:.-]?[0-9A-Fa-f]{2}){0,2}")
@@ -620,6 +649,7 @@ DAY: Final = 86_400_000
 LARGE_INTEGER: Final = re.compile(rb"(?<![0-9.])[0-9]{19,}(?![0-9.eE])")  # may have more than 63 bits
 SEQ_TEXT: Final = re.compile(rb'"seq"\s*:\s*(-?[0-9]{1,40})(?![0-9.eE])')
 INNER: Final = re.compile(rb"[\[{]")
+SEVERITIES: Final = ("info", "warning", "error", "critical")  # of alerts, the least first
 LEVELS: Final = MappingProxyType({"critical": 2, "error": 3, "warning": 4, "notice": 5, "info": 6, "debug": 7})  # RFC 5424, section 6.2.1
 QUOTAS_WATCHED: Final = ("connections", "points_per_day", "log_bytes_per_day")  # where it is used, in memory
 QUOTAS: Final = ("devices", *QUOTAS_WATCHED)
@@ -855,26 +885,56 @@ class SyslogSource:
 @attrs.frozen
 class Condition:
     """What a rule asks of readings. `kind` is one of CONDITIONS; `limit` what a value is compared with: for `outside` the lower end, and
-    `upper` the other; `window` the milliseconds over which a trend is taken; `span` those that a trend looks ahead, or that a reading
-    may be absent."""
+    `upper` the other; `window` the milliseconds over which a trend is taken, or lines are counted; `span` those that a trend looks
+    ahead, or that a reading may be absent or a device offline; `count` how many lines there must be, of what is searched for in `q`,
+    and of what `level` at least."""
 
     kind: str
     limit: Value = 0
     upper: float = 0.0
     window: int = 0
     span: int = 0
+    count: int = 0
+    q: str = ""
+    level: str = "debug"
 
 
 @attrs.frozen
 class Rule:
-    """Body of POST /rules/dry-run: when to raise an alert for a device. Times in milliseconds."""
+    """Body of POST /rules, PUT /rules/{id} and POST /rules/dry-run: when to raise an alert for a device, one that has a name that
+    matches and these labels. Times in milliseconds."""
 
-    metric: MetricName
     condition: Condition
+    name: TokenName = TokenName("")
+    metric: MetricName | None = None
     match: str = "*"
+    match_labels: TextLabels = TextLabels({})
     for_: Span = Span(0)
     keep_firing_for: Span = Span(0)
     clear: float | None = None
+    severity: Severity = Severity("warning")
+    labels: TextLabels = TextLabels({})
+    text: str = ""
+    disabled: bool = False
+
+
+@attrs.frozen
+class Acknowledgement:
+    """Body of POST /alerts/{id}/ack: until when it holds, in milliseconds; without it until the alert is over."""
+
+    text: str = ""
+    until: Expiry | None = None
+
+
+@attrs.frozen
+class NewSilence:
+    """Body of POST /silences: of which alerts nobody is told, and until when."""
+
+    until: Expiry
+    match: str = "*"
+    labels: TextLabels = TextLabels({})
+    rule: str | None = None
+    text: str = ""
 
 
 @attrs.frozen
@@ -1035,7 +1095,7 @@ LARGEST_NUMBER: Final = sys.float_info.max
 CONDITIONS: Final = MappingProxyType(
     {
         "above": (), "below": (), "outside": (), "equals": (), "changed": (), "slope_above": ("window",), "slope_below": ("window",),
-        "predicted_above": ("within", "window"), "predicted_below": ("within", "window"), "absent": (),
+        "predicted_above": ("within", "window"), "predicted_below": ("within", "window"), "absent": (), "offline": (), "log": (),
     }
 )  # fmt: skip
 
@@ -1088,7 +1148,7 @@ def named(fields: Mapping[str, Any], name: str, check: Callable[[object], T]) ->
     try:
         return check(fields.get(name))
     except Invalid as error:
-        raise Invalid(str(error), f".{name}") from None
+        raise Invalid(str(error), f".{name}{error.at}") from None
 
 
 def named_span(fields: Mapping[str, Any], name: str) -> int:
@@ -1099,24 +1159,53 @@ def named_span(fields: Mapping[str, Any], name: str) -> int:
     return span
 
 
-def check_condition(content: object, _: object = None) -> Condition:
-    kind, fields = kind_of(content)
-    spans = {name: named_span(fields, name) for name in CONDITIONS[kind]}
-    if kind == "absent":
-        return Condition(kind, span=named_span(fields, kind))
-    if kind == "equals":
-        return Condition(kind, named(fields, kind, check_scalar))
-    ends = named(fields, kind, check_range if kind == "outside" else lambda value: (check_number(value), 0.0))
-    return Condition(kind, *ends, spans.get("window", 0), spans.get("within", 0))
-
-
-def one_of(*words: str) -> Callable[[object, object], str]:
+def one_of(*words: str) -> Callable[..., str]:
     def check(value: object, _: object = None) -> str:
         if type(value) is not str or value not in words:
             raise Invalid(f"is not one of {', '.join(words)}")
         return value
 
     return check
+
+
+COUNT_MOST: Final = 1_000  # lines that a rule counts, whose times are in memory for every device
+
+
+def check_line_count(value: object, _: object = None) -> int:
+    if type(value) is not int or not 0 < value <= COUNT_MOST:
+        raise Invalid(f"is not a whole number from 1 to {COUNT_MOST}")
+    return value
+
+
+def check_filled(value: object) -> str:
+    if type(value) is not str or not value.strip():
+        raise Invalid("is not a text, or an empty one")
+    return value
+
+
+def check_line_condition(fields: object) -> Condition:
+    """What a rule asks of lines of logs."""
+    if type(fields) is not dict:
+        raise Invalid("is not an object")
+    for name in fields:
+        if name not in ("q", "level", "count", "window"):
+            raise Invalid("is not a known field", f".{name}")
+    level = named(fields, "level", one_of(*LEVELS)) if "level" in fields else "debug"
+    q = named(fields, "q", check_filled) if "q" in fields else ""
+    return Condition("log", window=named_span(fields, "window"), count=named(fields, "count", check_line_count), q=q, level=level)
+
+
+def check_condition(content: object, _: object = None) -> Condition:
+    kind, fields = kind_of(content)
+    if kind == "log":
+        return named(fields, kind, check_line_condition)
+    spans = {name: named_span(fields, name) for name in CONDITIONS[kind]}
+    if kind in ("absent", "offline"):
+        return Condition(kind, span=named_span(fields, kind))
+    if kind == "equals":
+        return Condition(kind, named(fields, kind, check_scalar))
+    ends = named(fields, kind, check_range if kind == "outside" else lambda value: (check_number(value), 0.0))
+    return Condition(kind, *ends, spans.get("window", 0), spans.get("within", 0))
 
 
 def depth_of(value: object, most: int) -> int:
@@ -1216,6 +1305,31 @@ class LongTelemetry:
     def frame(self, part: bytes) -> bytes:
         """The text of a frame with a part of the samples."""
         return b"".join((self.before, part, self.after))
+
+
+# How values of a type are checked, whatever the limits are.
+HOOKS: Final[tuple[tuple[Any, Callable[[Any, Any], Any]], ...]] = (
+    (int, check_integer),
+    (bool, check_boolean),
+    (Seq, check_seq),
+    (Count, check_count),
+    (Timestamp, check_timestamp),
+    (Expiry, check_expiry),
+    (Clock, check_clock),
+    (DeviceName, check_device_name),
+    (DeviceSecret, check_device_secret),
+    (TenantName, check_tenant_name),
+    (TokenName, check_token_name),
+    (QuotaChange, check_quotas),
+    (LogLevel, one_of(*LEVELS)),
+    (Severity, one_of(*SEVERITIES)),
+    (Days, check_days),
+    (Span, check_span),
+    (Condition, check_condition),
+    (float, check_number),
+    (Mode, one_of("merge", "replace")),
+    (Verdict, one_of("applied", "rejected", "in_progress")),
+)
 
 
 class Codec:
@@ -1390,31 +1504,15 @@ class Codec:
     def _converter(self, *, exact: bool, largest: float) -> Converter:
         """`largest`: reals are below it."""
         converter = Converter(detailed_validation=exact, forbid_extra_keys=True)
-        converter.register_structure_hook(int, check_integer)
-        converter.register_structure_hook(bool, check_boolean)
+        for kind, hook in HOOKS:
+            converter.register_structure_hook(kind, hook)
         converter.register_structure_hook(str, self._check_text)
-        converter.register_structure_hook(Seq, check_seq)
-        converter.register_structure_hook(Count, check_count)
-        converter.register_structure_hook(Timestamp, check_timestamp)
-        converter.register_structure_hook(Expiry, check_expiry)
-        converter.register_structure_hook(Clock, check_clock)
-        converter.register_structure_hook(DeviceName, check_device_name)
-        converter.register_structure_hook(DeviceSecret, check_device_secret)
-        converter.register_structure_hook(TenantName, check_tenant_name)
-        converter.register_structure_hook(TokenName, check_token_name)
-        converter.register_structure_hook(QuotaChange, check_quotas)
         converter.register_structure_hook(Labels, self._check_labels)
         converter.register_structure_hook(Values, functools.partial(self._check_values, largest))
         converter.register_structure_hook(Document, functools.partial(self._check_document, largest))
-        converter.register_structure_hook(LogLevel, one_of(*LEVELS))
-        converter.register_structure_hook(Days, check_days)
-        converter.register_structure_hook(Span, check_span)
-        converter.register_structure_hook(Condition, check_condition)
-        converter.register_structure_hook(float, check_number)
+        converter.register_structure_hook(TextLabels, self._check_text_labels)
         converter.register_structure_hook(MetricName, self._check_metric)
         converter.register_structure_hook(LogText, self._check_log_text)
-        converter.register_structure_hook(Mode, one_of("merge", "replace"))
-        converter.register_structure_hook(Verdict, one_of("applied", "rejected", "in_progress"))
         converter.register_structure_hook_factory(attrs.has, functools.partial(self._object_hook, converter))
         converter.register_structure_hook_factory(
             lambda cls: getattr(cls, "__origin__", None) is tuple, functools.partial(self._array_hook, converter),
@@ -1495,6 +1593,15 @@ class Codec:
             if value is not None and (type(value) is not str or len(value) > longest or not value.isprintable()):
                 raise Invalid(f"is neither null nor at most {longest} printable characters", f".{name}")
         return Labels(content)
+
+    def _check_text_labels(self, content: object, _: object = None) -> TextLabels:
+        labels = self._check_labels(content)
+        for name, value in labels.items():
+            if value is None:
+                raise Invalid("is null", f".{name}")
+        if len(labels) > self._limits.labels:
+            raise Invalid(f"are more than {self._limits.labels}")
+        return cast("TextLabels", labels)
 
     def _check_values(self, largest: float, content: object, _: object = None) -> Values:
         """Readings by metric; reals below `largest`."""
@@ -2057,50 +2164,162 @@ def match_expression(search: Search, words: Mapping[str, Collection[str]], who: 
 # Owns: what a rule's condition makes of readings, and when an alert of it fires and clears. Must not know: asyncio, SQL, sockets.
 
 
+SLICES: Final = 64  # of the window of a trend: it is sharp to so fine a part, and costs no more memory with more readings
+
+
+@attrs.frozen
+class Slice:
+    """Readings that come one after the other, as a line sees them: sums of x, y, xx and xy about one of them, x in minutes."""
+
+    first: int
+    last: int
+    zero: float  # the value that y is counted from; x is counted from `first`
+    count: int
+    x: float
+    y: float
+    xx: float
+    xy: float
+
+    def since(self, first: int, zero: float) -> tuple[int, float, float, float, float]:
+        """The number of readings and the sums, about another."""
+        right, up = (self.first - first) / 60_000, self.zero - zero
+        x, y = self.x + self.count * right, self.y + self.count * up
+        return self.count, x, y, self.xx + right * (self.x + x), self.xy + right * y + up * self.x
+
+    def with_later(self, later: Slice) -> Slice:
+        """Both in one."""
+        count, x, y, xx, xy = later.since(self.first, self.zero)
+        return Slice(self.first, later.last, self.zero, self.count + count, self.x + x, self.y + y, self.xx + xx, self.xy + xy)
+
+
 class Trend:
-    """The straight line through the readings of a window, by least squares. Sums are kept about the first time and value of the window,
-    and made anew when half of it has gone, or the reading that was furthest off: what is left of a large number hides the small ones."""
+    """The straight line through the readings of a window, by least squares. The window moves by slices. Nothing is ever taken from a sum:
+    what is left of a large number hides the small ones. Slices that are past are kept in two stacks, the older one with the sums of each
+    slice and all that follow, so that the oldest can go (Tangwongsan and others, In-Order Sliding-Window Aggregation)."""
 
     def __init__(self, window: int) -> None:
         self._window = window
-        self._readings: deque[tuple[int, float]] = deque()
-        self._begin(0, 0.0)
+        self._older: list[tuple[int, Slice]] = []  # the oldest last: the end of each, and all from there on
+        self._newer: list[Slice] = []
+        self._sum: Slice | None = None  # of the newer ones
+        self._begin(0, 0.0, None)
 
-    def _begin(self, time_zero: int, value_zero: float) -> None:
-        self._gone, self._largest = 0, 0.0
-        self._zero = time_zero, value_zero
-        self._sums = [0.0, 0.0, 0.0, 0.0]  # of x, y, xx, xy; x in minutes
+    def _begin(self, ts: int, value: float, first: int | None) -> None:
+        """A new slice; `first`: the oldest reading that is left."""
+        self._zero = ts, value
+        self._until = ts + max(1, self._window // SLICES)
+        self._last = ts
+        self._own = [0, 0.0, 0.0, 0.0, 0.0]
+        self._first = ts if first is None else first
+        self._add_up()
 
-    def _count(self, reading: tuple[int, float], sign: int) -> None:
-        x, y = (reading[0] - self._zero[0]) / 60_000, reading[1] - self._zero[1]
-        self._largest = max(self._largest, abs(y))
-        for place, each in enumerate((x, y, x * x, x * y)):
-            self._sums[place] += sign * each
+    def _add_up(self) -> None:
+        """All slices but the present one."""
+        past = (self._older[-1][1] if self._older else None, self._sum)
+        parts = [part.since(*self._zero) for part in past if part is not None]
+        self._base = [sum(each) for each in zip(*parts, strict=True)] if parts else [0, 0.0, 0.0, 0.0, 0.0]
+
+    def _close(self) -> None:
+        """The present slice is past."""
+        if self._own[0]:
+            count, x, y, xx, xy = self._own
+            closed = Slice(self._zero[0], self._last, self._zero[1], int(count), x, y, xx, xy)
+            self._newer.append(closed)
+            self._sum = closed if self._sum is None else self._sum.with_later(closed)
+
+    def _forget(self, until: int) -> None:
+        """Slices that end by then are no more in the window."""
+        while True:
+            if not self._older:
+                for one in reversed(self._newer):
+                    self._older.append((one.last, one.with_later(self._older[-1][1]) if self._older else one))
+                self._newer, self._sum = [], None
+            if not self._older or self._older[-1][0] > until:
+                break
+            self._older.pop()
+        self._first = self._older[-1][1].first if self._older else self._zero[0]
+        self._add_up()
 
     def add(self, ts: int, value: float) -> tuple[float, float] | None:
         """Take a reading; the line's slope a minute and its value at this time. None, while the readings cover less than half of the
         window, through two of them that lie close together every line would be steep; or where one is beyond all reckoning."""
-        self._readings.append((ts, value))
-        self._count(self._readings[-1], 1)
-        left = 0.0
-        while self._readings[0][0] <= ts - self._window:
-            left = max(left, abs(self._readings[0][1] - self._zero[1]))
-            self._count(self._readings.popleft(), -1)
-            self._gone += 1
-        if len(self._readings) == 1 or self._gone > len(self._readings) or 0 < self._largest <= left:
-            self._begin(*self._readings[0])
-            for reading in self._readings:
-                self._count(reading, 1)
-        return self._line(ts)
+        if ts >= self._until or not self._own[0]:
+            self._close()
+            self._begin(ts, value, self._first if self._own[0] else None)
+        x, y, own = (ts - self._zero[0]) / 60_000, value - self._zero[1], self._own
+        own[0] += 1
+        own[1] += x
+        own[2] += y
+        own[3] += x * x
+        own[4] += x * y
+        self._last = ts
+        if self._first <= ts - self._window:
+            self._forget(ts - self._window)
+        return self._line(ts, x)
 
-    def _line(self, ts: int) -> tuple[float, float] | None:
-        count, (x, y, xx, xy) = len(self._readings), self._sums
+    def _line(self, ts: int, at: float) -> tuple[float, float] | None:
+        (count, x, y, xx, xy), base = self._own, self._base
+        count, x, y, xx, xy = count + base[0], x + base[1], y + base[2], xx + base[3], xy + base[4]
         spread = xx - x * x / count
-        if 2 * (self._readings[-1][0] - self._readings[0][0]) < self._window or spread <= 0:
+        if 2 * (ts - self._first) < self._window or spread <= 0:
             return None
         slope = (xy - x * y / count) / spread
-        now = self._zero[1] + y / count + slope * ((ts - self._zero[0]) / 60_000 - x / count)
+        now = self._zero[1] + y / count + slope * (at - x / count)
         return (slope, now) if math.isfinite(slope) and math.isfinite(now) else None
+
+
+def glob_class(text: str, place: int) -> tuple[str, int]:
+    """One of a set of characters, whose bracket is before `place`, and where it ends. Without an end it matches nothing."""
+    is_other = text.startswith("^", place)
+    begin = place + is_other
+    end = text.find("]", begin + 1)
+    if end < 0:
+        return "(?!)", len(text)
+    singles, ranges, before = list[str](), list[str](), ""
+    inside, at = text[begin:end], 0
+    while at < len(inside):
+        char, at = inside[at], at + 1
+        if char == "-" and before and at < len(inside):
+            if before <= inside[at]:
+                ranges.append(f"{re.escape(before)}-{re.escape(inside[at])}")
+            before, at = "", at + 1
+        else:
+            singles.append(re.escape(char))
+            before = "" if char == "]" and at == 1 else char
+    members = "".join(ranges + singles)
+    return f"[{'^' if is_other else ''}{members}]", end + 1
+
+
+def glob_pattern(text: str) -> re.Pattern[str]:
+    """What SQLite's GLOB matches, as an expression: `*` any text, `?` one character, `[a-z]` one of them, `[^a-z]` any other."""
+    parts, place = list[str](), 0
+    while place < len(text):
+        char, place = text[place], place + 1
+        if char == "[":
+            part, place = glob_class(text, place)
+            parts.append(part)
+        else:
+            parts.append({"*": ".*", "?": "."}.get(char) or re.escape(char))
+    return re.compile("".join(parts), re.DOTALL)
+
+
+ALERT_TEXTS: Final = MappingProxyType(
+    {"absent": "{device} sends no {metric}", "offline": "{device} is offline", "log": "{device} logs {value} such lines"}
+)
+
+
+def value_text(value: Value | None) -> str:
+    """A value as people read it: six digits of a number that is not whole."""
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+
+
+def alert_text(rule: Rule, device: str, metric: str, value: Value | None) -> str:
+    """What people read of an alert: the text of its rule, with the device, the metric and the value that was judged."""
+    fields = {"device": device, "metric": metric, "value": value_text(value)}
+    text = rule.text or ALERT_TEXTS.get(rule.condition.kind, "{metric} of {device}: {value}")
+    return re.sub(r"\{(device|metric|value)\}", lambda found: fields[found[1]], text)
 
 
 def check_rule(rule: Rule) -> None:
@@ -2108,6 +2327,8 @@ def check_rule(rule: Rule) -> None:
     kind, limit = rule.condition.kind, rule.condition.limit
     if not rule.match:
         raise Refusal("invalid", FieldError("match", "is empty; * is every device"))
+    if (rule.metric is None) != (kind in ("offline", "log")):
+        raise Refusal("invalid", FieldError("metric", "is missing" if rule.metric is None else f"is not for {kind}"))
     if kind == "changed" and not cast("float", limit) > 0:
         raise Refusal("invalid", FieldError("condition.changed", "is not above 0"))
     if rule.clear is None:
@@ -2172,33 +2393,35 @@ class Judge:
 
 @attrs.define
 class Episode:
-    """An alert from when its condition began to hold; `fired_at` and `resolved_at` None, while it has not."""
+    """An alert from when its condition began to hold; `fired_at`, `ended_at` (when the condition held no more) and `resolved_at` None,
+    while it has not."""
 
     since: int
     value: Value | None
     fired_at: int | None = None
     resolved_at: int | None = None
+    ended_at: int | None = None
 
 
-class Watch:
+class Life:
     """The life of one alert of a rule for one device: pending, firing, resolved. Timers run by the times that it is told."""
 
     def __init__(self, rule: Rule) -> None:
         self._for = rule.for_
         self._keep = rule.keep_firing_for
         self.now: Episode | None = None
-        self._ended: int | None = None  # since when the condition of a firing alert holds no more
+        self.ended: int | None = None  # since when the condition of a firing alert holds no more
 
     def advance(self, moment: int) -> Episode | None:
         """Let the time go on; an alert that is over by then."""
         episode = self.now
         if episode is None:
             return None
-        if episode.fired_at is None and self._ended is None and episode.since + self._for <= moment:
+        if episode.fired_at is None and self.ended is None and episode.since + self._for <= moment:
             episode.fired_at = episode.since + self._for
-        if episode.fired_at is not None and self._ended is not None and self._ended + self._keep <= moment:
-            episode.resolved_at = self._ended + self._keep
-            self.now = self._ended = None
+        if episode.fired_at is not None and self.ended is not None and self.ended + self._keep <= moment:
+            episode.ended_at, episode.resolved_at = self.ended, self.ended + self._keep
+            self.now = self.ended = None
             return episode
         return None
 
@@ -2207,22 +2430,29 @@ class Watch:
         over = self.advance(moment - 1) if self.now is not None and not holds else self.advance(moment)
         if holds:
             self.now = self.now or Episode(moment, value)
-            self._ended = None
+            self.ended = None
         elif self.now is not None and self.now.fired_at is None:
             self.now = None  # it did not hold for long enough
-        elif self.now is not None and self._ended is None:
-            self._ended = moment
+        elif self.now is not None and self.ended is None:
+            self.ended = moment
         return over or self.advance(moment)
 
 
+def counted_until(lines: list[int], count: int, window: int, since: int) -> int:
+    """When so many lines, whose times these are, are no longer in a window; `since`: an alert of them began then, if fewer are known."""
+    return (lines[-count] if len(lines) >= count else since) + window + 1
+
+
 class Trial:
-    """A rule over the readings of one series, as if they had come at their times."""
+    """A rule over what one device did, as if it had come at its times."""
 
     def __init__(self, rule: Rule, start: int) -> None:
-        self._absent = rule.condition.span if rule.condition.kind == "absent" else None
+        self._condition = rule.condition
+        self._silence = rule.condition.span if rule.condition.kind in ("absent", "offline") else None
         self._judge = Judge(rule)
-        self._watch = Watch(rule)
-        self._last = start
+        self._life = Life(rule)
+        self._last: int | None = start if rule.condition.kind == "absent" else None  # since when there is silence
+        self._lines: list[int] = []
         self.over: list[Episode] = []
 
     def _add(self, episode: Episode | None) -> None:
@@ -2230,25 +2460,1012 @@ class Trial:
             self.over.append(episode)
 
     def take(self, ts: int, value: Value) -> None:
-        if self._absent is not None:
+        if self._silence is not None:
             self._miss(ts)
-            self._add(self._watch.take(ts, None, holds=False))
+            self._add(self._life.take(ts, None, holds=False))
             self._last = ts
         elif (judged := self._judge.take(ts, value)) is not None:
-            self._add(self._watch.take(ts, judged, holds=self._judge.holds))
+            self._add(self._life.take(ts, judged, holds=self._judge.holds))
+
+    def take_presence(self, ts: int, *, is_connected: bool) -> None:
+        if is_connected:
+            self.take(ts, 0)
+            self._last = None
+        elif self._last is None:
+            self._last = ts
+
+    def take_line(self, ts: int) -> None:
+        count, window = self._condition.count, self._condition.window
+        self._count(ts)
+        self._lines = [*self._lines[1 - count :], ts] if count > 1 else [ts]
+        if len(self._lines) == count and ts - self._lines[0] <= window:
+            self._add(self._life.take(ts, count, holds=True))
+
+    def _count(self, until: int) -> None:
+        """No line came between the last one and this time."""
+        if self._lines and self._life.now is not None:
+            over_at = counted_until(self._lines, self._condition.count, self._condition.window, self._life.now.since)
+            if over_at <= until and self._life.ended is None:
+                self._add(self._life.take(over_at, None, holds=False))
 
     def _miss(self, until: int) -> None:
-        """No reading came between the last one and this time."""
-        if self._absent is not None and until - self._last > self._absent:
-            self._add(self._watch.take(self._last + self._absent, None, holds=True))
+        """Nothing came between the last time and this one."""
+        if self._silence is not None and self._last is not None and until - self._last > self._silence:
+            self._add(self._life.take(self._last + self._silence, None, holds=True))
 
     def end(self, moment: int) -> list[Episode]:
         """All alerts that fired by then; the last one may still be firing."""
         self._miss(moment + 1)
-        self._add(self._watch.advance(moment))
-        if self._watch.now is not None and self._watch.now.fired_at is not None:
-            self.over.append(self._watch.now)
+        self._count(moment)
+        self._add(self._life.advance(moment))
+        if self._life.now is not None and self._life.now.fired_at is not None:
+            self.over.append(self._life.now)
         return self.over
+
+
+# ==== Alert watch ====
+# Owns: which rules look at which devices, how each stands, and what becomes of alerts with what is stored. It is told what is stored and
+# what time it is, and says what to write and what to look up. Must not know: asyncio, SQL, sockets.
+
+PRESENCE: Final = ""  # beside metrics, what a rule may look at in a device
+LINES: Final = "\n"
+NOT_LOOKED_AT: Final = "its rule no longer looks at the device"
+NEVER: Final = math.inf
+
+
+class WatchedRule:
+    """A rule that is in force; `gap` in milliseconds, of one about silence."""
+
+    __slots__ = ("gap", "high", "id", "is_kept", "kind", "low", "name", "pattern", "rule", "source", "tenant_id")
+
+    def __init__(self, number: int, tenant_id: int, rule: Rule) -> None:
+        self.id, self.tenant_id, self.name, self.rule = number, tenant_id, rule.name, rule
+        self.kind = rule.condition.kind
+        self.pattern = None if rule.match == "*" else glob_pattern(rule.match)
+        self.source = {"offline": PRESENCE, "log": LINES}.get(self.kind, rule.metric or "")
+        self.is_kept = self.kind.startswith(("changed", "slope", "predicted"))  # one reading says nothing by itself
+        self.low, self.high = self._quiet_range()
+        self.gap = rule.condition.span if self.kind in ("absent", "offline") else NEVER
+
+    def _quiet_range(self) -> tuple[float, float]:
+        """Between which numbers a condition that does not hold begins to hold in no case; where there are none, the lower is higher."""
+        limit = self.rule.condition.limit
+        match self.kind:
+            case "above":
+                return -math.inf, cast("float", limit)
+            case "below":
+                return cast("float", limit), math.inf
+            case "outside":
+                return cast("float", limit), self.rule.condition.upper
+            case "absent" | "offline" | "log":
+                return -math.inf, math.inf
+        return math.inf, -math.inf
+
+    def looks_at(self, tenant_id: int, device: str, labels: Mapping[str, str]) -> bool:
+        return (
+            self.tenant_id == tenant_id and (self.pattern is None or self.pattern.fullmatch(device) is not None)
+            and all(labels.get(name) == value for name, value in self.rule.match_labels.items())
+        )  # fmt: skip
+
+    def is_quiet(self, value: Value) -> bool:
+        """Whether a reading leaves a condition that does not hold as it is."""
+        if self.kind == "equals":
+            return value != self.rule.condition.limit
+        return not self.is_kept and (isinstance(value, str) or self.low <= value <= self.high)
+
+
+class RuleSet:
+    """Rules that look at one device, or at one source; all that the same rules look at share it. Numbers within `low` and `high`, of which
+    none comes more than `gap` after the one before, leave all of them as they are, if none holds."""
+
+    __slots__ = ("_by_source", "gap", "high", "low", "members", "rules")
+
+    def __init__(self, rules: tuple[WatchedRule, ...]) -> None:
+        self.rules, self.members = rules, frozenset(rules)
+        self.low = max((rule.low for rule in rules), default=-math.inf)
+        self.high = min((rule.high for rule in rules), default=math.inf)
+        self.gap = min((rule.gap for rule in rules), default=NEVER)
+        self._by_source: dict[str, RuleSet] | None = None
+
+    def by_source(self) -> dict[str, RuleSet]:
+        """The same, by what they look at in a device."""
+        if self._by_source is None:
+            parts: dict[str, list[WatchedRule]] = {}
+            for rule in self.rules:
+                parts.setdefault(rule.source, []).append(rule)
+            self._by_source = {source: RuleSet(tuple(some)) for source, some in parts.items()}
+        return self._by_source
+
+
+NO_RULES: Final = RuleSet(())
+
+
+class WatchedDevice:
+    """A device that rules may look at; `offline` if its session ended, which one that never had any is not."""
+
+    __slots__ = ("id", "labels", "name", "offline", "rules", "sources", "tenant_id")
+
+    def __init__(self, number: int, tenant_id: int) -> None:
+        self.id, self.tenant_id, self.name = number, tenant_id, ""
+        self.labels: dict[str, str] = {}
+        self.offline = False
+        self.rules = NO_RULES
+        self.sources = dict[str, "Source"]()  # by metric, PRESENCE and LINES
+
+
+class Source:
+    """What rules look at in one device: the readings of a metric, its presence or its lines. `newest` is the time of the newest reading,
+    or since when the device is offline; 0 without one. A source has a clock of its own, that stood at `base` when something last came, at
+    `arrived` by the clock of the process: a device with a wrong clock, or one that tells of the past, is judged by its own times."""
+
+    __slots__ = ("arrived", "base", "device", "due", "metric", "newest", "rules", "series", "standings")
+
+    def __init__(self, device: WatchedDevice, metric: str, rules: RuleSet, base: int, arrived: float) -> None:
+        self.device, self.metric, self.rules = device, metric, rules
+        self.series: str | None = None
+        self.newest = 0
+        self.base, self.arrived = base, arrived
+        self.standings = dict[int, "Standing"]()  # by rule
+        self.due = NEVER  # when it is to be looked at again
+
+    def clock(self, now: float) -> int:
+        return self.base + round((now - self.arrived) * 1000)
+
+    def when(self, moment: int) -> float:
+        """The time of the process at which the source's own clock shows a moment."""
+        return self.arrived + (moment - self.base) / 1000
+
+    def came(self, moment: int, now: float) -> None:
+        """Something new came, of this moment."""
+        self.newest = self.base = moment
+        self.arrived = now
+
+
+class Standing:
+    """How a rule stands with a device, where there is something to be kept of it."""
+
+    __slots__ = (
+        "alert_id", "catching_up", "is_learned", "judge", "lag", "life", "lines", "looked_at", "reach",
+        "replay", "rule", "source", "stored",
+    )  # fmt: skip
+
+    def __init__(self, rule: WatchedRule, source: Source) -> None:
+        self.rule, self.source = rule, source
+        self.judge = Judge(rule.rule)
+        self.life = Life(rule.rule)
+        self.lines: list[int] = []  # times of the newest lines, as many as the rule counts
+        self.alert_id: int | None = None  # of the row that is stored
+        self.stored: tuple[object, ...] = ()  # what it says: since, fired_at, ended_at, catching_up
+        self.catching_up = False
+        self.is_learned = False  # from what is stored of its alert; the readings that led to it are not known
+        self.lag, self.looked_at = 0, 0.0  # how far its readings were behind, and when that was seen
+        self.replay = cast("Replay | None", None)
+        self.reach: int | None = None  # since when it would be open by what came late, which may yet end before what was told began
+
+    def learn(self, alert_id: int, episode: Episode, ended_at: int | None, catching_up: bool, now: float) -> None:  # noqa: FBT001
+        """What is stored of its alert."""
+        self.alert_id, self.catching_up, self.is_learned = alert_id, catching_up, True
+        self.life.now, self.life.ended = episode, ended_at
+        self.judge.holds = ended_at is None
+        self.stored = (episode.since, episode.fired_at, ended_at, catching_up)
+        self.looked_at = now
+
+    def lines_are_over_at(self) -> int | None:
+        """When there are no longer enough lines in the window, if no more come; None, where that is not waited for."""
+        condition, episode = self.rule.rule.condition, self.life.now
+        if self.rule.kind != "log" or episode is None or self.life.ended is not None:
+            return None
+        return counted_until(self.lines, condition.count, condition.window, episode.since)
+
+
+class Replay:
+    """A series that a rule judges anew from what is stored, a part at a time. The standing waits meanwhile. Once all that came late is
+    judged, and things are as they were known to be then, it goes on from where the standing was: `known_to`, 0 if it knew nothing.
+    Readings of a window before `start` are read too, without being judged: a trend goes through them."""
+
+    __slots__ = (
+        "after", "again", "fired", "is_present", "judge", "known_to", "life", "past", "reach", "recorded",
+        "says", "standing", "start", "stop",
+    )  # fmt: skip
+
+    def __init__(self, standing: Standing, start: int, stop: int, known_to: int) -> None:
+        rule = standing.rule.rule
+        self.start = start
+        self.standing, self.stop, self.known_to = standing, stop, known_to
+        self.again: tuple[int, int] | None = None  # what else came late meanwhile
+        self.judge, self.life = Judge(rule), Life(rule)
+        self.after = start - 1 - rule.condition.window
+        self.recorded: list[tuple[int, int | None, int | None]] | None = None  # alerts that are stored: since, ended_at, resolved_at
+        self.fired: list[tuple[int, int | None]] = []  # those of them that fired: since, resolved_at
+        self.past: list[Episode] = []
+        self.is_present = False  # it goes on from where the standing was
+        self.reach: int | None = None  # since when there was an alert then, by this
+        self.says = False  # whether a reading said something
+
+    def is_known(self, over: Episode) -> bool:
+        """Whether an alert is stored that fired, and was there in a part of its time."""
+        last = over.resolved_at or NEVER
+        return any(begin <= last and (end is None or end >= over.since) for begin, end in self.fired)
+
+    def was_there(self, moment: int) -> bool:
+        """Whether there was an alert then, as it was known."""
+        return any(begin <= moment and (end or NEVER) >= moment for begin, _, end in self.recorded or ())
+
+    def held(self, moment: int) -> bool:
+        """Whether the condition held then, as it was known."""
+        return any(begin <= moment and (ended or end or NEVER) > moment for begin, ended, end in self.recorded or ())
+
+    def is_over(self) -> bool:
+        """Whether it ends with an alert that is known to be over: its time to be kept has passed, though no reading says so."""
+        episode, ended = self.life.now, self.life.ended
+        if episode is None or ended is None:
+            return False
+        return any(begin <= ended and end is not None and end >= episode.since for begin, _, end in self.recorded or ())
+
+    def begin(self, recorded: list[list[Any]]) -> None:
+        """With what is stored: alerts that were not over before the start."""
+        self.recorded = [(since, ended_at, resolved_at) for since, _, _, ended_at, resolved_at in recorded]
+        self.fired = [(since, resolved_at) for since, _, fired_at, _, resolved_at in recorded if fired_at is not None]
+        for since, value, fired_at, ended_at, resolved_at in recorded:
+            is_over = resolved_at is not None and ended_at is not None and ended_at < self.start
+            if since < self.start and not is_over:
+                self.life.now = Episode(since, value, fired_at if fired_at is not None and fired_at < self.start else None)
+                self.life.ended = ended_at if ended_at is not None and ended_at < self.start else None
+        self.hold()
+
+    def hold(self) -> None:
+        """The condition holds as the alert says which was there at the start."""
+        if self.life.now is not None:
+            self.judge.holds = self.life.ended is None
+
+    def take(self, readings: list[tuple[int, Value]]) -> list[Episode]:
+        """Judge some; alerts that are over by them."""
+        over = list[Episode | None]()
+        for ts, value in readings:
+            self.after = ts
+            if ts < self.start:
+                self.judge.take(ts, value)
+                self.hold()
+            elif (judged := self.judge.take(ts, value)) is not None:
+                self.says = True
+                over.append(self.life.take(ts, judged, holds=self.judge.holds))
+        return [episode for episode in over if episode is not None]
+
+    def look_whether_present(self) -> None:
+        beyond = self.stop + self.standing.rule.rule.condition.window
+        holds = self.life.now is not None and self.life.ended is None
+        is_as_known = holds == self.held(self.after) and (self.life.now is not None) == self.was_there(self.after)
+        if beyond < self.after < self.known_to and is_as_known:
+            self.reach = None if self.life.now is None else self.life.now.since
+            self.judge, self.life, self.after, self.is_present = self.standing.judge, self.standing.life, self.known_to, True
+
+
+@attrs.frozen
+class AlertRow:
+    """An alert as it is to be stored, times in milliseconds; `told` is what its device's timeline is to say of it, if anything."""
+
+    id: int
+    standing: Standing
+    since: int
+    value: Value | None
+    fired_at: int | None
+    ended_at: int | None
+    resolved_at: int | None
+    catching_up: bool
+    reason: str | None
+    told: str
+
+    def text(self) -> str:
+        source = self.standing.source
+        return alert_text(self.standing.rule.rule, source.device.name, source.metric, self.value)
+
+    def cells(self) -> tuple[object, ...]:
+        """As `ALERT_COLUMNS` has them."""
+        watched, source = self.standing.rule, self.standing.source
+        rule, device = watched.rule, source.device
+        return (
+            self.id, device.tenant_id, device.id, watched.id, watched.name, watched.kind, rule.severity, rule.labels,
+            None if source.metric in (PRESENCE, LINES) else source.metric, None if source.series is None else int(source.series),
+            self.text(), self.value, self.since, self.fired_at, self.ended_at, self.resolved_at, self.reason, int(self.catching_up),
+        )  # fmt: skip
+
+
+@attrs.frozen
+class DevicesWanted:
+    """A page of the devices of a tenant that match, after one; with the series of some metrics, and the open alerts of a rule, or all."""
+
+    tenant_id: int
+    match: str = "*"
+    after: str = ""
+    metrics: tuple[str, ...] = ()
+    rule_id: int | None = None
+
+
+@attrs.frozen
+class ReadingsWanted:
+    """Readings of a series after a time, to be judged anew; at the first time with what is stored of the rule and the device."""
+
+    rule_id: int
+    series: int
+    device_id: int
+    after: int
+    is_first: bool
+    needs_before: bool
+
+
+@attrs.define
+class AlertWork:
+    """What the next transaction writes of alerts, and looks up for those to come."""
+
+    resolved: dict[int, AlertRow] = attrs.Factory(dict)  # by number, as no alert may be written twice
+    past: list[AlertRow] = attrs.Factory(list)  # that are over already
+    open: dict[int, AlertRow] = attrs.Factory(dict)
+    dropped: list[int] = attrs.Factory(list)  # ended before they fired
+    orphans: list[int] = attrs.Factory(list)  # nothing looks after them any more
+    late: list[tuple[int, int, int, int, int]] = attrs.Factory(list)  # rule, series, device, start, stop
+    judged: list[tuple[int, int]] = attrs.Factory(list)  # rule and series: what was late is judged
+    lines: dict[int, int] = attrs.Factory(dict)  # by rule: lines up to this number are judged
+    devices: DevicesWanted | None = None
+    readings: list[ReadingsWanted] = attrs.Factory(list)
+    metrics: tuple[str, ...] = ()  # that rules look at, for devices that have changed
+    is_asking: bool = False  # whether more devices have changed than it was told of
+
+    @property
+    def is_told(self) -> bool:
+        return bool(self.resolved or self.past or self.open or self.dropped or self.orphans)
+
+    def __bool__(self) -> bool:
+        return bool(self.is_told or self.late or self.judged or self.lines or self.devices or self.readings or self.is_asking)
+
+
+@attrs.define
+class AlertNews:
+    """What a transaction found out for the watch: rules that have changed, with their tenant and text (null: gone); devices that have,
+    and a page of those that were wanted, as DEVICE_WATCHED_JSON has them; and readings, with what is stored of alerts."""
+
+    rules: list[tuple[int, int, str | None]] = attrs.Factory(list)
+    devices: list[list[Any]] = attrs.Factory(list)
+    page: list[list[Any]] | None = None
+    readings: list[tuple[list[list[Any]], list[tuple[int, Value]]]] = attrs.Factory(list)
+    more: bool = False  # devices have changed that the next transaction will tell
+
+
+class Places:
+    """Which rules look at which devices, and at what in them."""
+
+    def __init__(self) -> None:
+        self.rules: dict[int, WatchedRule] = {}
+        self.metrics: tuple[str, ...] = ()  # that rules look at
+        self.devices: dict[int, WatchedDevice] = {}
+        self.sources: dict[str, Source] = {}  # by series
+        self._sets: dict[tuple[int, ...], RuleSet] = {}
+
+    def set_of(self, rules: tuple[WatchedRule, ...]) -> RuleSet:
+        key = tuple(rule.id for rule in rules)
+        return self._sets.get(key) or self._sets.setdefault(key, RuleSet(rules))
+
+    def assign(self, device: WatchedDevice, rules: tuple[WatchedRule, ...]) -> None:
+        """From now on these rules look at a device."""
+        device.rules = self.set_of(rules)
+        parts = device.rules.by_source()
+        for source in list(device.sources.values()):
+            source.rules = parts.get(source.metric, NO_RULES)
+            known = {rule.id for rule in source.rules.rules} if source.standings else set()
+            for number in source.standings.keys() - known:
+                del source.standings[number]
+            if not source.rules.rules:
+                del device.sources[source.metric]
+                self.sources.pop(source.series or "", None)
+
+    def source(self, device: WatchedDevice, metric: str, now: float, base: int) -> Source | None:
+        """What rules look at in a device; None, if none does."""
+        rules = device.rules.by_source().get(metric)
+        if rules is None:
+            return None
+        source = device.sources.get(metric)
+        if source is None:
+            source = device.sources[metric] = Source(device, metric, rules, base, now)
+        return source
+
+    def add_series(self, device: WatchedDevice, metric: str, key: str, now: float) -> Source | None:
+        """A series that a device has; None, if no rule looks at it."""
+        source = self.source(device, metric, now, 0)
+        if source is not None:
+            source.series = key
+            self.sources[key] = source
+        return source
+
+    def add_rule(self, rule: WatchedRule) -> None:
+        self.rules[rule.id] = rule
+        self._list_metrics()
+
+    def _list_metrics(self) -> None:
+        self.metrics = tuple({rule.rule.metric for rule in self.rules.values() if rule.rule.metric is not None})
+
+    def forget_rule(self, number: int) -> None:
+        rule = self.rules.pop(number, None)
+        if rule is None:
+            return
+        self._list_metrics()
+        self._sets.clear()
+        for device in self.devices.values():
+            if rule in device.rules.members:
+                self.assign(device, tuple(other for other in device.rules.rules if other is not rule))
+
+    def forget_device(self, number: int) -> None:
+        device = self.devices.pop(number, None)
+        if device is not None:
+            self.assign(device, ())
+
+
+class Timers:
+    """When sources are to be looked at again, though nothing came."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Source]] = []
+        self._count = 0
+
+    def plan(self, source: Source, due: float) -> None:
+        """At the latest then."""
+        if due < source.due:
+            source.due = due
+            self._count += 1
+            heapq.heappush(self._heap, (due, self._count, source))
+
+    def is_due(self, now: float) -> bool:
+        return bool(self._heap) and self._heap[0][0] <= now
+
+    def take_due(self, now: float, most: int) -> Iterator[Source]:
+        """Those that are due, at most so many; each is to be planned anew."""
+        while most and self.is_due(now):
+            due, _, source = heapq.heappop(self._heap)
+            if source.due == due:
+                source.due = NEVER
+                most -= 1
+                yield source
+
+
+class AlertBook:
+    """Turns what becomes of standings into rows, and remembers what is stored of each."""
+
+    def __init__(self, limits: Limits, timers: Timers) -> None:
+        self._limits = limits
+        self._timers = timers
+        self.work = AlertWork()
+        self.next_alert = 1
+
+    def _row(self, standing: Standing, episode: Episode, ended_at: int | None, reason: str | None = None, told: str = "") -> AlertRow:
+        if standing.alert_id is None:
+            standing.alert_id = self.next_alert
+            self.next_alert += 1
+        return AlertRow(
+            standing.alert_id, standing, episode.since, episode.value, episode.fired_at, ended_at, episode.resolved_at,
+            standing.catching_up, reason, told,
+        )  # fmt: skip
+
+    def add_over(self, standing: Standing, over: Episode | None, reason: str = "cleared") -> None:
+        """An alert that fired is over. One that was not stored as firing happened in the past, and nobody is told."""
+        if over is None:
+            return
+        unwritten = self.work.open.pop(standing.alert_id or 0, None)
+        is_known = standing.stored[1:2] not in ((), (None,)) and not standing.catching_up
+        was_told = is_known and (unwritten is None or not unwritten.told)
+        is_stored, standing.catching_up = standing.alert_id is not None, not was_told
+        row = self._row(standing, over, over.ended_at or over.resolved_at, reason, "resolved" if was_told else "")
+        if is_stored:
+            self.work.resolved[row.id] = row
+        else:
+            self.work.past.append(row)
+        standing.alert_id, standing.stored, standing.catching_up = None, (), False
+
+    def add_past(self, standing: Standing, over: Episode) -> None:
+        """An alert that was over before another that is open now."""
+        kept = standing.alert_id, standing.stored, standing.catching_up
+        standing.alert_id, standing.stored = None, ()
+        self.add_over(standing, over)
+        standing.alert_id, standing.stored, standing.catching_up = kept
+
+    def part(self, standing: Standing, wall: int, reason: str) -> None:
+        """Nothing looks after it any more."""
+        episode, standing.life.now = standing.life.now, None
+        if episode is not None and episode.fired_at is not None:
+            episode.resolved_at = wall
+            self.add_over(standing, episode, reason)
+        else:
+            self._drop(standing)
+
+    def _drop(self, standing: Standing) -> None:
+        """It ended before it fired."""
+        if standing.alert_id is not None:
+            self.work.open.pop(standing.alert_id, None)
+            self.work.dropped.append(standing.alert_id)
+            standing.alert_id, standing.stored = None, ()
+
+    def settle(self, standing: Standing, now: float, behind: int) -> None:
+        """Write down what has changed; `behind`: how many milliseconds ago was what it was judged by."""
+        episode, life, source = standing.life.now, standing.life, standing.source
+        if episode is None:
+            self._drop(standing)
+            if not standing.rule.is_kept and not standing.lines and standing.replay is None:
+                source.standings.pop(standing.rule.id, None)
+            return
+        was_firing = standing.stored[1:2] not in ((), (None,))
+        if episode.fired_at is not None and not was_firing:
+            standing.catching_up = behind > self._limits.behind_seconds * 1000
+            standing.lag, standing.looked_at = behind, now
+        said = (episode.since, episode.fired_at, life.ended, standing.catching_up)
+        if said != standing.stored:
+            is_new = episode.fired_at is not None and not standing.catching_up and (not was_firing or bool(standing.stored[3]))
+            row = self._row(standing, episode, life.ended)
+            unwritten = self.work.open.get(row.id)
+            self.work.open[row.id] = attrs.evolve(row, told="firing" if is_new or (unwritten is not None and unwritten.told) else "")
+            standing.stored = said
+        self._plan(standing, episode)
+
+    def _plan(self, standing: Standing, episode: Episode) -> None:
+        rule, source, life = standing.rule.rule, standing.source, standing.life
+        if life.ended is not None:
+            self._timers.plan(source, source.when(life.ended + rule.keep_firing_for))
+        elif episode.fired_at is None:
+            self._timers.plan(source, source.when(episode.since + rule.for_))
+        if standing.catching_up:
+            self._timers.plan(source, standing.looked_at + self._limits.settle_seconds)
+        over_at = standing.lines_are_over_at()
+        if over_at is not None and not source.device.offline:
+            self._timers.plan(source, source.when(over_at))
+
+    def look_whether_caught_up(self, standing: Standing, now: float, wall: int) -> None:
+        """Whether readings of the past still come. Those of a device whose clock is wrong stay as far behind as they are."""
+        if standing.catching_up and now - standing.looked_at >= self._limits.settle_seconds:
+            lag = wall - standing.source.newest
+            if standing.lag - lag < (now - standing.looked_at) * 500 or lag <= self._limits.behind_seconds * 1000:
+                standing.catching_up = False
+            standing.lag, standing.looked_at = lag, now
+
+
+class Replays:
+    """Series that rules judge anew, so many at a time, because readings came late."""
+
+    def __init__(self, limits: Limits, book: AlertBook) -> None:
+        self._limits, self._book = limits, book
+        self._waiting: deque[Replay] = deque()
+        self._asked: list[Replay] = []  # of the transaction under way
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def ask(self) -> list[ReadingsWanted]:
+        """What the next transaction is to look up."""
+        while self._waiting and len(self._asked) < self._limits.replays:
+            replay = self._waiting.popleft()
+            if self._is_current(replay):
+                self._asked.append(replay)
+        return [
+            ReadingsWanted(
+                replay.standing.rule.id, int(replay.standing.source.series or 0), replay.standing.source.device.id, replay.after,
+                replay.recorded is None, replay.standing.rule.kind == "changed",
+            )
+            for replay in self._asked
+        ]  # fmt: skip
+
+    def late(self, standing: Standing, start: int, stop: int) -> None:
+        """Judge anew what came late: alerts that waited to fire are found by what was before."""
+        first = start - standing.rule.rule.for_
+        self.begin(standing, first if standing.reach is None else min(first, standing.reach), stop, standing.source.newest)
+
+    def note(self, standing: Standing, start: int, stop: int) -> None:
+        """Should the server end now, these readings are to be judged at its next start."""
+        source = standing.source
+        self._book.work.late.append((standing.rule.id, int(source.series or 0), source.device.id, start, stop))
+
+    def mark(self, standing: Standing, start: int, stop: int) -> None:
+        """Readings between these times came late."""
+        if standing.replay is None:
+            self.late(standing, start, stop)
+        else:
+            first, last = standing.replay.again or (start, stop)
+            standing.replay.again = min(first, start), max(last, stop)
+
+    def begin(self, standing: Standing, start: int, stop: int, known_to: int) -> None:
+        standing.replay = Replay(standing, start, stop, known_to)
+        self._waiting.append(standing.replay)
+
+    def _is_current(self, replay: Replay) -> bool:
+        standing = replay.standing
+        return standing.replay is replay and standing.source.standings.get(standing.rule.id) is standing
+
+    def go_on(self, found: list[tuple[list[list[Any]], list[tuple[int, Value]]]], now: float, wall: int) -> None:
+        """With what was looked up for those that asked: what is stored of alerts, and readings."""
+        for replay, (recorded, readings) in zip(self._asked, found, strict=False):
+            self._go_on(replay, recorded, readings, now, wall)
+        self._asked = []
+
+    def _go_on(self, replay: Replay, recorded: list[list[Any]], readings: list[tuple[int, Value]], now: float, wall: int) -> None:
+        if not self._is_current(replay):
+            return
+        if replay.recorded is None:
+            replay.begin(recorded)
+        for over in replay.take(readings):
+            if replay.is_present:
+                self._book.add_over(replay.standing, over)
+            else:
+                replay.past.append(over)
+        replay.look_whether_present()
+        if len(readings) == self._limits.replay_readings:
+            self._waiting.append(replay)
+        else:
+            self._finish(replay, now, wall)
+
+    def _finish(self, replay: Replay, now: float, wall: int) -> None:
+        """What was told stays. What nobody knew is added to the past, and the present is what it would be."""
+        standing, life, source = replay.standing, replay.life, replay.standing.source
+        standing.replay, standing.reach = None, None
+        present, covering = standing.life.now, None
+        if present is None and replay.is_over():
+            life.now = life.ended = None
+        for over in replay.past:
+            if not replay.is_known(over):
+                self._book.add_past(standing, over)
+            else:
+                covering = over
+        if present is not None and present.fired_at is not None and not replay.is_present:
+            if life.now is None and replay.says:
+                end = covering.resolved_at if covering is not None and covering.resolved_at else source.newest
+                self._book.add_over(standing, attrs.evolve(present, resolved_at=max(end, present.fired_at)))
+            else:
+                replay.reach = None if life.now is None else life.now.since
+                life.now = present
+        if present is not None and replay.reach is not None and replay.reach < present.since:
+            standing.reach = replay.reach
+        standing.judge, standing.life = replay.judge, life
+        if replay.again is not None:
+            self.late(standing, *replay.again)
+        elif standing.reach is None:
+            self._book.work.judged.append((standing.rule.id, int(source.series or 0)))
+        self._book.settle(standing, now, wall - source.newest)
+
+
+def read_rule(codec: Codec, number: int, tenant_id: int, text: str) -> WatchedRule | None:
+    """A rule as it is stored; None, where it is not in force."""
+    try:
+        rule = codec.body(text.encode(), Rule)
+    except Refusal as refusal:
+        log.error("rule %d cannot be read, and is not in force: %s", number, refusal.errors)
+        return None
+    return None if rule.disabled else WatchedRule(number, tenant_id, rule)
+
+
+class DevicePages:
+    """Which devices the watch is yet to be told of, a page at a time."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[DevicesWanted] = deque()
+        self._asked: DevicesWanted | None = None  # of the transaction under way
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, wanted: DevicesWanted) -> None:
+        self._waiting.append(wanted)
+
+    def forget_rule(self, number: int) -> None:
+        self._waiting = deque(wanted for wanted in self._waiting if wanted.rule_id != number)
+
+    def ask(self) -> DevicesWanted | None:
+        self._asked = self._waiting[0] if self._waiting else None
+        return self._asked
+
+    def came(self, page: list[list[Any]] | None) -> tuple[int | None, list[list[Any]]]:
+        """The devices that were found, and for which rule; none, where that is gone meanwhile."""
+        asked, self._asked = self._asked, None
+        if page is None or asked is None or not self._waiting or self._waiting[0] is not asked:
+            return None, []
+        self._waiting.popleft()
+        if page:
+            self._waiting.appendleft(attrs.evolve(asked, after=page[-1][2]))
+        return asked.rule_id, page
+
+
+class AlertWatch:
+    """All rules, and how they stand. What it keeps in memory can be learned anew from the database at any time."""
+
+    def __init__(self, codec: Codec, limits: Limits) -> None:
+        self._codec, self._limits = codec, limits
+        self.forget(time.monotonic())
+
+    def forget(self, now: float) -> None:
+        """Know nothing, as before a start."""
+        self.places, self._timers = Places(), Timers()
+        self._book = AlertBook(self._limits, self._timers)
+        self.pages = DevicePages()
+        self._replays = Replays(self._limits, self._book)
+        self._more = False
+        self.awake = self._looked_at = now  # since when the server can have heard of what comes
+
+    # What there is.
+
+    def begin(self, rules: list[tuple[int, int, str]], next_alert: int) -> None:
+        """All rules, at a start; the devices are wanted page by page."""
+        self._book.next_alert = next_alert
+        for number, tenant_id, text in rules:
+            self._learn_rule(number, tenant_id, text)
+        for tenant in sorted({tenant for _, tenant, _ in rules}):
+            self.pages.add(DevicesWanted(tenant, metrics=self.places.metrics))
+
+    def _learn_rule(self, number: int, tenant_id: int, text: str | None) -> WatchedRule | None:
+        """A rule that is in force now, in the place of one that was."""
+        self.places.forget_rule(number)
+        self.pages.forget_rule(number)
+        watched = None if text is None else read_rule(self._codec, number, tenant_id, text)
+        if watched is not None:
+            self.places.add_rule(watched)
+        return watched
+
+    def learn(self, news: AlertNews, now: float, wall: int) -> None:
+        """What the transaction found that was just committed."""
+        for number, tenant_id, text in news.rules:
+            watched = self._learn_rule(number, tenant_id, text)
+            if watched is not None:
+                metrics = (watched.rule.metric,) if watched.rule.metric else ()
+                self.pages.add(DevicesWanted(tenant_id, watched.rule.match, "", metrics, number))
+        for row in news.devices:
+            self._learn_device(row, None, now, wall)
+        self._more = news.more
+        rule_id, page = self.pages.came(news.page)
+        for row in page:
+            self._learn_device(row, rule_id, now, wall)
+        self._replays.go_on(news.readings, now, wall)
+
+    def _learn_device(self, row: list[Any], rule_id: int | None, now: float, wall: int) -> None:
+        """A device that is new, changed or wanted, with all rules or one."""
+        number, tenant_id, name, labels, is_disabled, is_connected, disconnected_at, series, alerts = row
+        if name is None or is_disabled:
+            self.places.forget_device(number)
+            return
+        device = self.places.devices.get(number) or WatchedDevice(number, tenant_id)
+        if rule_id is not None or (device.name, device.labels) != (name, labels):
+            device.name, device.labels = name, labels
+            self._place(device, rule_id, now, wall)
+        if device.rules.rules or alerts:
+            self.places.devices[number] = device
+        fresh = [(source, value) for metric, newest in series.items() for source, value in self._learn_series(device, metric, newest, now)]
+        for alert_id, alert_rule, *episode in alerts:
+            self._learn_alert(device, alert_id, alert_rule, episode, now)
+        for source, value in fresh:
+            self._judge_newest(source, value, now, wall)
+        self._learn_presence(device, is_connected, disconnected_at, now, wall)
+
+    def _place(self, device: WatchedDevice, rule_id: int | None, now: float, wall: int) -> None:
+        """Say anew whether a rule looks at a device, or which do."""
+        asked = self.places.rules.values() if rule_id is None else [self.places.rules[rule_id]]
+        rules, before = tuple(rule for rule in asked if rule.looks_at(device.tenant_id, device.name, device.labels)), device.rules
+        added = tuple(rule for rule in rules if rule not in before.members)
+        for rule in before.members.difference(rules) if rule_id is None else ():
+            source = device.sources.get(rule.source)
+            if source is not None and rule.id in source.standings:
+                self._book.part(source.standings[rule.id], wall, NOT_LOOKED_AT)
+        self.places.assign(device, rules if rule_id is None else before.rules + added)
+        for rule in added:
+            if rule.gap < NEVER and (silent := self.places.source(device, rule.source, now, wall)) is not None:
+                self._timers.plan(silent, now + rule.gap / 1000)
+
+    def _learn_series(self, device: WatchedDevice, metric: str, newest: list[Any], now: float) -> Iterator[tuple[Source, Value]]:
+        """A series with the time and value of its newest reading, if it has one; that value, where it is to be judged."""
+        key, ts, value = newest
+        source = self.places.sources.get(key) or self.places.add_series(device, metric, key, now)
+        if source is not None and ts is not None and ts >= source.newest:
+            source.newest = source.base = ts
+            yield source, value
+
+    def _judge_newest(self, source: Source, value: Value, now: float, wall: int) -> None:
+        """Rules that do not know a series yet judge its newest reading, or all of a window before it."""
+        newest = source.newest
+        for rule in source.rules.rules:
+            standing = source.standings.get(rule.id)
+            if rule.is_kept:
+                if standing is None:
+                    self._replays.begin(self._standing(source, rule), max(1, newest - rule.rule.condition.window), newest, 0)
+                elif standing.is_learned:
+                    standing.is_learned = False
+                    self._replays.begin(standing, newest + 1, newest, 0)
+            elif standing is None and rule.kind != "absent" and not rule.is_quiet(value):
+                self._feed(self._standing(source, rule), [(newest, value)], now, wall)
+
+    def _learn_presence(self, device: WatchedDevice, is_connected: bool, disconnected_at: int | None, now: float, wall: int) -> None:  # noqa: FBT001
+        was_offline, device.offline = device.offline, not is_connected and disconnected_at is not None
+        for source in device.sources.values() if was_offline and is_connected else ():
+            if source.metric == LINES and source.standings:  # alerts that stayed as they were meanwhile
+                self._timers.plan(source, now)
+        source_of_all = device.sources.get(PRESENCE)
+        if source_of_all is None:
+            return
+        if not device.offline:
+            source_of_all.came(0, now)
+            source_of_all.base = wall
+            for standing in list(source_of_all.standings.values()):
+                self._take(standing, wall, None, now, holds=False)
+        elif not source_of_all.newest:
+            source_of_all.came(disconnected_at or 0, now)
+            self._timers.plan(source_of_all, now + source_of_all.rules.gap / 1000)
+
+    def _learn_alert(self, device: WatchedDevice, alert_id: int, rule_id: int, episode: list[Any], now: float) -> None:
+        """An alert that is open in the database: at a start, or one that nothing looks after."""
+        since, value, fired_at, ended_at, catching_up = episode
+        rule = self.places.rules.get(rule_id)
+        source = None if rule is None or rule not in device.rules.members else self.places.source(device, rule.source, now, since)
+        if rule is None or source is None:
+            if alert_id not in self._book.work.resolved:
+                self._book.work.orphans.append(alert_id)
+            return
+        standing = self._standing(source, rule)
+        if standing.alert_id is None:
+            standing.learn(alert_id, Episode(since, value, fired_at), ended_at, bool(catching_up), now)
+            self._timers.plan(source, now)
+
+    def learn_late(self, late: list[tuple[int, int, int, int]]) -> None:
+        """Readings that came late before a start and are not judged yet, as rule, series, start and stop."""
+        for rule_id, series, start, stop in late:
+            source, rule = self.places.sources.get(str(series)), self.places.rules.get(rule_id)
+            if source is not None and rule is not None and rule in source.rules.members:
+                self._replays.late(self._standing(source, rule), start, stop)
+            else:
+                self._book.work.judged.append((rule_id, series))
+
+    # What comes.
+
+    def _standing(self, source: Source, rule: WatchedRule) -> Standing:
+        return source.standings.get(rule.id) or source.standings.setdefault(rule.id, Standing(rule, source))
+
+    def _take_points(self, points: dict[str, dict[str, Value]], now: float, wall: int) -> None:
+        """Readings that are about to be stored, by series and time."""
+        sources = self.places.sources
+        for key in points.keys() & sources.keys():
+            source, some = sources[key], points[key]
+            rules = source.rules
+            if len(some) == 1:
+                ((text, value),) = some.items()
+                newest = int(text)
+                is_quiet = value.__class__ is not str and rules.low <= value <= rules.high  # type: ignore[operator]
+            else:
+                newest = max(map(int, some))
+                try:
+                    is_quiet = rules.low <= min(some.values()) and max(some.values()) <= rules.high  # type: ignore[operator]
+                except TypeError:  # texts among them
+                    is_quiet = False
+            if not is_quiet or source.standings or newest - source.newest > rules.gap:
+                self._look(source, sorted((int(text), value) for text, value in some.items()), now, wall)
+            if newest > source.newest:
+                source.newest = source.base = newest
+            else:
+                source.base = max(source.base, source.newest)
+            source.arrived = now
+
+    def _look(self, source: Source, readings: list[tuple[int, Value]], now: float, wall: int) -> None:
+        """Readings of a series that may change something."""
+        late = [ts for ts, _ in readings if ts <= source.newest]
+        for rule in source.rules.rules:  # before the others: these look from the newest reading on
+            if rule.kind == "absent":
+                self._look_at_gaps(source, rule, readings, now)
+        for rule in source.rules.rules:
+            standing = source.standings.get(rule.id)
+            if rule.kind == "absent" or (standing is None and not rule.is_kept and all(rule.is_quiet(value) for _, value in readings)):
+                continue
+            standing = standing or self._standing(source, rule)
+            if not late and standing.replay is None:
+                self._feed(standing, readings, now, wall)
+                continue
+            self._replays.note(standing, readings[0][0], readings[-1][0])
+            if late:  # otherwise what is judged anew goes on to these
+                self._replays.mark(standing, late[0], late[-1])
+
+    def _feed(self, standing: Standing, readings: list[tuple[int, Value]], now: float, wall: int) -> None:
+        """Readings in order, later than all before."""
+        standing.source.came(readings[-1][0], now)
+        for ts, value in readings:
+            if (judged := standing.judge.take(ts, value)) is not None:
+                self._book.add_over(standing, standing.life.take(ts, judged, holds=standing.judge.holds))
+        self._book.settle(standing, now, wall - readings[-1][0])
+
+    def _take(self, standing: Standing, moment: int, value: Value | None, now: float, *, holds: bool, behind: int = 0) -> None:
+        self._book.add_over(standing, standing.life.take(moment, value, holds=holds))
+        self._book.settle(standing, now, behind)
+
+    def _look_at_gaps(self, source: Source, rule: WatchedRule, readings: list[tuple[int, Value]], now: float) -> None:
+        """Readings end a silence; between those that come together there may have been others."""
+        newer = [ts for ts, _ in readings if ts > source.newest]
+        standing = source.standings.get(rule.id)
+        if standing is not None:
+            begun = standing.life.now.since if standing.life.now is not None else 0
+            self._take(standing, max(begun, newer[0] if newer else readings[-1][0]), None, now, holds=False)
+        else:
+            newer = [source.newest, *newer] if source.newest else newer
+        past = Standing(rule, source)
+        for before, after in itertools.pairwise(newer):
+            if after - before > rule.gap:
+                self._book.add_over(past, past.life.take(before + int(rule.gap), None, holds=True))
+                self._book.add_over(past, past.life.take(after, None, holds=False))
+        self._book.add_over(past, past.life.advance(LATEST))
+
+    def take_lines(
+        self, rule_id: int, lines: list[tuple[int, int]], upto: int, now: float, wall: int, *, is_known: bool = False
+    ) -> None:
+        """Lines that a rule counts, as device and time, in the order in which they came; all up to a number are judged. Those that are
+        known were judged before a start."""
+        rule = self.places.rules.get(rule_id)
+        if rule is None:
+            return
+        window, most = rule.rule.condition.window, rule.rule.condition.count
+        for device_id, at in lines:
+            device = self.places.devices.get(device_id)
+            source = None if device is None or rule not in device.rules.members else self.places.source(device, LINES, now, at)
+            if source is None:
+                continue
+            standing = self._standing(source, rule)
+            bisect.insort(standing.lines, at)
+            del standing.lines[:-most]
+            moment = standing.lines[-1]
+            source.came(max(source.newest, moment), now)
+            if not is_known and len(standing.lines) == most and moment - standing.lines[0] <= window:
+                self._take(standing, moment, most, now, holds=True, behind=wall - moment)
+            self._book.settle(standing, now, 0)
+        if not is_known:
+            self._book.work.lines[rule_id] = upto
+
+    # What time it is.
+
+    def look_at_clock(self, now: float) -> bool:
+        """Whether there is something to be done. After a standstill of the server nothing can have come: silence is measured anew."""
+        if now - self._looked_at > self._limits.standstill_seconds:
+            self.awake = now
+        self._looked_at = now
+        return bool(self.pages or self._replays or self._book.work or self._more) or self._timers.is_due(now)
+
+    def _examine(self, source: Source, now: float, wall: int) -> None:
+        clock = source.clock(now)
+        for standing in list(source.standings.values()):
+            if standing.replay is not None:
+                continue
+            over_at = standing.lines_are_over_at()
+            if over_at is not None and over_at <= clock and not source.device.offline:
+                self._book.add_over(standing, standing.life.take(over_at, None, holds=False))
+            self._book.add_over(standing, standing.life.advance(clock))
+            self._book.look_whether_caught_up(standing, now, wall)
+            self._book.settle(standing, now, 0)
+        if source.rules.gap < NEVER and (source.metric != PRESENCE or source.newest):
+            self._miss(source, now, wall)
+
+    def _miss(self, source: Source, now: float, wall: int) -> None:
+        """Nothing came for some time."""
+        begin = max(source.arrived, self.awake)
+        for rule in source.rules.rules:
+            standing = source.standings.get(rule.id)
+            if rule.gap == NEVER or (standing is not None and standing.life.now is not None and standing.life.ended is None):
+                continue
+            due = begin + rule.gap / 1000
+            if due > now:
+                self._timers.plan(source, due)
+            else:
+                moment = wall if begin == self.awake else source.clock(due)
+                self._take(standing or self._standing(source, rule), moment, None, now, holds=True)
+
+    # What is to be done.
+
+    def close(self, points: dict[str, dict[str, Value]], series: list[tuple[int, int, str]], now: float, wall: int) -> AlertWork:
+        """What the next transaction is to write and to look up, which stores these points and new series."""
+        self.look_at_clock(now)
+        if self.places.rules:
+            for number, device_id, metric in series:
+                device = self.places.devices.get(device_id)
+                if device is not None:
+                    self.places.add_series(device, metric, str(number), now)
+            self._take_points(points, now, wall)
+            for source in self._timers.take_due(now, self._limits.alert_rows):
+                self._examine(source, now, wall)
+        work, self._book.work = self._book.work, AlertWork()
+        work.devices = self.pages.ask()
+        work.readings = self._replays.ask()
+        work.metrics, work.is_asking = self.places.metrics, self._more
+        return work
 
 
 # ==== Syslog messages ====
@@ -3151,7 +4368,7 @@ class Counts:
 # know: what the rows mean. Rows go in as one JSON text a statement and answers come out as one, because sqlite3 takes the
 # interpreter lock at every row.
 
-SCHEMA_VERSION: Final = 7
+SCHEMA_VERSION: Final = 8
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
 # A step for each version after the first: MIGRATIONS[n] leads from version n + 1 to n + 2.
 MIGRATIONS: Final[tuple[str, ...]] = (
@@ -3432,6 +4649,94 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     ) strict, without rowid;
     insert into log_hour
         select tenant_id, received_at / 3600000, min(id), max(id) from log_line where tenant_id in (select id from tenant) group by 1, 2;
+    """,
+    """
+    create table rule (
+        id          integer primary key autoincrement,
+        tenant_id   integer not null references tenant on delete cascade,
+        name        text not null,
+        body        text not null check (json_valid(body)),
+        changed_at  integer not null,
+        author      text not null,
+        last_line   integer not null,
+        unique (tenant_id, name)
+    ) strict;
+    create table alert (
+        id            integer primary key,
+        tenant_id     integer not null references tenant on delete cascade,
+        device_id     integer not null references device on delete cascade,
+        rule_id       integer not null,
+        rule          text not null,
+        kind          text not null,
+        severity      text not null,
+        labels        text not null check (json_valid(labels)),
+        metric        text,
+        series_id     integer,
+        text          text not null,
+        value         any,
+        since         integer not null,
+        fired_at      integer,
+        ended_at      integer,
+        resolved_at   integer,
+        reason        text,
+        catching_up   integer not null default 0 check (catching_up in (0, 1)),
+        changed_at    integer not null,
+        acknowledged  text check (acknowledged is null or json_valid(acknowledged))
+    ) strict;
+    create unique index alert_open on alert (rule_id, device_id) where resolved_at is null;
+    create index alert_by_tenant on alert (tenant_id, id);
+    create index alert_by_device on alert (device_id, rule_id, resolved_at);
+    create index alert_open_by_device on alert (device_id) where resolved_at is null;
+    create table silence (
+        id          integer primary key autoincrement,
+        tenant_id   integer not null references tenant on delete cascade,
+        match       text not null,
+        labels      text not null check (json_valid(labels)),
+        rule        text,
+        created_at  integer not null,
+        until       integer not null,
+        author      text not null,
+        text        text not null
+    ) strict;
+    create index silence_by_tenant on silence (tenant_id, id);
+    create table late_reading (
+        rule_id    integer not null references rule on delete cascade,
+        series_id  integer not null,
+        device_id  integer not null references device on delete cascade,
+        start      integer not null,
+        stop       integer not null,
+        primary key (rule_id, series_id)
+    ) strict, without rowid;
+    create index late_reading_by_device on late_reading (device_id);
+    create table changed (
+        kind  text not null check (kind in ('rule', 'device')),
+        id    integer not null,
+        primary key (kind, id)
+    ) strict, without rowid;
+    create trigger new_rule after insert on rule
+    begin
+        insert or ignore into changed values ('rule', new.id);
+    end;
+    create trigger changed_rule after update of body on rule
+    begin
+        insert or ignore into changed values ('rule', new.id);
+    end;
+    create trigger removed_rule after delete on rule
+    begin
+        insert or ignore into changed values ('rule', old.id);
+    end;
+    create trigger new_device after insert on presence when exists (select 1 from rule)
+    begin
+        insert or ignore into changed values ('device', new.device_id);
+    end;
+    create trigger changed_device after update of name, labels, disabled on device when exists (select 1 from rule)
+    begin
+        insert or ignore into changed values ('device', new.id);
+    end;
+    create trigger changed_presence after update of connected on presence when exists (select 1 from rule)
+    begin
+        insert or ignore into changed values ('device', new.device_id);
+    end;
     """,
 )
 
@@ -4166,6 +5471,7 @@ def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
         raise Refusal("not_found")
     connection.execute("delete from operator_token where tenant_id = ?", row)
     connection.execute("delete from provisioning_key where tenant_id = ?", row)
+    connection.execute("delete from rule where tenant_id = ?", row)
     for table in ("device_token", "log_token", "syslog_source"):
         connection.execute(f"delete from {table} where device_id in (select id from device where tenant_id = ?)", row)
     connection.execute("update device set name = null, removed_at = 0 where tenant_id = ?", row)
@@ -4481,7 +5787,7 @@ class Parting:
         return TimelineEntry(arrival, self.device_id, self.at, "disconnected", detail)
 
 
-def add_events(connection: sqlite3.Connection, rows: str, parameters: tuple[object, ...] = ()) -> None:
+def add_events(connection: sqlite3.Connection, rows: str, parameters: tuple[object, ...] | Mapping[str, object] = ()) -> None:
     """Entries of timelines: `rows` is SQL that yields (device_id, at, kind, detail, position), and they are added in that order."""
     connection.execute(
         f"""insert into event (tenant_id, device_id, at, kind, detail)
@@ -4504,6 +5810,23 @@ def insert_events(connection: sqlite3.Connection, events: list[TimelineEntry]) -
 def add_event(connection: sqlite3.Connection, device_id: int, at: int, kind: str, detail: Mapping[str, object]) -> None:
     """One entry of a device's timeline."""
     insert_events(connection, [TimelineEntry(0, device_id, at, kind, detail)])
+
+
+def settle_alerts(connection: sqlite3.Connection, which: str, reason: str, **parameters: object) -> None:
+    """Open alerts are over, for a reason that is not in the readings; those that have not fired are as if they had never been."""
+    told = {**parameters, "now": now_ms(), "reason": reason}
+    add_events(
+        connection,
+        f"""select device_id, :now at, 'alert' kind, json_object(
+                'alert', id, 'rule', rule, 'status', 'resolved', 'severity', severity, 'value', {exact_sql("value")}, 'text', text,
+                'fired_at', {time_sql("fired_at")}, 'resolved_at', {time_sql(":now")}, 'reason', :reason) detail, id position
+            from alert where {which} and resolved_at is null and fired_at is not null and catching_up = 0""",
+        told,
+    )
+    connection.execute(f"delete from alert where {which} and resolved_at is null and fired_at is null", parameters)
+    connection.execute(
+        f"update alert set resolved_at = :now, changed_at = :now, reason = :reason where {which} and resolved_at is null", told
+    )
 
 
 def insert_device_token(
@@ -4574,6 +5897,8 @@ def update_device(
     if patch.disabled is not None and patch.disabled != was_disabled:
         connection.execute("update device set disabled = ? where id = ?", (patch.disabled, device_id))
         add_event(connection, device_id, now_ms(), "credentials", {"disabled": patch.disabled, **by})
+        if patch.disabled:
+            settle_alerts(connection, "device_id = :id", "the device was disabled", id=device_id)
     if patch.labels:
         connection.execute("update device set labels = json_patch(labels, ?) where id = ?", (*bind(patch.labels), device_id))
         (count,) = connection.execute("select count(*) from device, json_each(labels) where device.id = ?", (device_id,)).fetchone()
@@ -4741,6 +6066,8 @@ def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str, by:
     connection.execute("delete from device_token where device_id = ?", (device_id,))
     connection.execute("delete from log_token where device_id = ?", (device_id,))
     connection.execute("delete from syslog_source where device_id = ?", (device_id,))
+    settle_alerts(connection, "device_id = :id", "the device was removed", id=device_id)
+    connection.execute("delete from late_reading where device_id = ?", (device_id,))
     connection.execute("update device set old_name = name, name = null, removed_at = ? where id = ?", (now, device_id))
     return device_id
 
@@ -5473,14 +6800,14 @@ class FleetReads(TelemetryReads):
         count, rows, last = cast("tuple[int, bytes, list[str] | None]", parts[0])
         return rows, (last[0], last[1]) if last and count == limit else None
 
-    async def devices(self, tenant: int, match: str, after: str, limit: int) -> list[str]:
-        """A page of the names of devices."""
+    async def devices(self, tenant: int, match: str, after: str, limit: int) -> list[tuple[str, dict[str, str]]]:
+        """A page of the devices whose names match, with their labels."""
         row = await self._readers.row(
-            """select json_group_array(name) from (select name from device where tenant_id = :tenant and name > :after
-               and name glob :match order by name limit :limit)""",
+            """select json_group_array(json_array(name, json(labels))) from (select name, labels from device
+               where tenant_id = :tenant and name > :after and name glob :match order by name limit :limit)""",
             {"tenant": tenant, "match": match, "after": after, "limit": limit},
         )
-        return cast("list[str]", orjson.loads(row[0] if row else "[]"))
+        return [(name, labels) for name, labels in orjson.loads(row[0] if row else "[]")]
 
     async def readings(
         self, tenant: int, stop: int, series: list[tuple[int, int]], limit: int
@@ -5851,6 +7178,21 @@ class LogReads(Queries):
             high=min(high, below), start=wanted.start, stop=wanted.stop,
         )  # fmt: skip
 
+    async def matches(self, tenant: int, wanted: LogFilter, above: int, upto: int, limit: int) -> list[tuple[int, int, str, int]]:
+        """Lines that are wanted, after one and up to another, oldest first: number, device, its name, and time."""
+        low, high = await self._numbers("log", tenant, wanted.start, wanted.stop)
+        text = await self._json(
+            """select json_group_array(json_array(id, device_id, name, at)) from (
+                select log_line.id, device_id, name, log_line.at from log_index cross join log_line on log_line.id = log_index.rowid
+                join device on device.id = device_id
+                where log_index match :expression and log_index.rowid > :low and log_index.rowid < :high
+                and log_line.at >= :start and log_line.at < :stop and device.tenant_id = :tenant and name is not null
+                and (:match is null or name glob :match) order by log_index.rowid limit :limit)""",
+            tenant=tenant, match=wanted.match, expression=await self._expression(tenant, wanted, None), low=max(low, above),
+            high=min(high, upto + 1), start=wanted.start, stop=wanted.stop, limit=limit,
+        )  # fmt: skip
+        return [(number, device_id, name, at) for number, device_id, name, at in orjson.loads(text or "[]")]
+
     async def newest(self) -> int:
         """The number of the newest line of all."""
         row = await self._readers.row("select coalesce(max(id), 0) from log_line", {})
@@ -5925,6 +7267,411 @@ class LogReads(Queries):
         return [number for number, used in looked if not used], looked[-1][0] if len(looked) == most else 0
 
 
+# ==== Alerts ====
+# Owns: every line of SQL about rules, alerts and silences. Must not know: HTTP, sockets, how a rule is judged.
+
+# Whether a silence is about an alert, with its device.
+COVERED_SQL: Final = """coalesce(device.name, device.old_name) glob silence.match and (silence.rule is null or silence.rule = alert.rule)
+    and not exists (
+        select 1 from json_each(silence.labels) wanted where not exists (
+            select 1 from (select key, value from json_each(alert.labels) union all select key, value from json_each(device.labels)) has
+            where has.key = wanted.key and has.value = wanted.value))"""
+# Of an alert, with its device: the silence that covers it at :now, null without one.
+SILENCED_SQL: Final = f"""(
+    select min(silence.id) from silence where silence.tenant_id = alert.tenant_id and silence.until > :now and {COVERED_SQL})"""
+# Whether somebody said that they know of it, and that is so still.
+ACKNOWLEDGED_SQL: Final = "(alert.acknowledged is not null and coalesce(alert.acknowledged ->> 'until', :now + 1) > :now)"
+# Whether its device is known to be offline by an alert of its own, which says enough.
+HELD_BACK_SQL: Final = """(alert.kind <> 'offline' and exists (
+    select 1 from alert offline where offline.device_id = alert.device_id and offline.kind = 'offline'
+    and offline.resolved_at is null and offline.fired_at is not null))"""
+# Whether nothing new is known of what it tells of: its device is offline, or its readings are older than :fresh.
+STALE_SQL: Final = """(alert.kind not in ('offline', 'absent') and alert.resolved_at is null and (
+    (presence.connected = 0 and presence.disconnected_at is not null)
+    or (alert.series_id is not null and coalesce((select max(ts) from telemetry where series_id = alert.series_id), 0) < :fresh)))"""
+STATUS_SQL: Final = "case when alert.resolved_at is not null then 'resolved' when alert.fired_at is null then 'pending' else 'firing' end"
+ALERT_JSON: Final = f"""json_object(
+    'id', alert.id, 'rule', alert.rule, 'rule_id', alert.rule_id, 'device', coalesce(device.name, device.old_name), 'metric', alert.metric,
+    'kind', alert.kind, 'status', {STATUS_SQL}, 'severity', alert.severity, 'labels', json(alert.labels), 'text', alert.text,
+    'value', {exact_sql("alert.value")}, 'since', {time_sql("alert.since")}, 'fired_at', {time_sql("alert.fired_at")},
+    'resolved_at', {time_sql("alert.resolved_at")}, 'reason', alert.reason,
+    'stale', json(case when {STALE_SQL} then 'true' else 'false' end),
+    'acknowledged', case when {ACKNOWLEDGED_SQL} then json_set(alert.acknowledged, '$.until', {time_sql("alert.acknowledged ->> 'until'")},
+        '$.at', {time_sql("alert.acknowledged ->> 'at'")}) end,
+    'silenced', case when alert.resolved_at is null then {SILENCED_SQL} end,
+    'held_back', json(case when alert.resolved_at is null and {HELD_BACK_SQL} then 'true' else 'false' end),
+    'told', json(case when alert.catching_up then 'false' else 'true' end))"""
+ALERT_ROWS: Final = "alert join device on device.id = alert.device_id left join presence on presence.device_id = device.id"
+RULE_JSON: Final = f"""json_patch(json_object('id', rule.id, 'name', rule.name), json_set(
+    rule.body, '$.changed_at', {time_sql("rule.changed_at")}, '$.by', rule.author))"""
+SILENCE_JSON: Final = f"""json_object(
+    'id', silence.id, 'match', silence.match, 'labels', json(silence.labels), 'rule', silence.rule, 'text', silence.text,
+    'created_at', {time_sql("silence.created_at")}, 'until', {time_sql("silence.until")}, 'by', silence.author,
+    'in_force', json(case when silence.until > :now then 'true' else 'false' end), 'alerts', json((
+        select json_group_array(json_object('id', id, 'rule', rule, 'device', name)) from (
+            select alert.id, alert.rule, device.name from alert join device on device.id = alert.device_id
+            where alert.tenant_id = silence.tenant_id and alert.resolved_at is null and alert.fired_at is not null
+            and silence.until > :now and {COVERED_SQL} order by alert.id desc limit :most))))"""
+ALERT_COLUMNS: Final = """id, tenant_id, device_id, rule_id, rule, kind, severity, labels, metric, series_id, text, value, since, fired_at,
+    ended_at, resolved_at, reason, catching_up"""
+ALERT_CELLS: Final = ", ".join(f"new.value ->> {place}" for place in range(18))
+# What the watch is to know of a device: its number, tenant, name, labels, whether it is disabled, whether it is connected, when it last
+# was, of its series that rules look at {metric: [number as text, newest time, value]}, and its open alerts.
+DEVICE_WATCHED_JSON: Final = f"""json_array(
+    device.id, device.tenant_id, device.name, json(device.labels), device.disabled, coalesce(presence.connected, 0),
+    presence.disconnected_at, (
+        select json_group_object(newest.metric, json_array(cast(newest.id as text), newest.ts, {exact_sql("telemetry.value")})) from (
+            select id, metric, (select max(ts) from telemetry where series_id = series.id) ts from series
+            where series.device_id = device.id and metric in (select value from json_each(:metrics))) newest
+        left join telemetry on telemetry.series_id = newest.id and telemetry.ts = newest.ts), (
+        select json_group_array(json_array(id, rule_id, since, {exact_sql("value")}, fired_at, ended_at, catching_up)) from alert
+        where alert.device_id = device.id and resolved_at is null and (:rule is null or rule_id = :rule)))"""
+
+
+def write_alert_rows(connection: sqlite3.Connection, rows: str, wall: int) -> None:
+    """Rows as `ALERT_COLUMNS` has them: those that are there change, the others are new."""
+    connection.execute(
+        """update alert set since = new.value ->> 12, value = new.value ->> 11, text = new.value ->> 10, fired_at = new.value ->> 13,
+               ended_at = new.value ->> 14, resolved_at = new.value ->> 15, reason = new.value ->> 16, catching_up = new.value ->> 17,
+               changed_at = :wall
+           from json_each(:rows) new where alert.id = new.value ->> 0 and alert.resolved_at is null""",
+        {"rows": rows, "wall": wall},
+    )
+    connection.execute(
+        f"""insert into alert ({ALERT_COLUMNS}, changed_at) select {ALERT_CELLS}, :wall from json_each(:rows) new
+            where not exists (select 1 from alert where alert.id = new.value ->> 0) and new.value ->> 3 in (select id from rule)
+            and exists (select 1 from device where id = new.value ->> 2 and name is not null)
+            and (new.value ->> 15 is not null or not exists (
+                select 1 from alert where device_id = new.value ->> 2 and rule_id = new.value ->> 3 and resolved_at is null))""",
+        {"rows": rows, "wall": wall},
+    )
+
+
+def write_alerts(connection: sqlite3.Connection, work: AlertWork, wall: int) -> list[TimelineEntry]:
+    """Store what has become of alerts; entries for the timelines of their devices. An alert that was settled meanwhile, by a change of its
+    rule or its device, stays so."""
+    if work.dropped:
+        connection.execute(
+            "delete from alert where id in (select value from json_each(?)) and fired_at is null and resolved_at is null",
+            bind(work.dropped),
+        )
+    if work.orphans:
+        settle_alerts(connection, "id in (select value from json_each(:ids))", NOT_LOOKED_AT, ids=bind(work.orphans)[0])
+    for rows in ([*work.resolved.values(), *work.open.values()], work.past):
+        for part in bind_in_parts(row.cells() for row in rows):
+            write_alert_rows(connection, part[0], wall)
+    if work.judged:
+        connection.execute(
+            "delete from late_reading where (rule_id, series_id) in (select value ->> 0, value ->> 1 from json_each(?))", bind(work.judged)
+        )
+    if work.late:
+        connection.execute(
+            """insert into late_reading (rule_id, series_id, device_id, start, stop)
+               select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4 from json_each(?)
+               where value ->> 0 in (select id from rule) and value ->> 2 in (select id from device)
+               on conflict do update set start = min(start, excluded.start), stop = max(stop, excluded.stop)""",
+            bind(work.late),
+        )
+    if work.lines:
+        connection.execute(
+            "update rule set last_line = value from json_each(?) where rule.id = cast(key as integer)",
+            bind({str(rule): line for rule, line in work.lines.items()}),
+        )
+    return [
+        TimelineEntry(0, row.standing.source.device.id, wall, "alert", {
+            "alert": row.id, "rule": row.standing.rule.name, "status": row.told, "severity": row.standing.rule.rule.severity,
+            "value": row.value, "text": row.text(), "fired_at": moment_text(row.fired_at), "resolved_at": moment_text(row.resolved_at),
+            "reason": row.reason,
+        })
+        for row in (*work.resolved.values(), *work.open.values()) if row.told
+    ]  # fmt: skip
+
+
+def require_rule_name(connection: sqlite3.Connection, tenant_id: int, name: str, own: int = 0) -> None:
+    """Refusal: rule_exists, when another rule of the tenant has the name."""
+    taken = connection.execute("select 1 from rule where tenant_id = ? and name = ? and id <> ?", (tenant_id, name, own)).fetchone()
+    if taken is not None:
+        raise Refusal("rule_exists")
+
+
+def insert_rule(connection: sqlite3.Connection, tenant_id: int, name: str, body: str, author: str, most: int) -> int:
+    """A new rule; its number. Refusal: rule_exists, too_many_rules."""
+    require_rule_name(connection, tenant_id, name)
+    (count,) = connection.execute("select count(*) from rule where tenant_id = ?", (tenant_id,)).fetchone()
+    if count >= most:
+        raise Refusal("too_many_rules")
+    row = connection.execute(
+        """insert into rule (tenant_id, name, body, changed_at, author, last_line)
+           values (?, ?, ?, ?, ?, (select coalesce(max(id), 0) from log_line)) returning id""",
+        (tenant_id, name, body, now_ms(), author),
+    ).fetchone()
+    return int(row[0])
+
+
+def update_rule(connection: sqlite3.Connection, tenant_id: int, rule_id: int, name: str, body: str, author: str, *, disabled: bool) -> None:
+    """Put a rule in the place of another. Its alerts are over, and it begins anew; unless it is the same. Refusal: not_found,
+    rule_exists."""
+    row = connection.execute("select body from rule where tenant_id = ? and id = ?", (tenant_id, rule_id)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    require_rule_name(connection, tenant_id, name, rule_id)
+    if row[0] == body:
+        return
+    settle_alerts(connection, "rule_id = :id", "its rule was disabled" if disabled else "its rule was changed", id=rule_id)
+    connection.execute("delete from late_reading where rule_id = ?", (rule_id,))
+    connection.execute(
+        """update rule set name = ?, body = ?, changed_at = ?, author = ?, last_line = (select coalesce(max(id), 0) from log_line)
+           where id = ?""",
+        (name, body, now_ms(), author, rule_id),
+    )
+
+
+def delete_rule(connection: sqlite3.Connection, tenant_id: int, rule_id: int) -> str:
+    """Its name; its alerts are over. Refusal: not_found."""
+    row = connection.execute("delete from rule where tenant_id = ? and id = ? returning name", (tenant_id, rule_id)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    settle_alerts(connection, "rule_id = :id", "its rule was removed", id=rule_id)
+    return str(row[0])
+
+
+def acknowledge_alert(connection: sqlite3.Connection, tenant_id: int, alert_id: int, said: Mapping[str, object] | None) -> str:
+    """Somebody knows of an open alert, or (None) takes that back; the device's name. Refusal: not_found, alert_resolved."""
+    row = connection.execute(
+        """select device.id, name, rule, resolved_at from alert join device on device.id = device_id
+           where alert.tenant_id = ? and alert.id = ? and name is not null""",
+        (tenant_id, alert_id),
+    ).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    if row[3] is not None:
+        raise Refusal("alert_resolved")
+    now = now_ms()
+    stored = None if said is None else bind({**said, "at": now})[0]
+    connection.execute("update alert set acknowledged = ?, changed_at = ? where id = ?", (stored, now, alert_id))
+    until = {} if said is None else {**said, "until": moment_text(cast("int | None", said["until"]))}
+    status = "acknowledged" if said is not None else "not acknowledged"
+    add_event(connection, row[0], now, "alert", {"alert": alert_id, "rule": row[2], "status": status, **until})
+    return str(row[1])
+
+
+def insert_silence(connection: sqlite3.Connection, tenant_id: int, new: NewSilence, author: str, most: int) -> int:
+    """A new silence; its number. Those that were over a day ago go. Refusal: too_many_silences."""
+    now = now_ms()
+    connection.execute("delete from silence where tenant_id = ? and until < ?", (tenant_id, now - DAY))
+    (count,) = connection.execute("select count(*) from silence where tenant_id = ?", (tenant_id,)).fetchone()
+    if count >= most:
+        raise Refusal("too_many_silences")
+    row = connection.execute(
+        """insert into silence (tenant_id, match, labels, rule, created_at, until, author, text)
+           values (?, ?, ?, ?, ?, ?, ?, ?) returning id""",
+        (tenant_id, new.match, *bind(new.labels), new.rule, now, new.until, author, new.text),
+    ).fetchone()
+    return int(row[0])
+
+
+def delete_silence(connection: sqlite3.Connection, tenant_id: int, silence_id: int) -> None:
+    """Refusal: not_found."""
+    if connection.execute("delete from silence where tenant_id = ? and id = ?", (tenant_id, silence_id)).rowcount == 0:
+        raise Refusal("not_found")
+
+
+@attrs.frozen
+class AlertFilter:
+    """Which alerts are wanted; None: all. `start` and `stop`: that were there in that time, in milliseconds."""
+
+    statuses: tuple[str, ...] | None = None
+    severities: tuple[str, ...] | None = None
+    rule: str | None = None
+    match: str | None = None
+    acknowledged: bool | None = None
+    silenced: bool | None = None
+    start: int = 0
+    stop: int = INTEGERS - 1
+    alert_id: int | None = None
+
+
+class AlertReads(Queries):
+    """Questions about a tenant's rules, alerts and silences."""
+
+    def __init__(self, readers: Readers, limits: Limits) -> None:
+        super().__init__(readers)
+        self._limits = limits
+
+    async def rules(self, tenant: int, limit: int, after: int) -> str:
+        return await self._list(
+            f"select id position, {RULE_JSON} item from rule where tenant_id = :tenant and id > :after order by id",
+            limit, tenant=tenant, after=after,
+        )  # fmt: skip
+
+    async def rule(self, tenant: int, rule_id: int) -> str | None:
+        return await self._json(f"select {RULE_JSON} from rule where tenant_id = :tenant and id = :id", tenant=tenant, id=rule_id)
+
+    async def alerts(self, tenant: int, wanted: AlertFilter, limit: int, after: int) -> str:
+        """A page of alerts, newest first, from before one."""
+        is_open = wanted.statuses is not None and "resolved" not in wanted.statuses
+        text = await self._list(
+            f"""select alert.id position, {ALERT_JSON} item from {ALERT_ROWS}
+                where alert.tenant_id = :tenant and alert.id < :after and coalesce(device.name, device.old_name) is not null
+                {"and alert.resolved_at is null" if is_open else ""}
+                and (:alert is null or alert.id = :alert)
+                and (:statuses is null or {STATUS_SQL} in (select value from json_each(:statuses)))
+                and (:severities is null or alert.severity in (select value from json_each(:severities)))
+                and (:rule is null or alert.rule = :rule) and (:match is null or coalesce(device.name, device.old_name) glob :match)
+                and (:acknowledged is null or :acknowledged = {ACKNOWLEDGED_SQL})
+                and (:silenced is null or :silenced = ({SILENCED_SQL} is not null))
+                and alert.since < :stop and (alert.resolved_at is null or alert.resolved_at >= :start) order by alert.id desc""",
+            limit, tenant=tenant, after=after, alert=wanted.alert_id, rule=wanted.rule, match=wanted.match, start=wanted.start,
+            stop=wanted.stop, acknowledged=wanted.acknowledged, silenced=wanted.silenced, **self._now(),
+            statuses=None if wanted.statuses is None else bind(wanted.statuses)[0],
+            severities=None if wanted.severities is None else bind(wanted.severities)[0],
+        )  # fmt: skip
+        return shortened(text).decode()
+
+    async def silences(self, tenant: int, limit: int, after: int) -> str:
+        """A page of silences, with some of the alerts that each holds back now."""
+        return await self._list(
+            f"select id position, {SILENCE_JSON} item from silence where tenant_id = :tenant and id > :after order by id",
+            limit, tenant=tenant, after=after, most=self._limits.silenced_shown, now=now_ms(),
+        )  # fmt: skip
+
+    def _now(self) -> dict[str, int]:
+        now = now_ms()
+        return {"now": now, "fresh": now - round(self._limits.stale_seconds * 1000)}
+
+    async def sessions(
+        self, tenant: int, devices: list[str], start: int, stop: int, limit: int
+    ) -> list[tuple[str, list[tuple[int, bool]]]]:
+        """When devices connected (true) and disconnected: how it was when a time begins, and what came in it, at most so many of each
+        device."""
+        low, high = await self._numbers("event", tenant, start, stop)
+        known = "event.device_id = device.id and kind in ('connected', 'disconnected')"
+        entry = "json_array(at, json(case when kind = 'connected' then 'true' else 'false' end))"
+        row = await self._readers.row(
+            f"""select json_group_array(json_array(name, json((
+                    select json_group_array(json(entry)) from (
+                        select * from (select id, {entry} entry from event where {known} and at < :start and id < :high
+                                       order by id desc limit 1)
+                        union all
+                        select * from (select id, {entry} entry from event where {known} and id > :low and id < :high and at >= :start
+                                       and at < :stop order by id limit :limit) order by 1)))))
+                from json_each(:devices) wanted join device on device.tenant_id = :tenant and device.name = wanted.value""",
+            {"tenant": tenant, "devices": bind(devices)[0], "start": start, "stop": stop, "low": low, "high": high, "limit": limit},
+        )
+        return [(name, [(at, is_connected) for at, is_connected in entries]) for name, entries in orjson.loads(row[0] if row else "[]")]
+
+    async def last_line(self, tenant: int, rule_id: int) -> int:
+        """Up to which line a rule has judged; 0 if it is gone."""
+        where = {"tenant": tenant, "id": rule_id}
+        row = await self._readers.row("select last_line from rule where tenant_id = :tenant and id = :id", where)
+        return int(row[0]) if row else 0
+
+
+def changed_for_watch(connection: sqlite3.Connection, metrics: tuple[str, ...], most: int) -> AlertNews:
+    """Rules and devices that have changed, which are then forgotten; of the devices at most so many."""
+    news = AlertNews()
+    (rules, devices) = connection.execute(
+        """select (select json_group_array(id) from changed where kind = 'rule'),
+                  (select json_group_array(id) from (select id from changed where kind = 'device' order by id limit ?))""", (most,)
+    ).fetchone()
+    if rules != "[]":
+        (found,) = connection.execute(
+            """select json_group_array(json_array(changed.value, coalesce(tenant_id, 0), body)) from json_each(?) changed
+               left join rule on rule.id = changed.value""", (rules,)
+        ).fetchone()
+        news.rules = orjson.loads(found)
+    if devices != "[]":
+        (found,) = connection.execute(
+            f"""select json_group_array(json({DEVICE_WATCHED_JSON})) from device left join presence on device_id = device.id
+                where device.id in (select value from json_each(:ids))""",
+            {"ids": devices, "metrics": bind(metrics)[0], "rule": None},
+        ).fetchone()
+        news.devices = orjson.loads(found)
+        news.more = len(orjson.loads(devices)) == most
+    for kind, ids in (("rule", rules), ("device", devices)):
+        if ids != "[]":
+            connection.execute("delete from changed where kind = ? and id in (select value from json_each(?))", (kind, ids))
+    return news
+
+
+def devices_for_watch(connection: sqlite3.Connection, wanted: DevicesWanted, most: int) -> list[list[Any]]:
+    (found,) = connection.execute(
+        f"""select json_group_array(json(item)) from (
+                select {DEVICE_WATCHED_JSON} item from device left join presence on device_id = device.id
+                where device.tenant_id = :tenant and device.name > :after and device.name glob :match
+                order by device.name limit :most)""",
+        {
+            "tenant": wanted.tenant_id, "after": wanted.after, "match": wanted.match, "metrics": bind(wanted.metrics)[0],
+            "rule": wanted.rule_id, "most": most,
+        },
+    ).fetchone()  # fmt: skip
+    return cast("list[list[Any]]", orjson.loads(found))
+
+
+def readings_for_watch(
+    connection: sqlite3.Connection, wanted: ReadingsWanted, most: int
+) -> tuple[list[list[Any]], list[tuple[int, Value]]]:
+    """A part of a series, and at the first time the alerts of the rule and the device that were not over before it."""
+    where = {"series": wanted.series, "after": wanted.after, "rule": wanted.rule_id, "device": wanted.device_id, "most": most}
+    recorded = "[]"
+    if wanted.is_first:
+        (recorded,) = connection.execute(
+            f"""select json_group_array(json_array(since, {exact_sql("value")}, fired_at, ended_at, resolved_at)) from (
+                    select * from (select since, value, fired_at, ended_at, resolved_at from alert
+                                   where device_id = :device and rule_id = :rule and resolved_at > :after order by resolved_at limit :most)
+                    union all select since, value, fired_at, ended_at, resolved_at from alert
+                    where device_id = :device and rule_id = :rule and resolved_at is null)""",
+            where,
+        ).fetchone()
+    if wanted.is_first and wanted.needs_before:
+        (where["after"],) = connection.execute(
+            """select coalesce(max(ts) - 1, :after) from (
+                    select ts, value from telemetry where series_id = :series and ts <= :after order by ts desc limit :most)
+               where typeof(value) <> 'text'""",
+            where,
+        ).fetchone()
+    (found,) = connection.execute(
+        f"""select json_group_array(json_array(ts, {exact_sql("value")})) from (
+                select ts, value from telemetry where series_id = :series and ts > :after order by ts limit :most)""",
+        where,
+    ).fetchone()
+    return orjson.loads(recorded), [(ts, value) for ts, value in orjson.loads(found)]
+
+
+def look_up_for_watch(connection: sqlite3.Connection, work: AlertWork, limits: Limits, *, eventful: bool) -> AlertNews:
+    """What the watch is to know after this transaction; `eventful`: rules or devices may have changed."""
+    news = changed_for_watch(connection, work.metrics, limits.alert_devices) if eventful else AlertNews()
+    if work.devices is not None:
+        news.page = devices_for_watch(connection, work.devices, limits.alert_devices)
+    news.readings = [readings_for_watch(connection, wanted, limits.replay_readings) for wanted in work.readings]
+    return news
+
+
+def rules_for_watch(connection: sqlite3.Connection) -> tuple[list[tuple[int, int, str]], int]:
+    """All rules, as number, tenant and text, and the number of the next alert. What had changed is known by that."""
+    connection.execute("delete from changed").close()
+    rules, next_alert = connection.execute(
+        """select (select json_group_array(json_array(rule.id, tenant_id, body)) from rule join tenant on tenant.id = tenant_id
+                   where tenant.name is not null), (select coalesce(max(id), 0) + 1 from alert)"""
+    ).fetchone()
+    return orjson.loads(rules), int(next_alert)
+
+
+def late_for_watch(connection: sqlite3.Connection) -> list[tuple[int, int, int, int]]:
+    """Readings that came late and are not judged yet, as rule, series, start and stop."""
+    (rows,) = connection.execute("select json_group_array(json_array(rule_id, series_id, start, stop)) from late_reading").fetchone()
+    return cast("list[tuple[int, int, int, int]]", orjson.loads(rows))
+
+
+def begin_watch(connection: sqlite3.Connection, watch: AlertWatch, limits: Limits) -> None:
+    """Let the watch know all rules, all devices that they look at, and how they stand: at a start."""
+    with transaction(connection):
+        watch.begin(*rules_for_watch(connection))
+        while (wanted := watch.pages.ask()) is not None:
+            watch.learn(AlertNews(page=devices_for_watch(connection, wanted, limits.alert_devices)), time.monotonic(), now_ms())
+        watch.learn_late(late_for_watch(connection))
+
+
 # ==== Removal ====
 # Owns: what is left of removed devices, tenants and readings, and its deletion little by little. Must not know: HTTP, sockets.
 
@@ -5992,8 +7739,8 @@ def delete_removed_ranges(connection: sqlite3.Connection, limits: Limits) -> Non
 
 
 def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], limits: Limits) -> None:
-    """Rows of which there may be many; their readings are left to `delete_removed_readings`. Then the events and the devices, but
-    for those whose events are still in the live feed."""
+    """Rows of which there may be many; their readings are left to `delete_removed_readings`. Then the events, the alerts and the devices,
+    but for those whose events are still in the live feed."""
     ids = bind(devices)
     of_them = "device_id in (select value from json_each(?))"
     # One version after the other: each may be long, and no more of them are to be read than are deleted.
@@ -6029,9 +7776,11 @@ def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], l
     in_feed = "removed_at > :expired and removed_at <= :now"
     connection.execute(f"update device set emptied = 1 where id in (select value from json_each(:ids)) and {in_feed}", times)
     over = f"select id from device where id in (select value from json_each(:ids)) and ({in_feed}) is not true"
-    events = f"delete from event where id in (select id from event where device_id in ({over}) limit :most)"
-    if not connection.execute(events, times).rowcount:
-        connection.execute(f"delete from device where id in ({over})", times)
+    for table in ("event", "alert"):
+        some = f"delete from {table} where id in (select id from {table} where device_id in ({over}) limit :most)"
+        if connection.execute(some, times).rowcount:
+            return
+    connection.execute(f"delete from device where id in ({over})", times)
 
 
 def delete_removed_tenant(connection: sqlite3.Connection, tenant_id: int, limits: Limits) -> None:
@@ -6113,11 +7862,12 @@ class Change:
 @attrs.frozen
 class Outcome:
     """What became of a batch: the results of its changes, the frames that were refused, as (owner, code, seq), the configurations
-    that were sent, as `Awaited` takes them, and how many seconds it took without its commit."""
+    that were sent, as `Awaited` takes them, what the watch over alerts is to know, and how many seconds it took without its commit."""
 
     changes: list[object]
     refused: list[tuple[Committed, str, int]]
     awaited: list[tuple[int, int, int]]
+    news: AlertNews
     seconds: float
 
 
@@ -6179,9 +7929,11 @@ class Batch:
         self.lines: list[LogLine] = []
         self.waiting: dict[Committed, tuple[int, int]] = {}
         self.changes: list[Change] = []
+        self.alerts = AlertWork()
 
     def __bool__(self) -> bool:
-        return bool(self.progress or self.configs_sent or self.eventful or self.series or self.points or self.lines or self.tokens_used)
+        has_rows = self.progress or self.series or self.points or self.lines or self.tokens_used
+        return bool(has_rows or self.configs_sent or self.eventful or self.alerts)
 
     def arrival(self) -> int:
         """The number of the next of what makes an event."""
@@ -6211,8 +7963,11 @@ class Batch:
                 insert_log_lines(connection, self.lines)
             if words:
                 insert_words(connection, words)
+            if self.alerts:
+                insert_events(connection, write_alerts(connection, self.alerts, now_ms()))
             results = [self._attempt(connection, change) for change in self.changes]
-            return Outcome(results, refused, awaited, time.perf_counter() - began)
+            news = look_up_for_watch(connection, self.alerts, limits, eventful=self.eventful or self.alerts.is_asking)
+            return Outcome(results, refused, awaited, news, time.perf_counter() - began)
 
     def _write_rows(self, connection: sqlite3.Connection, limits: Limits) -> None:
         if self.series:
@@ -6312,8 +8067,9 @@ class Writer:
     Load makes batches larger, not the wait longer. It is stopped by `close`, after what is pending; it is never cancelled.
     """
 
-    def __init__(self, connection: Connection, limits: Limits, shares: Shares, next_series: int) -> None:
+    def __init__(self, connection: Connection, limits: Limits, shares: Shares, next_series: int, watch: AlertWatch) -> None:
         self._connection = connection
+        self.watch = watch
         self._limits = limits
         self._shares = shares
         self._checkpoint_pages = limits.checkpoint_pages
@@ -6322,9 +8078,11 @@ class Writer:
         self._pending = Batch()
         self._work = asyncio.Event()
         self._stopping = False
+        self._is_watch_lost = False
         self.failing = False
         self.news = Bell()
         self.log_news = TenantBells()
+        self.alert_news = Bell()  # alerts may have changed, or what is to be told of them
         self.point_feeds: set[PointFeed] = set()
         self.awaited = Awaited()
         self.stored = Stored()
@@ -6439,6 +8197,20 @@ class Writer:
         began, seconds = time.monotonic(), self._limits.storage_seconds
         return lambda: max(began, self.committed_at) + seconds - time.monotonic()
 
+    async def _find_watch(self) -> None:
+        """Let the watch over alerts learn all anew."""
+        try:
+            self.watch.forget(time.monotonic())
+            await self._connection.run(begin_watch, self.watch, self._limits)
+            self._is_watch_lost = False
+        except sqlite3.Error as error:  # the next transaction may do better
+            log.error("cannot look for rules: %s", error)
+
+    async def look_at_alerts(self) -> None:
+        """Let alerts go on with the time: some are due though nothing came."""
+        if self.watch.look_at_clock(time.monotonic()):
+            self._work.set()
+
     async def alone(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a function on the connection, between two transactions; it makes its own."""
         return await self._connection.run(function, *arguments)
@@ -6455,9 +8227,12 @@ class Writer:
             while self._pending or not self._stopping:
                 await self._work.wait()
                 self._work.clear()
-                while self._pending:
+                while self._pending or (self.watch.look_at_clock(time.monotonic()) and not self._stopping):
                     batch, self._pending = self._pending, Batch()
                     self._shares.next_transaction()
+                    if self._is_watch_lost:
+                        await self._find_watch()
+                    batch.alerts = self.watch.close(batch.points, batch.series, time.monotonic(), now_ms())
                     await self._store(batch)
                 self._shares.next_transaction()  # what was withdrawn meanwhile weighs nothing
         except BaseException as error:  # a defect, and the end of the server: nobody may wait for what will not come
@@ -6487,10 +8262,13 @@ class Writer:
                     partings = batch.partings + self._pending.partings
                     self._pending = Batch()  # frames after those that are lost are not to be stored
                     self._pending.partings = partings
+                    self._is_watch_lost = True  # it has judged what was not stored
                     return
                 if batch:
                     await asyncio.sleep(self._limits.retry_seconds)
             else:
+                if self.failing:
+                    self.watch.awake = time.monotonic()
                 self.failing = False
                 self.committed_at = time.monotonic()
                 self._count_commit(batch, began)
@@ -6521,8 +8299,10 @@ class Writer:
         if batch.points:
             for feed in self.point_feeds:
                 feed.add(batch.points)
-        if batch.eventful:
+        self.watch.learn(outcome.news, time.monotonic(), now_ms())
+        if batch.eventful or batch.alerts.is_told:
             self.news.ring()
+            self.alert_news.ring()
         for tenant_id in {line.tenant_id for line in batch.lines}:
             self.log_news.ring(tenant_id)
 
@@ -6558,6 +8338,7 @@ class Reads(Queries):
         self.news = NewsReads(keys)
         self.pushes = PushReads(keys)
         self.logs = LogReads(readers, limits)
+        self.alerts = AlertReads(readers, limits)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
@@ -6764,8 +8545,9 @@ class Store:
             copier = await Connection.open(functools.partial(connect, path, checkpoint_pages=0))
             stack.push_async_callback(copier.close)
             keys, readers = Readers(connections[:1], limits.storage_seconds), Readers(connections[1:], query_seconds)
-            allowances = Allowances(limits)
-            writer = Writer(connection, limits, allowances.shares, next_series)
+            allowances, watch = Allowances(limits), AlertWatch(Codec(limits), limits)
+            await connection.run(begin_watch, watch, limits)
+            writer = Writer(connection, limits, allowances.shares, next_series, watch)
             writer.awaited.add(awaited)
             stack.push_async_callback(writer.close)
             yield cls(path, writer, Reads(readers, keys, limits), readers, lock, allowances, copier)
@@ -8003,13 +9785,70 @@ class ConfigClock:
                 log.warning("cannot mark configurations whose verdict did not come: %s", error)
 
 
+class LineJudge:
+    """Lets rules about logs judge the lines that have come. Which lines a rule has judged stands in the database."""
+
+    def __init__(self, store: Store, limits: Limits) -> None:
+        self._logs, self._alerts, self._watch = store.read.logs, store.read.alerts, store.writer.watch
+        self._limits = limits
+        self._marks: dict[WatchedRule, int] = {}  # up to which line each has judged
+        self.problems: dict[int, str] = {}  # why a rule cannot judge, by its number
+
+    async def look(self) -> None:
+        """Judge what is new, a part of it for each rule."""
+        rules = [rule for rule in self._watch.places.rules.values() if rule.kind == "log"]
+        self._marks = {rule: self._marks[rule] for rule in rules if rule in self._marks}
+        self.problems = {rule.id: self.problems[rule.id] for rule in rules if rule.id in self.problems}
+        newest = await self._logs.newest() if rules else 0
+        for rule in rules:
+            try:
+                if rule not in self._marks:
+                    await self._begin(rule)
+                if self._marks[rule] < newest:
+                    await self._judge(rule, newest)
+                self.problems.pop(rule.id, None)
+            except Refusal as refusal:  # the others go on, and so may this one the next time
+                text = "; ".join(error.message for error in refusal.errors) or refusal.fault.message
+                if self.problems.get(rule.id) != text:
+                    log.warning("rule %d (%s) cannot judge lines: %s", rule.id, rule.name, text)
+                self.problems[rule.id] = text
+
+    def _wanted(self, rule: WatchedRule, start: int) -> LogFilter:
+        condition = rule.rule.condition
+        search = parse_search(condition.q, self._limits) if condition.q else None
+        return LogFilter(None, rule.rule.match, condition.level, search, start, LATEST)
+
+    async def _begin(self, rule: WatchedRule) -> None:
+        """Learn where a rule stands, and which lines it has in its window."""
+        mark = await self._alerts.last_line(rule.tenant_id, rule.id)
+        wanted, last = self._wanted(rule, now_ms() - rule.rule.condition.window), 0
+        while lines := await self._logs.matches(rule.tenant_id, wanted, last, mark, self._limits.trial_readings):
+            last = lines[-1][0]
+            self._take(rule, lines, mark, is_known=True)
+        self._marks[rule] = mark
+
+    async def _judge(self, rule: WatchedRule, newest: int) -> None:
+        mark = self._marks[rule]
+        upto = min(newest, mark + self._limits.judged_lines)
+        lines = await self._logs.matches(rule.tenant_id, self._wanted(rule, 0), mark, upto, self._limits.trial_readings)
+        if len(lines) == self._limits.trial_readings:
+            upto = lines[-1][0]
+        self._marks[rule] = upto
+        self._take(rule, lines, upto, is_known=False)
+
+    def _take(self, rule: WatchedRule, lines: list[tuple[int, int, str, int]], upto: int, *, is_known: bool) -> None:
+        taken = [(device_id, at) for _, device_id, _, at in lines]
+        if self._watch.places.rules.get(rule.id) is rule:  # otherwise it was changed meanwhile
+            self._watch.take_lines(rule.id, taken, upto, time.monotonic(), now_ms(), is_known=is_known)
+
+
 async def every(seconds: float, purpose: str, work: Callable[[], Awaitable[object]]) -> None:
     """Do something again and again, with a pause before each. What fails is logged, and the next time may do better."""
     while True:
         await asyncio.sleep(seconds)
         try:
             await work()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, Refusal) as error:
             log.warning("cannot %s: %s", purpose, error)
 
 
@@ -8223,6 +10062,7 @@ class Services:
     turned_away: TurnedAway
     peers: Peers
     counts: Counts
+    lines: LineJudge
 
 
 def metrics_of(frame: Telemetry) -> set[str]:
@@ -9398,6 +11238,30 @@ class TrialQuery:
 
 
 @attrs.frozen
+class RuleListQuery:
+    """GET /rules and GET /silences."""
+
+    limit: int | None = None
+    after: int | None = None
+
+
+@attrs.frozen
+class AlertQuery:
+    """GET /alerts; `severity` is the least; `from` and `to`: that were there in that time."""
+
+    limit: int | None = None
+    after: int | None = None
+    status: Names | None = None
+    severity: Severity | None = None
+    rule: str | None = None
+    match: str | None = None
+    acknowledged: bool | None = None
+    silenced: bool | None = None
+    from_: Moment = Moment(0)
+    to_: Moment = FUTURE
+
+
+@attrs.frozen
 class FleetQuery:
     """GET /telemetry"""
 
@@ -9480,6 +11344,7 @@ def make_query_converter() -> Converter:
     converter.register_structure_hook(Duration, query_duration)
     converter.register_structure_hook(Names, query_names)
     converter.register_structure_hook(LogLevel, lambda values, _: LogLevel(one_of(*LEVELS)(one_value(values), None)))
+    converter.register_structure_hook(Severity, lambda values, _: Severity(one_of(*SEVERITIES)(one_value(values), None)))
     converter.register_structure_hook(Aggregates, query_aggregates)
 
     def structure_query(cls: type[Any]) -> Callable[[Any, Any], Any]:
@@ -10330,6 +12195,15 @@ async def show_fleet_telemetry(call: Call) -> web.StreamResponse:
     return await stream_rows(call, wanted, pieces)
 
 
+def check_line_search(rule: Rule, limits: Limits) -> None:
+    """Refusal: invalid, for a search that cannot be read."""
+    try:
+        if rule.condition.q:
+            parse_search(rule.condition.q, limits)
+    except Invalid as error:
+        raise Refusal("invalid", FieldError(f"condition.log.q{error.at}", str(error))) from error
+
+
 class RuleTrial:
     """A rule over what is stored of all devices that match, a part of the readings at a time."""
 
@@ -10344,23 +12218,63 @@ class RuleTrial:
 
     async def run(self) -> None:
         """Refusal: bad_query, when there is too much."""
-        fleet, limits, tenant = self._call.services.store.read.fleet, self._call.services.limits, self._call.tenant
-        if self._rule.condition.kind == "absent":  # a device that never sent the metric is one without it
-            after = ""
-            while names := await fleet.devices(tenant, self._rule.match, after, limits.fleet_page):
-                self._trials |= {name: Trial(self._rule, self._range[0]) for name in names}
-                after = names[-1]
-        wanted = FleetRange(self._rule.match, (self._rule.metric,), *self._range, None, ())
-        place = ("", "")
-        while series := await fleet.series(tenant, wanted, place, limits.fleet_page):
-            place = series[-1][1], series[-1][2]
-            for first in range(0, len(series), limits.fleet_series):
-                await self._run_some(series[first : first + limits.fleet_series])
+        limits, tenant = self._call.services.limits, self._call.tenant
+        await self._find_devices()
+        match self._rule.condition.kind:
+            case "offline":
+                await self._run_sessions()
+            case "log":
+                await self._run_lines()
+            case _:
+                await self._run_series()
         for count, (device, trial) in enumerate(self._trials.items(), 1):
             self._found += [(device, episode) for episode in trial.end(self._range[1])]
             if count % limits.fleet_page == 0:
                 await wait_for_turn(self._call.services, tenant)
         self._require_few(len(self._found), limits.page_most, "alerts")
+
+    async def _find_devices(self) -> None:
+        """Those that the rule looks at; one that never sent the metric is among them."""
+        fleet, limits, after = self._call.services.store.read.fleet, self._call.services.limits, ""
+        while some := await fleet.devices(self._call.tenant, self._rule.match, after, limits.fleet_page):
+            after = some[-1][0]
+            for name, labels in some:
+                if all(labels.get(label) == value for label, value in self._rule.match_labels.items()):
+                    self._trials[name] = Trial(self._rule, self._range[0])
+
+    async def _run_series(self) -> None:
+        fleet, limits, place = self._call.services.store.read.fleet, self._call.services.limits, ("", "")
+        wanted = FleetRange(self._rule.match, (self._rule.metric or "",), *self._range, None, ())
+        while series := await fleet.series(self._call.tenant, wanted, place, limits.fleet_page):
+            place = series[-1][1], series[-1][2]
+            series = [each for each in series if each[1] in self._trials]
+            for first in range(0, len(series), limits.fleet_series):
+                await self._run_some(series[first : first + limits.fleet_series])
+
+    async def _run_sessions(self) -> None:
+        alerts, limits, names = self._call.services.store.read.alerts, self._call.services.limits, list(self._trials)
+        for first in range(0, len(names), limits.fleet_series):
+            await wait_for_turn(self._call.services, self._call.tenant)
+            some = names[first : first + limits.fleet_series]
+            for name, entries in await alerts.sessions(self._call.tenant, some, *self._range, limits.page_most):
+                self._require_few(len(entries), limits.page_most, "sessions of a device")
+                for at, is_connected in entries:
+                    self._trials[name].take_presence(at, is_connected=is_connected)
+
+    async def _run_lines(self) -> None:
+        condition, logs, limits = self._rule.condition, self._call.services.store.read.logs, self._call.services.limits
+        search = parse_search(condition.q, limits) if condition.q else None
+        wanted = LogFilter(None, self._rule.match, condition.level, search, *self._range)
+        last, newest, times = 0, await logs.newest(), dict[str, list[int]]()
+        while lines := await logs.matches(self._call.tenant, wanted, last, newest, limits.trial_readings):
+            await wait_for_turn(self._call.services, self._call.tenant)
+            last, self.readings = lines[-1][0], self.readings + len(lines)
+            self._require_few(self.readings, limits.trial_most, "lines")
+            for _, _, name, at in lines:
+                times.setdefault(name, []).append(at)
+        for name in times.keys() & self._trials.keys():
+            for at in sorted(times[name]):
+                self._trials[name].take_line(at)
 
     @staticmethod
     def _require_few(count: int, most: int, what: str) -> None:
@@ -10379,9 +12293,7 @@ class RuleTrial:
             todo = [(todo[place][0], start, todo[place][2]) for place, _, start in parts if start is not None]
 
     def _judge(self, device: str, readings: list[tuple[int, Value]]) -> None:
-        limits, trial = self._call.services.limits, self._trials.get(device)
-        if trial is None:
-            trial = self._trials[device] = Trial(self._rule, self._range[0])
+        limits, trial = self._call.services.limits, self._trials[device]
         before = len(trial.over)
         for ts, value in readings:
             trial.take(ts, value)
@@ -10411,6 +12323,7 @@ async def try_rule(call: Call) -> web.StreamResponse:
     """When a rule would have fired and cleared."""
     rule, query, now = await call.body(Rule), cast("TrialQuery", call.query), now_ms()
     check_rule(rule)
+    check_line_search(rule, call.services.limits)
     start, stop = now - DAY if query.from_ is None else max(0, query.from_), min(now, FUTURE if query.to_ is None else query.to_)
     if start >= stop:
         raise Refusal("bad_query", FieldError("from", "is not earlier than to"))
@@ -10466,6 +12379,149 @@ async def ask_report(call: Call) -> web.StreamResponse:
     await call.change(ask, what=body.what)
     registry.send(device_id, encode(Report(body.what)))  # to one that goes just now in vain, as to one whose link is broken
     return answer({"device": name, "what": body.what}, 202)
+
+
+# ==== HTTP alerts ====
+# Owns: the handlers of rules, alerts and silences. Must not know: SQL.
+
+
+def check_future(moment: int | None, field: str = "until") -> None:
+    """Refusal: invalid, for what would be over before it was made."""
+    if moment is not None and moment <= now_ms():
+        raise Refusal("invalid", FieldError(field, "is in the past"))
+
+
+def number_in(call: Call) -> int:
+    """The number in the address of a request. Refusal: not_found, for what is none."""
+    text = call.request.match_info["id"]
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise Refusal("not_found")
+    return int(text)
+
+
+async def rule_in(call: Call) -> tuple[Rule, str]:
+    """The rule in the body of a request, and its text as it is stored. Refusal: invalid."""
+    content = await call.content()
+    rule = call.services.codec.body(content, Rule)
+    call.subject = rule.name
+    if not rule.name:
+        raise Refusal("invalid", FieldError("name", "is missing"))
+    check_rule(rule)
+    check_line_search(rule, call.services.limits)
+    return rule, canonical(orjson.loads(content)).decode()
+
+
+def with_problems(call: Call, rules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rules, each with what keeps it from judging, if something does."""
+    problems = call.services.lines.problems
+    return [{**rule, "problem": problems[rule["id"]]} if rule["id"] in problems else rule for rule in rules]
+
+
+async def list_rules(call: Call) -> web.StreamResponse:
+    query: RuleListQuery = call.query
+    page = orjson.loads(await call.services.store.read.alerts.rules(call.tenant, call.page(), query.after or 0))
+    return answer({"items": with_problems(call, page["items"]), "next": page["next"]})
+
+
+async def show_rule(call: Call) -> web.StreamResponse:
+    shown = required_text(await call.services.store.read.alerts.rule(call.tenant, number_in(call)))
+    return answer(with_problems(call, [orjson.loads(shown)])[0])
+
+
+async def create_rule(call: Call) -> web.StreamResponse:
+    tenant, limits = call.tenant, call.services.limits
+    rule, text = await rule_in(call)
+    number = await call.change(
+        lambda connection: insert_rule(connection, tenant, rule.name, text, call.principal.name, limits.rules),
+        lambda made: [Affected(rule.name, None, {"id": made, "rule": orjson.loads(text)})],
+    )
+    shown = await call.services.store.read.alerts.rule(tenant, number)
+    return json_response(required_text(shown), 201)
+
+
+async def replace_rule(call: Call) -> web.StreamResponse:
+    tenant, number = call.tenant, number_in(call)
+    rule, text = await rule_in(call)
+    await call.change(
+        lambda connection: update_rule(
+            connection, tenant, number, rule.name, text, call.principal.name, disabled=rule.disabled
+        ),
+        lambda _: [Affected(rule.name, None, {"id": number, "rule": orjson.loads(text)})],
+    )
+    return await show_rule(call)
+
+
+async def remove_rule(call: Call) -> web.StreamResponse:
+    tenant, number = call.tenant, number_in(call)
+    await call.change(lambda connection: delete_rule(connection, tenant, number), lambda name: [Affected(name, None, {"id": number})])
+    return web.Response(status=204)
+
+
+STATUSES: Final = ("pending", "firing", "resolved")
+
+
+async def list_alerts(call: Call) -> web.StreamResponse:
+    query: AlertQuery = call.query
+    for status in query.status or ():
+        if status not in STATUSES:
+            raise Refusal("bad_query", FieldError("status", f"is not one of {', '.join(STATUSES)}"))
+    severities = None if query.severity is None else SEVERITIES[SEVERITIES.index(query.severity) :]
+    wanted = AlertFilter(
+        query.status, severities, query.rule, query.match, query.acknowledged, query.silenced, query.from_, query.to_
+    )  # fmt: skip
+    after = INTEGERS - 1 if query.after is None else query.after
+    return json_response(await call.services.store.read.alerts.alerts(call.tenant, wanted, call.page(), after))
+
+
+async def show_alert(call: Call) -> web.StreamResponse:
+    wanted = AlertFilter(alert_id=number_in(call))
+    found = orjson.loads(await call.services.store.read.alerts.alerts(call.tenant, wanted, 1, INTEGERS - 1))["items"]
+    if not found:
+        raise Refusal("not_found")
+    return answer(found[0])
+
+
+async def acknowledge(call: Call) -> web.StreamResponse:
+    tenant, number, body = call.tenant, number_in(call), await call.body(Acknowledgement)
+    check_future(body.until)
+    said = {"by": call.principal.name, "until": body.until, "text": body.text}
+    await call.change(
+        lambda connection: acknowledge_alert(connection, tenant, number, said),
+        lambda device: [Affected(str(number), device, {"until": moment_text(body.until), "text": body.text})],
+    )
+    return await show_alert(call)
+
+
+async def take_acknowledgement_back(call: Call) -> web.StreamResponse:
+    tenant, number = call.tenant, number_in(call)
+    await call.change(
+        lambda connection: acknowledge_alert(connection, tenant, number, None), lambda device: [Affected(str(number), device)]
+    )
+    return await show_alert(call)
+
+
+async def list_silences(call: Call) -> web.StreamResponse:
+    query: RuleListQuery = call.query
+    return json_response(await call.services.store.read.alerts.silences(call.tenant, call.page(), query.after or 0))
+
+
+async def create_silence(call: Call) -> web.StreamResponse:
+    tenant, body = call.tenant, await call.body(NewSilence)
+    check_future(body.until)
+    if not body.match:
+        raise Refusal("invalid", FieldError("match", "is empty; * is every device"))
+    call.subject = body.match
+    number = await call.change(
+        lambda connection: insert_silence(connection, tenant, body, call.principal.name, call.services.limits.silences),
+        lambda made: [Affected(str(made), None, {**attrs.asdict(body), "until": moment_text(body.until)})],
+    )
+    return answer({"id": number, **attrs.asdict(body), "until": moment_text(body.until)}, 201)
+
+
+async def remove_silence(call: Call) -> web.StreamResponse:
+    tenant, number = call.tenant, number_in(call)
+    await call.change(lambda connection: delete_silence(connection, tenant, number))
+    return web.Response(status=204)
 
 
 # ==== HTTP API ====
@@ -10718,17 +12774,11 @@ async def list_keys(call: Call) -> web.StreamResponse:
     return json_response(await call.services.store.read.accounts.provisioning_keys(call.tenant, call.page(), call.query.after or ""))
 
 
-def check_future(expires_at: int | None) -> None:
-    """Refusal: invalid, for what would have expired before it was made."""
-    if expires_at is not None and expires_at <= now_ms():
-        raise Refusal("invalid", FieldError("expires_at", "is in the past"))
-
-
 async def create_key(call: Call) -> web.StreamResponse:
     tenant, key, body = call.tenant, mint("prov"), await call.body(NewProvisioningKey)
     if body.uses is not None and body.uses < 1:
         raise Refusal("invalid", FieldError("uses", "is not at least 1"))
-    check_future(body.expires_at)
+    check_future(body.expires_at, "expires_at")
     await call.change(
         lambda connection: insert_provisioning_key(connection, tenant, key.stored, body.expires_at, body.uses),
         lambda _: [Affected(key.stored.id, None, {"uses": body.uses, "expires_at": moment_text(body.expires_at)})],
@@ -10753,7 +12803,7 @@ async def create_token(call: Call) -> web.StreamResponse:
     call.subject = body.name
     if body.role not in (*RANKS, "platform"):
         raise Refusal("invalid", FieldError("role", f"is not one of {', '.join((*RANKS, 'platform'))}"))
-    check_future(body.expires_at)
+    check_future(body.expires_at, "expires_at")
     if (body.role == "platform") != (who.tenant_id is None) or not who.may(body.role):
         raise Refusal("forbidden")
     await call.change(
@@ -10917,7 +12967,19 @@ ROUTES: Final = (
     Route("GET", "/iiot/{device}/state/history", "viewer", list_states, HistoryQuery),
     Route("GET", "/iiot/{device}/events", "viewer", list_events, EventQuery),
     Route("GET", "/telemetry", "viewer", show_fleet_telemetry, FleetQuery),
+    Route("GET", "/rules", "viewer", list_rules, RuleListQuery),
+    Route("POST", "/rules", "admin", create_rule, action="rule.create"),
     Route("POST", "/rules/dry-run", "viewer", try_rule, TrialQuery),
+    Route("GET", "/rules/{id}", "viewer", show_rule),
+    Route("PUT", "/rules/{id}", "admin", replace_rule, action="rule.update"),
+    Route("DELETE", "/rules/{id}", "admin", remove_rule, action="rule.remove"),
+    Route("GET", "/alerts", "viewer", list_alerts, AlertQuery),
+    Route("GET", "/alerts/{id}", "viewer", show_alert),
+    Route("POST", "/alerts/{id}/ack", "operator", acknowledge, action="alert.acknowledge"),
+    Route("DELETE", "/alerts/{id}/ack", "operator", take_acknowledgement_back, action="alert.unacknowledge"),
+    Route("GET", "/silences", "viewer", list_silences, RuleListQuery),
+    Route("POST", "/silences", "operator", create_silence, action="silence.create"),
+    Route("DELETE", "/silences/{id}", "operator", remove_silence, action="silence.remove"),
     Route("GET", "/iiot/{device}/telemetry", "viewer", show_telemetry, TelemetryQuery),
     Route("DELETE", "/iiot/{device}/telemetry", "admin", remove_telemetry, RangeQuery, "telemetry.remove"),
     Route("POST", "/iiot/{device}/report", "operator", ask_report, action="device.report"),
@@ -11156,16 +13218,19 @@ async def run_services(app: web.Application, settings: Settings, limits: Limits)
     """Open the store, then what stands on it; close them the other way round."""
     async with Store.open(Path(settings.db), limits, settings.query_seconds) as store:
         registry = Registry(limits, store.allowances)
+        lines = LineJudge(store, limits)
         cleaner, pusher = Cleaner(store, registry, limits, settings.log_days), Pusher(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
         supervisor, news, trusted = Supervisor(), News(store, limits), networks(settings.trusted_proxy)
         senders, turned_away = LogSenders(identity, store.read.tokens, limits), TurnedAway(limits.refused_senders)
         app[SERVICES] = Services(
             settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted, senders, turned_away,
-            Peers(limits), Counts(),
+            Peers(limits), Counts(), lines,
         )  # fmt: skip
         supervisor.watch(store.writer.task)
         supervisor.start("heartbeat", Heartbeat(registry, store.writer, limits, settings.heartbeat).run())
+        supervisor.start("judge of lines", every(limits.alert_seconds, "judge lines", lines.look))
+        supervisor.start("alert clock", every(limits.alert_seconds, "look at alerts", store.writer.look_at_alerts))
         supervisor.start("config clock", ConfigClock(store.writer, limits).run())
         supervisor.start("cleaner", cleaner.run())
         supervisor.start("pusher", pusher.run())

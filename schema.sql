@@ -323,6 +323,103 @@ create table retention (
     primary key (tenant_id, kind)
 ) strict, without rowid;
 
+-- What is watched, and when it is an alert.
+create table rule (
+    id          integer primary key autoincrement,
+    tenant_id   integer not null references tenant on delete cascade,
+    name        text not null,
+    body        text not null check (json_valid(body)),  -- JSON: all of it, as it was sent
+    changed_at  integer not null,
+    author      text not null,                           -- the name of the token that changed it last
+    last_line   integer not null,                        -- of a rule about logs: lines up to this number are judged
+    unique (tenant_id, name)
+) strict;
+
+-- A rule's finding about a device: pending, then firing, then resolved; one that ends before it fires is deleted. What it shows of its
+-- rule is as it was then. There is one at a time for a rule and a device.
+create table alert (
+    id            integer primary key,                   -- numbers are handed out in memory by the only writer, and rise
+    tenant_id     integer not null references tenant on delete cascade,
+    device_id     integer not null references device on delete cascade,
+    rule_id       integer not null,                      -- no foreign key: an alert outlives its rule
+    rule          text not null,
+    kind          text not null,                         -- of its condition: above, offline …
+    severity      text not null,
+    labels        text not null check (json_valid(labels)),
+    metric        text,
+    series_id     integer,                               -- of its readings, if it has some
+    text          text not null,
+    value         any,                                   -- what was judged when its condition began to hold
+    since         integer not null,                      -- the condition holds, by the times of readings
+    fired_at      integer,                               -- null: pending
+    ended_at      integer,                               -- the condition holds no more; the alert is resolved if that stays so
+    resolved_at   integer,                               -- null: open
+    reason        text,                                  -- why it was resolved
+    catching_up   integer not null default 0 check (catching_up in (0, 1)),  -- it fired among readings that came late: nobody is told yet
+    changed_at    integer not null,                      -- by the server's clock
+    acknowledged  text check (acknowledged is null or json_valid(acknowledged))  -- JSON: {by, at, until, text}
+) strict;
+create unique index alert_open on alert (rule_id, device_id) where resolved_at is null;
+create index alert_by_tenant on alert (tenant_id, id);
+create index alert_by_device on alert (device_id, rule_id, resolved_at);
+create index alert_open_by_device on alert (device_id) where resolved_at is null;
+
+-- For a time nobody is told of the alerts that it covers; those that have all that it asks for.
+create table silence (
+    id          integer primary key autoincrement,
+    tenant_id   integer not null references tenant on delete cascade,
+    match       text not null,                           -- glob of names of devices
+    labels      text not null check (json_valid(labels)),  -- JSON: labels that the alert or its device has, {name: text}
+    rule        text,                                    -- a rule's name; null: every rule
+    created_at  integer not null,
+    until       integer not null,
+    author      text not null,
+    text        text not null
+) strict;
+create index silence_by_tenant on silence (tenant_id, id);
+
+-- Readings that came after later ones of their series, from `start` to `stop`: the rule is to judge the series anew.
+create table late_reading (
+    rule_id    integer not null references rule on delete cascade,
+    series_id  integer not null,
+    device_id  integer not null references device on delete cascade,
+    start      integer not null,
+    stop       integer not null,
+    primary key (rule_id, series_id)
+) strict, without rowid;
+create index late_reading_by_device on late_reading (device_id);
+
+-- Rules and devices that have changed, for whoever watches. Devices only while there are rules.
+create table changed (
+    kind  text not null check (kind in ('rule', 'device')),
+    id    integer not null,
+    primary key (kind, id)
+) strict, without rowid;
+create trigger new_rule after insert on rule
+begin
+    insert or ignore into changed values ('rule', new.id);
+end;
+create trigger changed_rule after update of body on rule
+begin
+    insert or ignore into changed values ('rule', new.id);
+end;
+create trigger removed_rule after delete on rule
+begin
+    insert or ignore into changed values ('rule', old.id);
+end;
+create trigger new_device after insert on presence when exists (select 1 from rule)
+begin
+    insert or ignore into changed values ('device', new.device_id);
+end;
+create trigger changed_device after update of name, labels, disabled on device when exists (select 1 from rule)
+begin
+    insert or ignore into changed values ('device', new.id);
+end;
+create trigger changed_presence after update of connected on presence when exists (select 1 from rule)
+begin
+    insert or ignore into changed values ('device', new.device_id);
+end;
+
 -- A random text, new at every start and every five minutes. It stands in the file beside the database too, so that a write-ahead log
 -- is not replayed over a copy of another time.
 create table salt (

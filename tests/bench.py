@@ -21,9 +21,10 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from load import LEVELS, Worker, answer_configs, connect_and_wait, send_at_full_speed, send_logs_at_full_speed, send_steadily
@@ -152,9 +153,11 @@ def raw_insert(devices: int, frames: int, samples: int) -> float:
             return len(rows) / (time.perf_counter() - started)
 
 
-def ingest(devices: int, frames: int, samples: int) -> float:
+def ingest(devices: int, frames: int, samples: int, rules: Iterable[dict[str, Any]] = ()) -> float:
     """Frames a second, from the first byte to the last ack; every point is counted in the database afterwards."""
     with server(devices) as running:
+        for number, rule in enumerate(rules):
+            running.get("/rules", {"name": f"rule {number}", **rule})
         worker = Worker(send_at_full_speed, running.host, running.port, running.tokens, frames, samples, FIRST_TS)
         worker.receive()
         worker.send()
@@ -175,6 +178,26 @@ def throughput(devices: int, frames: int, samples: int) -> None:
         f"raw executemany of the same {devices * frames * points:,} rows: {raw:,.0f} points/s; ratio {rate * points / raw:.2f}",
         flush=True,
     )
+
+
+def alerts(devices: int, frames: int, samples: int, rounds: int) -> None:
+    """What rules cost: none, a thousand of other metrics, and those that look at every point."""
+    kinds: dict[str, list[dict[str, Any]]] = {
+        "no rules": [],
+        "1,000 rules of other metrics": [{"metric": f"other {n}", "condition": {"above": n}} for n in range(1_000)],
+        "a rule for every point": [{"metric": f"metric-{n}", "condition": {"above": 1e9}} for n in range(2)],
+        "a trend through every point": [{"metric": f"metric-{n}", "condition": {"slope_above": 1e9, "window": "1m"}} for n in range(2)],
+        "an alert every few seconds": [{"metric": f"metric-{n}", "condition": {"above": 600}} for n in range(2)],
+    }
+    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(rounds):
+        for name, rules in kinds.items():
+            rates[name].append(ingest(devices, frames, samples, rules))
+    without = statistics.median(rates["no rules"])
+    for name, found in rates.items():
+        rate = statistics.median(found)
+        told = ", ".join(f"{one:,.0f}" for one in found)
+        print(f"frames of {samples * 2} points, {name}: {rate:,.0f} frames/s ({told}), {rate / without - 1:+.1%}", flush=True)
 
 
 def latency(devices: int, rate: float, seconds: float) -> None:
@@ -358,32 +381,45 @@ def logs(lines: int, devices: int) -> None:
             print(f"search of {lines:,} lines, {name}: {told}", flush=True)
 
 
+def size(scale: float) -> None:
+    size_on_disk(100, 10, int(4000 * scale))
+    for fleet in (10, 100, 1000, 10_000):
+        bytes_written(fleet, 10, 1, fleet / 5, 60 * scale)
+    for fleet in (100, 1000):
+        bytes_written(fleet, 10, 12, fleet / 15, 60 * scale)
+
+
+def ingest_in_both_sizes(scale: float) -> None:
+    throughput(200, int(3000 * scale), 1)
+    throughput(int(2000 * scale), 40, 25)
+
+
+def alerts_in_both_sizes(scale: float) -> None:
+    alerts(200, int(2000 * scale), 1, 5)
+    alerts(200, int(400 * scale), 25, 5)
+
+
+PARTS: dict[str, Callable[[float], None]] = {
+    "ingest": ingest_in_both_sizes,
+    "latency": lambda scale: latency(200, 5000.0, 10 * scale),
+    "idle": lambda scale: idle_devices(int(10_000 * scale)),
+    "size": size,
+    "config": lambda scale: configurations(int(5000 * scale)),
+    "queries": lambda scale: queries(HISTORY_POINTS, 200, int(3000 * scale)),
+    "logs": lambda scale: logs(int(5_000_000 * scale), 50),
+    "alerts": alerts_in_both_sizes,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("ingest", "latency", "idle", "size", "queries", "config", "logs"), help="one part alone")
+    parser.add_argument("--only", choices=PARTS, help="one part alone")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the frames and devices, for a quick look")
     arguments = parser.parse_args()
-    scale, only = arguments.scale, arguments.only
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}", flush=True)
-    if only in (None, "ingest"):
-        throughput(200, int(3000 * scale), 1)
-        throughput(int(2000 * scale), 40, 25)
-    if only in (None, "latency"):
-        latency(200, 5000.0, 10 * scale)
-    if only in (None, "idle"):
-        idle_devices(int(10_000 * scale))
-    if only in (None, "size"):
-        size_on_disk(100, 10, int(4000 * scale))
-        for fleet in (10, 100, 1000, 10_000):
-            bytes_written(fleet, 10, 1, fleet / 5, 60 * scale)
-        for fleet in (100, 1000):
-            bytes_written(fleet, 10, 12, fleet / 15, 60 * scale)
-    if only in (None, "config"):
-        configurations(int(5000 * scale))
-    if only in (None, "queries"):
-        queries(HISTORY_POINTS, 200, int(3000 * scale))
-    if only in (None, "logs"):
-        logs(int(5_000_000 * scale), 50)
+    for name, part in PARTS.items():
+        if arguments.only in (None, name):
+            part(arguments.scale)
 
 
 if __name__ == "__main__":

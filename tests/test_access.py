@@ -36,6 +36,11 @@ JSON = "application/json"
 DEVICE = "device connected connected_at disconnected_at seen_at created_at agent software_version disabled labels config latest reported"
 CONFIG = "version document status status_at at by timeout sent_at message errors device applied drift"
 STATE = "device version at session reported"
+RULE = "by changed_at condition id match metric name"
+ALERT = (
+    "acknowledged device fired_at held_back id kind labels metric reason resolved_at rule rule_id severity silenced since stale status"
+    " text told value"
+)
 TENANT = "devices connections points_per_day log_bytes_per_day"
 
 
@@ -100,6 +105,24 @@ EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {
         Example(200, "devices from items readings to", body={"metric": "level", "condition": {"above": 5}}),
         Example(200, "devices from items readings to", body={"metric": "level", "condition": {"absent": "5m"}}),
     ),
+    ("GET", "/rules"): (PAGE, Example(200, "items next", "?limit=1&after=0")),
+    ("POST", "/rules"): (
+        Example(201, "by changed_at condition id metric name", body={"name": "hot", "metric": "level", "condition": {"above": 5}}),
+    ),
+    ("GET", "/rules/{id}"): (Example(200, RULE),),
+    ("PUT", "/rules/{id}"): (
+        Example(200, RULE, body={"name": "rule {id}", "metric": "level", "match": "press-*", "condition": {"above": 5}}),
+    ),
+    ("DELETE", "/rules/{id}"): (DONE,),
+    ("GET", "/alerts"): (PAGE, Example(200, "items next", "?status=firing&severity=warning&match=*&limit=3")),
+    ("GET", "/alerts/{id}"): (Example(200, ALERT),),
+    ("POST", "/alerts/{id}/ack"): (Example(200, ALERT, body={"text": "on my way"}), Example(200, ALERT, body={})),
+    ("DELETE", "/alerts/{id}/ack"): (Example(200, ALERT),),
+    ("GET", "/silences"): (PAGE,),
+    ("POST", "/silences"): (
+        Example(201, "id labels match rule text until", body={"match": "press-*", "until": "2099-01-01T00:00:00Z"}),
+    ),
+    ("DELETE", "/silences/{id}"): (DONE,),
     ("DELETE", "/iiot/{device}/telemetry"): (Example(204, query="?metric=level&from=1&to=2026-01-02T00:00:00Z", kind=""),),
     ("POST", "/iiot/{device}/report"): (Example(202, "device what", body={"what": "telemetry"}),),
     ("GET", "/provisioning-keys"): (PAGE,),
@@ -202,6 +225,18 @@ class Site:
         self.count += 1
         return f"{kind}-{self.count:03}"
 
+    async def rule(self, device: str) -> str:
+        """A new rule, by which the readings of a device are too high."""
+        body = {"name": self.fresh("rule"), "metric": "level", "match": device, "condition": {"above": 0}}
+        status, answer = await self.plant.ask("POST", "/rules", body)
+        assert status == 201, answer
+        return str(answer["id"])
+
+    async def alert(self, rule: str) -> str:
+        """Its alert, once that fires."""
+        answer = await self.plant.until("/alerts", lambda answer: any(str(one["rule_id"]) == rule for one in answer["items"]))
+        return str(next(one["id"] for one in answer["items"] if str(one["rule_id"]) == rule))
+
     async def furnish(self) -> str:
         """The name of a new device of the first tenant: connected, with readings, state and configuration, and at rest."""
         name = self.fresh("press")
@@ -227,6 +262,17 @@ class Site:
                 name = self.fresh("acme")
                 await self.tenant(name)
                 return name
+            case ["id"], "/rules":
+                rule = await self.rule(device)
+                await self.alert(rule)
+                return rule
+            case ["id"], "/alerts":
+                return await self.alert(await self.rule(device))
+            case ["id"], "/silences":
+                body = {"match": device, "until": "2099-01-01T00:00:00Z"}
+                status, answer = await self.plant.ask("POST", "/silences", body, token=self.tokens["operator"])
+                assert status == 201, answer
+                return str(answer["id"])
             case ["id"], "/provisioning-keys":
                 return (await self.key()).id
             case ["id"], "/tokens":
@@ -238,7 +284,7 @@ class Site:
     async def ask(self, route: iiot.Route, example: Example, subject: str, authorization: str | None) -> Answer:
         path = re.sub(r"{\w+}", subject, route.path + example.query)
         headers = {} if authorization is None else {"Authorization": authorization}
-        data = None if example.body is None else json.dumps(example.body)
+        data = None if example.body is None else json.dumps(example.body).replace("{id}", subject)
         async with (
             asyncio.timeout(PATIENCE),
             self.plant.client.request(route.method, self.plant.url + path, data=data, headers=headers) as response,
@@ -281,7 +327,7 @@ def of_tenant(table: str, columns: list[str], tenant: str) -> str:
         return f"series_id in (select id from series where {devices})"
     if table == "document":
         return f"id in (select document_id from config where {devices})"
-    assert table in ("removed_series", "removed_range", "salt"), table
+    assert table in ("removed_series", "removed_range", "salt", "changed"), table
     return "false"
 
 
@@ -514,6 +560,9 @@ def unbounded_lists() -> Iterator[tuple[iiot.Route, Example]]:
 
 async def test_nothing_of_another_tenant_is_in_a_list(site: Site) -> None:
     device, key, token = await site.furnish(), await site.key(), await site.mint(name="the night shift")
+    await site.alert(await site.rule(device))
+    status, _ = await site.plant.ask("POST", "/silences", {"match": device, "until": "2099-01-01T00:00:00Z"})
+    assert status == 201
     theirs = await site.tenant("neighbour")
     assert (await site.plant.ask("PUT", "/iiot/pump-1", token=theirs))[0] == 201
     words = [device, key.id, token.id, "the night shift", '"default"']

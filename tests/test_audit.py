@@ -111,6 +111,10 @@ def no_entry_possible(database: Path) -> Iterator[None]:
 # ---- every action
 
 
+RULE = {"name": "hot", "metric": "level", "condition": {"above": 5}}
+SILENCE = {"match": "pump-*", "until": "2099-01-01T00:00:00.000Z"}
+
+
 class World:
     """A server with something of everything, and a token of every role."""
 
@@ -122,7 +126,8 @@ class World:
     async def furnish(self) -> None:
         """press-1 is connected, press-2 is not and has a configuration."""
         plant, platform = self.plant, self.roles["platform"]
-        await plant.device("press-1")
+        device = await plant.device("press-1")
+        await device.store({"values": {"level": 9}})
         await plant.register("press-2")
         for method, path, body, token in (
             ("POST", "/iiot/press-2", {"speed": 1}, None),
@@ -131,12 +136,16 @@ class World:
             ("PUT", "/retention", {"logs": {"days": 9}}, None),
             ("POST", "/iiot/press-2/log-token", {}, None),
             ("PUT", "/iiot/press-2/syslog-source", {"addresses": ["10.0.0.7"]}, None),
+            ("POST", "/rules", RULE, None),
+            ("POST", "/silences", SILENCE, None),
             ("POST", "/tenants", {"name": "acme"}, platform),
             ("POST", "/platform/tokens", {"name": "spare", "role": "platform"}, platform),
         ):
             status, answer = await plant.ask(method, path, body, token=token)
             assert status in (200, 201, 202), answer
-            self.names[path] = answer.get("id", "")
+            self.names[path] = str(answer.get("id", ""))
+        found = await plant.until("/alerts", lambda answer: answer["items"])
+        self.names["/alerts"] = str(found["items"][0]["id"])
         # then there is one token that may manage tokens
         assert (await plant.ask("DELETE", f"/tokens/{id_of(plant.token)}", token=self.roles["admin"]))[0] == 204
 
@@ -304,6 +313,46 @@ CASES = {
             Refused(404, "not_found", f"{NOBODY}/report", {"what": "state"}), Refused(422, "invalid", body={"what": "everything"}),
             Refused(409, "device_offline", "/iiot/press-2/report", {"what": "state"}),
         ),
+    ),
+    ("POST", "/rules"): Case(
+        "/rules", {**RULE, "name": "cold"}, 201, lambda answer: [("cold", None, {"id": answer["id"], "rule": {**RULE, "name": "cold"}})],
+        (
+            Refused(409, "rule_exists", body=RULE, target="hot"), Refused(422, "invalid", body={**RULE, "match": ""}, target="hot"),
+            Refused(422, "invalid", body={"name": "hot"}), Refused(400, "not_an_object", body=[]),
+        ),
+    ),
+    ("PUT", "/rules/{id}"): Case(
+        "/rules/[/rules]", {**RULE, "name": "warm"}, 200,
+        lambda answer: [("warm", None, {"id": answer["id"], "rule": {**RULE, "name": "warm"}})],
+        (
+            Refused(404, "not_found", "/rules/999", RULE, target="hot"), Refused(404, "not_found", "/rules/x", RULE),
+            Refused(422, "invalid", body={"name": "hot"}),
+        ),
+    ),
+    ("DELETE", "/rules/{id}"): Case(
+        "/rules/[/rules]", None, 204, lambda _: [("hot", None, {"id": 1})], (Refused(404, "not_found", "/rules/999"),),
+    ),
+    ("POST", "/alerts/{id}/ack"): Case(
+        "/alerts/[/alerts]/ack", {"text": "on my way", "until": EXPIRY}, 200,
+        lambda _: [("[/alerts]", "press-1", {"until": EXPIRY, "text": "on my way"})],
+        (
+            Refused(404, "not_found", "/alerts/999/ack", {}), Refused(422, "invalid", body={"until": "2020-01-01T00:00:00Z"}),
+            Refused(422, "invalid", body={"text": 3}),
+        ),
+    ),
+    ("DELETE", "/alerts/{id}/ack"): Case(
+        "/alerts/[/alerts]/ack", None, 200, lambda _: [("[/alerts]", "press-1", None)], (Refused(404, "not_found", "/alerts/999/ack"),),
+    ),
+    ("POST", "/silences"): Case(
+        "/silences", SILENCE, 201,
+        lambda answer: [(str(answer["id"]), None, {**SILENCE, "labels": {}, "rule": None, "text": ""})],
+        (
+            Refused(422, "invalid", body={"match": "", "until": EXPIRY}), Refused(422, "invalid", body={"match": "*"}),
+            Refused(422, "invalid", body={"match": "*", "until": "2020-01-01T00:00:00Z"}),
+        ),
+    ),
+    ("DELETE", "/silences/{id}"): Case(
+        "/silences/[/silences]", None, 204, lambda _: [("[/silences]", None, None)], (Refused(404, "not_found", "/silences/999"),),
     ),
     ("POST", "/provisioning-keys"): Case(
         "/provisioning-keys", {"uses": 3, "expires_at": EXPIRY}, 201,

@@ -28,8 +28,8 @@ QUOTAS = iiot.default_quotas(iiot.Settings())
 SHARED_DEVICES = ("press-1", "press-2")
 SHARED_METRICS = ("note", "pressure")
 PLACES = (
-    "agent", "author", "code", "config", "device", "error", "glob", "gone", "label", "log", "message", "metric", "nothing", "path",
-    "software", "state", "telemetry", "viewer",
+    "acknowledgement", "agent", "alert", "author", "code", "config", "device", "error", "glob", "gone", "label", "log", "message", "metric",
+    "nothing", "path", "reason", "rule", "silence", "software", "state", "team", "telemetry", "viewer",
 )  # fmt: skip
 
 
@@ -138,9 +138,25 @@ async def load(plant: Plant, side: Side) -> None:
         assert status == expected, (path, answer)
         if status == 201:
             side.know(answer["token"])
+    await load_alerts(plant, side)
     side.know((await plant.ask("POST", "/iiot/press-2/token"))[1]["token"])
     side.know((await plant.ask("POST", "/iiot/press-1/log-token"))[1]["token"])
     assert (await plant.ask("PUT", "/iiot/press-1/syslog-source", {"addresses": [f"{side.address}/32"]}))[0] == 200
+
+
+async def load_alerts(plant: Plant, side: Side) -> None:
+    """A rule by which there is an alert of every device, one of them acknowledged, and a silence that holds them back."""
+    rule = {
+        "name": side.text("rule"), "metric": "pressure", "condition": {"above": 1}, "labels": {"team": side.text("team")},
+        "text": side.text("alert"),
+    }  # fmt: skip
+    status, answer = await plant.ask("POST", "/rules", rule)
+    assert status == 201, answer
+    found = await plant.until("/alerts", lambda answer: len(answer["items"]) == len(SHARED_DEVICES) + 1)
+    path = f"/alerts/{found['items'][0]['id']}/ack"
+    assert (await plant.ask("POST", path, {"text": side.text("acknowledgement")}))[0] == 200
+    silence = {"match": f"[p{side.text('silence')}]*", "text": side.text("reason"), "until": "2999-01-01T00:00:00Z"}
+    assert (await plant.ask("POST", "/silences", silence))[0] == 201
 
 
 @attrs.frozen
@@ -250,6 +266,19 @@ def asked_entries(world: World, side: Side) -> tuple[object, ...]:
     )
 
 
+def asked_alerts(world: World, side: Side) -> tuple[object, ...]:
+    everything = iiot.AlertFilter()
+    return (
+        everything,
+        *(attrs.evolve(everything, rule=each.text("rule")) for each in world.all),
+        *(attrs.evolve(everything, match=match) for match in ("*", *(f"{each.word}*" for each in world.all))),
+        *(attrs.evolve(everything, acknowledged=asked) for asked in (True, False)),
+        *(attrs.evolve(everything, silenced=asked) for asked in (True, False)),
+        *(attrs.evolve(everything, alert_id=number) for number in range(1, 20)),
+        attrs.evolve(everything, statuses=("firing",), severities=("warning",), start=1),
+    )
+
+
 def the_same(*values: object) -> Asked:
     return lambda world, side: values
 
@@ -268,6 +297,11 @@ ARGUMENTS: Mapping[str, Asked] = {
     "names: tuple[str, ...]": the_same((), ("time", "device", "metric", "value")),
     "wanted: AuditFilter": asked_entries,
     "wanted: LogFilter": asked_lines,
+    "wanted: AlertFilter": asked_alerts,
+    "rule_id: int": the_same(*range(1, 5)),
+    "devices: list[str]": lambda world, side: ([*SHARED_DEVICES, *(each.text("device") for each in world.all)],),
+    "above: int": the_same(0),
+    "upto: int": the_same(iiot.INTEGERS - 1),
     "metrics: tuple[str, ...] | None": lambda world, side: (None, (*SHARED_METRICS, side.text("metric"))),
     "since: int": the_same(0, 1),
     "after: tuple[str, str]": the_same(("", ""), ("press-1", ""), ("press-1", "pressure")),
@@ -293,7 +327,7 @@ ARGUMENTS: Mapping[str, Asked] = {
 }
 
 # Reads of one tenant whose answer is but a number.
-NUMBERS_ALONE = {"Reads.device_id", "Reads.last_event", "LogReads.days"}
+NUMBERS_ALONE = {"Reads.device_id", "Reads.last_event", "LogReads.days", "AlertReads.last_line"}
 
 Read = Callable[..., Awaitable[object]]
 

@@ -60,6 +60,8 @@ ALLOWED = (
             "once at a start: an index of those alone whose verdict is awaited"),
     Allowed("not exists (select 1 from operator_token)", "SCAN operator_token USING COVERING INDEX operator_token_by_tenant",
             "once at a start, and ends with the first"),
+    Allowed("select coalesce(max(id), 0) + 1 from alert", "SCAN rule", "once at a start: all rules"),
+    Allowed("json_array(rule_id, series_id, start, stop)", "SCAN late_reading", "once at a start: those that are not judged yet"),
     # The first of them, up to a limit.
     Allowed("from log_word where id > :after order by id limit :most", "SEARCH log_word USING INTEGER PRIMARY KEY (rowid>?)",
             "ends with its limit"),
@@ -81,6 +83,11 @@ ALLOWED = (
             "ends with its limit, and follows on from the last look: what happened since, in all tenants"),
     Allowed("select coalesce(max(id), 0) from event where tenant_id = :tenant",
             "SEARCH event USING COVERING INDEX event_by_tenant (tenant_id=?)", "the last of them alone"),
+    # Alerts.
+    Allowed("json_object('id', rule.id, 'name', rule.name)", "SORT rule", "the rules of a tenant, of which there is a bounded number"),
+    Allowed("'rule', rule, 'status', 'resolved'", "SORT alert", "the open alerts of one rule or device"),
+    Allowed("kind in ('connected', 'disconnected')", "SORT (subquery-1)", "the first of a device's sessions, up to a limit"),
+    Allowed("kind in ('connected', 'disconnected')", "SORT (subquery-3)", "likewise"),
     # What a push goes to, in the order of names.
     Allowed("min(version) version from config join device", "SORT device", "the devices of one push"),
     Allowed("'timed_out') detail, device_id position", "SORT config", "those whose verdict is late at one look"),
@@ -219,6 +226,41 @@ async def live_in_the_field(plant: Plant) -> Device:
     return device
 
 
+async def live_by_rules(plant: Plant) -> None:
+    """Alerts that end before they fire, and one that comes late, is judged anew and has no end yet."""
+
+    async def tell(*readings: tuple[int, Any]) -> None:
+        await device.store(*({"ts": start + ts, "values": {"heat": value}} for ts, value in readings))
+
+    device, start, high = await plant.device("pump-2"), iiot.now_ms() - 50_000, {"condition": {"above": 5}}
+    for name, rule in (("waits", {**high, "for": "1h"}), ("leaps", {"condition": {"changed": 5}}), ("fires", high)):
+        assert (await plant.ask("POST", "/rules", {"name": name, "metric": "heat", **rule}))[0] == 201
+    lines = {"name": "tells", "condition": {"log": {"count": 1, "window": "1m"}}}
+    assert (await plant.ask("POST", "/rules", lines))[0] == 201
+    device.seq += 1
+    await device.send("log", seq=device.seq, entries=[{"level": "error", "message": "too hot"}])
+    await device.acknowledged(device.seq)
+    await plant.until("/alerts?rule=tells", lambda body: body["items"])
+    await tell((10_000, 9))
+    await plant.until("/alerts?rule=waits", lambda body: body["items"])
+    await tell((5_000, 7), (4_000, 1))
+    await tell((20_000, 1))
+    await plant.until("/alerts?rule=waits", lambda body: not body["items"])
+    await plant.until("/alerts?rule=fires", lambda body: body["items"] and body["items"][0]["resolved_at"])
+    await device.close()
+
+
+def leave_an_alert_of_nobody(database: Path) -> None:
+    """Its rule does not look at its device."""
+    with plants.writing(database) as connection:
+        rule = iiot.insert_rule(connection, 1, "of others", '{"name":"x","metric":"heat","match":"x","condition":{"above":5}}', "", 9_999)
+        connection.execute(
+            """insert into alert (tenant_id, device_id, rule_id, rule, kind, severity, labels, text, since, fired_at, changed_at)
+               select 1, id, ?, 'of others', 'above', 'info', '{}', '', 1, 1, 1 from device where name = 'pump-1'""",
+            (rule,),
+        )
+
+
 def use_command_line(database: Path) -> None:
     for words in ("token --role viewer", "provisioning-key", "tenant add acme", "tenant list", "tenant remove acme --confirm acme"):
         iiot.main([*words.split(), "--db", str(database)])
@@ -260,6 +302,7 @@ async def live(folder: Path) -> Path:
         await use_routes(site)
         await provision(site.plant)
         device = await live_in_the_field(site.plant)
+        await live_by_rules(site.plant)
         use_command_line(database)
         await site.cleaned()
         with plants.writing(database) as connection:
@@ -271,7 +314,9 @@ async def live(folder: Path) -> Path:
             while plants.rows(database, "select 1 from log_line union all select 1 from log_word union all select 1 from log_repeat"):
                 await asyncio.sleep(0.01)
         await device.close()
+    leave_an_alert_of_nobody(database)
     async with iiot.Store.open(database, QUICK) as store:
+        await store.writer.change(lambda connection: None)
         await ask_everything(store, database)
     return database
 

@@ -294,7 +294,8 @@ async def test_entries_of_the_timeline_have_the_fields_of_the_readme(tmp_path: P
         await device.acknowledged(1001)
         for seq in range(1, 12):
             await device.telemetry({"values": {"level": 1}}, seq=seq)
-        await device.acknowledged(1001)
+        await device.telemetry({"values": {"level": 1}}, seq=1002)
+        await device.acknowledged(1002)
         await plant.until("/iiot/press-1/events?kind=duplicates", lambda body: body["items"])
         plant.tokens["press-1"] = (await plant.ask("POST", "/iiot/press-1/token", {}))[1]["token"]
         await plant.device("press-1")
@@ -302,6 +303,10 @@ async def test_entries_of_the_timeline_have_the_fields_of_the_readme(tmp_path: P
         await fighting.send("hello", token=plant.tokens["press-1"])
         assert (await fighting.closed()).code == 4429
         await plant.ask("POST", "/iiot/press-1/seq", {"seq": 0})
+        await plant.ask("POST", "/rules", {"name": "some", "metric": "level", "condition": {"above": 0}})
+        (alert,) = (await plant.until("/alerts", lambda body: body["items"]))["items"]
+        later = iiot.format_time(iiot.now_ms() + 60_000)
+        await plant.ask("POST", f"/alerts/{alert['id']}/ack", {"text": "seen", "until": later})
         await plant.ask("PATCH", "/iiot/press-1", {"disabled": True})
         await plant.ask("DELETE", "/iiot/press-1")
         entries = rows(plant.database, "select kind, detail from event")
@@ -351,6 +356,8 @@ def test_limits_are_the_readme_s() -> None:
         "series that a stream of points follows": f"{limits.followed_series:,}",
         "streams of points of a tenant": f"{limits.point_followers}",
         "readings on which a rule is tried": f"{limits.trial_most:,}",
+        "rules of a tenant": f"{limits.rules:,}",
+        "silences of a tenant": f"{limits.silences:,}",
         "pushes of a tenant that wait for an answer (wait)": f"{limits.waiting_pushes}",
         "requests of a tenant that wait for their turn": f"{limits.requests_waiting}",
     }

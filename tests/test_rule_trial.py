@@ -181,7 +181,7 @@ async def test_a_rule_is_tried_on_what_is_stored(tmp_path: Path, limits: iiot.Li
         await store(await plant.device("press-4"), "other", [9])
         answer = await try_rule(plant, {"above": 5}, match="press-*")
     assert answer == {
-        "from": moment(0), "to": moment(100), "devices": 3, "readings": 9,
+        "from": moment(0), "to": moment(100), "devices": 4, "readings": 9,
         "items": [
             {"device": "press-1", "since": moment(1), "fired_at": moment(1), "resolved_at": moment(3), "value": 9},
             {"device": "press-3", "since": moment(2), "fired_at": moment(2), "resolved_at": None, "value": 8.5},
