@@ -2,6 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "aiohttp>=3.14,<3.15",
+#     "aiosmtplib>=3",
 #     "aiosqlite>=0.22,<0.23",
 #     "attrs>=25.1",
 #     "cattrs[orjson]>=25.1",
@@ -19,6 +20,7 @@ schema.sql the whole database.
     Rules                 pure functions: time, durations, cursors, searches of logs
     Alert rules           what a rule makes of readings, and when its alert fires
     Alert watch           all rules at work: how each stands with each device
+    Notices               what receivers are told of alerts, in which form, and which addresses may be reached
     Syslog messages       what a syslog message says, and where it ends
     Allowances            who may use how much, and who goes on next
     Counts                what the server counts of itself
@@ -28,12 +30,14 @@ schema.sql the whole database.
     Readings              SQL about telemetry
     Logs                  SQL about lines of logs, their words and how long they are kept
     Alerts                SQL about rules, alerts and silences
+    Notifications         SQL about receivers, what they are to be told, and what is sent to them
     Removal               what is left of removed things, deleted little by little
     Writer                what waits to be stored, and the one task that stores it
     Store                 the open database
     Identity              tokens, roles, principals
     Connections           sockets from their accept to their end, and who makes room
     Registry              the live sessions, their heartbeat
+    Delivery              who is told of alerts and when, and how that arrives
     Sessions              one device's WebSocket from hello to close
     Syslog                the listeners for syslog
     HTTP queries          what the address of a request asks for, checked
@@ -41,6 +45,7 @@ schema.sql the whole database.
     HTTP metrics          the handlers for a monitoring system that scrapes
     HTTP readings         the handlers of readings and logs
     HTTP alerts           the handlers of rules, alerts and silences
+    HTTP notifications    the handlers of receivers and of what they were sent
     HTTP API              the other handlers, and the route table
     Application           how the parts are put together, started and stopped
     Command line          python iiot.py …
@@ -50,6 +55,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import binascii
 import bisect
 import contextvars
 import errno
@@ -77,6 +84,7 @@ import ssl
 import struct
 import sys
 import sysconfig
+import threading
 import time
 import unicodedata
 from asyncio import sslproto
@@ -84,16 +92,39 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from email.message import EmailMessage
+from email.policy import SMTP
+from email.utils import format_datetime, parsedate_to_datetime
 from itertools import accumulate, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NewType, NoReturn, Protocol, TypeVar, cast
+from urllib.parse import unquote, urlsplit
 
+import aiosmtplib
 import aiosqlite
 import attrs
 import orjson
-from aiohttp import EofStream, HttpVersion11, WebSocketError, WSMessage, WSMsgType, hdrs, web
+from aiohttp import (
+    ClientConnectorCertificateError,
+    ClientConnectorDNSError,
+    ClientConnectorError,
+    ClientError,
+    ClientSession,
+    ClientSSLError,
+    ClientTimeout,
+    DummyCookieJar,
+    EofStream,
+    HttpVersion11,
+    TCPConnector,
+    WebSocketError,
+    WSMessage,
+    WSMsgType,
+    hdrs,
+    web,
+)
 from aiohttp._websocket.reader import WebSocketDataQueue, WebSocketReader
+from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.base_protocol import BaseProtocol
 from cattrs import Converter, IterableValidationError
 from cattrs.errors import (
@@ -106,6 +137,7 @@ from cattrs.gen import make_dict_structure_fn, override
 from prometheus_client import ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
+from yarl import URL
 
 if sys.platform != "win32":
     import fcntl
@@ -179,6 +211,16 @@ def are_networks(text: str) -> bool:
         return False
 
 
+def is_smtp_url(text: str) -> bool:
+    """Whether it names a server for mail; empty is none."""
+    try:
+        parts = urlsplit(text)
+        return not text or (parts.scheme in ("smtp", "smtps") and bool(parts.hostname) and parts.port != 0 and parts.path in ("", "/"))
+    except ValueError:
+        return False
+
+
+MAIL_ADDRESS: Final = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 DAYS_MOST: Final = 36_600  # for which something is kept: a hundred years
 
 
@@ -227,6 +269,30 @@ class Settings:
         "days for which lines of logs are kept, where a tenant says nothing else",
         lambda days: 0 < days <= DAYS_MOST,
         f"between 1 and {DAYS_MOST}",
+    )
+    webhook_networks: str = setting(
+        "",
+        "networks of receivers of notifications, beyond public addresses, separated by commas",
+        are_networks,
+        "a list of networks such as 10.0.0.0/8,fd00::/8",
+    )
+    external_url: str = setting(
+        "",
+        "address under which people reach this server, for links in notifications",
+        lambda text: not text or text.startswith(("http://", "https://")),
+        "an address that begins with http:// or https://",
+    )
+    smtp_url: str = setting(
+        "",
+        "server for notifications by e-mail: smtp://user:password@host:587, or smtps:// for TLS from the first byte on",
+        is_smtp_url,
+        "an address such as smtp://user:password@mail.example.com:587",
+    )
+    smtp_from: str = setting(
+        "",
+        "address that e-mail comes from",
+        lambda text: not text or MAIL_ADDRESS.fullmatch(text),
+        "an address such as iiot@example.com",
     )
     metrics_public: bool = setting(False, "answer GET /metrics to everybody, without a token")
     log_level: str = setting(
@@ -464,6 +530,45 @@ class Limits:
     search_characters: int = 1_024
     search_terms: int = 50
     search_depth: int = 8
+    # Receivers of notifications that a tenant may have, and people whom one e-mail goes to.
+    webhooks: int = 20
+    mail_addresses: int = 20
+    # Alerts that one notification shows; receivers take some hundred kilobytes. Lines of a text that people read: a phone shows no more.
+    # And alerts that it counts: they are marked as told in its transaction. Those beyond have to wait for the next one.
+    alerts_shown: int = 100
+    alert_lines: int = 20
+    alerts_together: int = 20_000
+    # Firing alerts that are looked at in one statement, to find those that are to be told; and groups whose notifications are written
+    # in one transaction.
+    alerts_looked: int = 2_000
+    groups_together: int = 20
+    # Between two looks for alerts that are to be told: while many fire, there is one after the other. And how often it is looked when
+    # nothing has happened: a silence may have ended.
+    notice_pause_seconds: float = 0.1
+    notice_seconds_most: float = 5.0
+    # A receiver that takes nothing has so many notifications waiting. After those its groups wait: what has changed meanwhile is told
+    # when it takes some again.
+    notifications_waiting: int = 1_000
+    # One try to deliver: a receiver that is slower does its work before it answers. Bytes of its answer that are read.
+    delivery_seconds: float = 10.0
+    answer_bytes: int = 4 * 1024
+    # Deliveries at one time, to receivers that took the last one, and to those that did not. Each costs a connection.
+    deliveries: int = 50
+    failing_deliveries: int = 50
+    # Names that are looked up at one time. A lookup cannot be ended, so one that hangs stays for a while.
+    lookups: int = 100
+    # Before the first repetition; each further one comes after twice as long, up to the second. A receiver may ask for more, up to the
+    # third. After the fourth a notification is given up: it is news no more.
+    redelivery_seconds: float = 5.0
+    redelivery_seconds_most: float = 600.0
+    retry_after_seconds_most: float = 3_600.0
+    given_up_seconds: float = 86_400.0
+    # Tests of receivers that a tenant has under way: each waits for its answer.
+    webhook_tests: int = 5
+    # For so long a secret that was changed signs, too: a receiver has to be told the new one.
+    old_secret_seconds: float = 86_400.0
+    # Notifications that were delivered or given up are listed for so long.
+    notification_days: int = 30
     # Before a failed commit is tried again.
     retry_seconds: float = 1.0
     # Alerts. Rules of a tenant; clocks are looked at so often; at one time so many of what is due, so many devices, and so many parts of
@@ -568,6 +673,7 @@ FAULTS: Final = fault_table(
     ("too_many_series",      422, 4400, "The device has reached its limit of metrics."),
     ("too_many_sessions",    429, 4429, "The device opens sessions too often. Wait, then try again."),
     ("too_many_silences",    409, 4429, "The tenant has reached its limit of silences."),
+    ("too_many_webhooks",    403, 4429, "The tenant has reached its limit of receivers."),
     ("too_slow",             408, 1013, "The client did not read what the server sent."),
     ("unauthorized",         401, 4401, "A valid token is needed."),
     ("unknown_type",         400, 4400, "There is no frame of this type."),
@@ -603,12 +709,14 @@ class Invalid(ValueError):  # noqa: N818 - the project's word for it
         self.at = at
 
 
-SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov|log)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
+SECRET: Final = re.compile(
+    r"(iiot_(?:dev|op|prov|log)_[0-9a-f]{16}_)[A-Za-z0-9_-]+|(whsec_)[A-Za-z0-9+/=]+|(://[^\s/:@]{0,256}:)[^\s/@]{1,256}(?=@)"
+)
 
 
 def redacted(text: str) -> str:
-    """`text` without the secret part of any token or key in it."""
-    return SECRET.sub(r"\1…", text)
+    """`text` without the secret part of any token or key in it, and without the password of any address."""
+    return SECRET.sub(r"\1\2\3…", text)
 
 
 # ==== Frames ====
@@ -638,6 +746,8 @@ LogText = NewType("LogText", str)
 MetricName = NewType("MetricName", str)
 TextLabels = NewType("TextLabels", dict[str, str])
 Severity = NewType("Severity", str)
+WebhookForm = NewType("WebhookForm", str)
+Grouping = NewType("Grouping", str)
 
 DEVICE_NAME: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 MAC_ADDRESS: Final = re.compile(r"[0-9A-Fa-f]{2}([:.-]?[0-9A-Fa-f]{2}){5}([:.-]?[0-9A-Fa-f]{2}){0,2}")
@@ -649,8 +759,9 @@ DAY: Final = 86_400_000
 LARGE_INTEGER: Final = re.compile(rb"(?<![0-9.])[0-9]{19,}(?![0-9.eE])")  # may have more than 63 bits
 SEQ_TEXT: Final = re.compile(rb'"seq"\s*:\s*(-?[0-9]{1,40})(?![0-9.eE])')
 INNER: Final = re.compile(rb"[\[{]")
-SEVERITIES: Final = ("info", "warning", "error", "critical")  # of alerts, the least first
 LEVELS: Final = MappingProxyType({"critical": 2, "error": 3, "warning": 4, "notice": 5, "info": 6, "debug": 7})  # RFC 5424, section 6.2.1
+SEVERITIES: Final = MappingProxyType({"info": 1, "warning": 2, "error": 3, "critical": 4})  # of alerts, the least first
+WEBHOOK_FORMS: Final = ("webhook", "alertmanager", "ntfy", "slack", "email")
 QUOTAS_WATCHED: Final = ("connections", "points_per_day", "log_bytes_per_day")  # where it is used, in memory
 QUOTAS: Final = ("devices", *QUOTAS_WATCHED)
 INTEGERS: Final = 2**63  # SQLite's integers, and every JSON parser's that matters
@@ -938,6 +1049,29 @@ class NewSilence:
 
 
 @attrs.frozen
+class NewWebhook:
+    """Body of POST /webhooks: who is told of which alerts, in which form, and how often. Times in milliseconds."""
+
+    url: str
+    form: WebhookForm = WebhookForm("webhook")
+    secret: str | None = None
+    match: str = "*"
+    severity: Severity = Severity("info")
+    rule: str | None = None
+    group_by: Grouping = Grouping("rule")
+    wait: Span = Span(10_000)
+    interval: Span = Span(300_000)
+    repeat: Span = Span(14_400_000)
+
+
+@attrs.frozen
+class NewWebhookSecret:
+    """Body of POST /webhooks/{id}/secret; without one the server makes it."""
+
+    secret: str | None = None
+
+
+@attrs.frozen
 class Retention:
     """Body of PUT /retention."""
 
@@ -1107,6 +1241,12 @@ def check_span(value: object, _: object = None) -> Span:
     if milliseconds > SPAN_MOST:
         raise Invalid("is longer than 30d")
     return Span(milliseconds)
+
+
+def check_grouping(value: object, _: object = None) -> Grouping:
+    if type(value) is not str or (value not in ("rule", "device") and re.fullmatch(r"label:[^\0]{1,128}", value) is None):
+        raise Invalid("is not one of rule, device, or label: with the name of a label")
+    return Grouping(value)
 
 
 def check_number(value: object, _: object = None) -> float:
@@ -1327,6 +1467,8 @@ HOOKS: Final[tuple[tuple[Any, Callable[[Any, Any], Any]], ...]] = (
     (Span, check_span),
     (Condition, check_condition),
     (float, check_number),
+    (WebhookForm, one_of(*WEBHOOK_FORMS)),
+    (Grouping, check_grouping),
     (Mode, one_of("merge", "replace")),
     (Verdict, one_of("applied", "rejected", "in_progress")),
 )
@@ -3468,6 +3610,438 @@ class AlertWatch:
         return work
 
 
+# ==== Notices ====
+# Owns: what receivers are told of alerts, in each form, how that is signed, and which addresses may be reached. Must not know: asyncio,
+# SQL, sockets.
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+NOT_OVER: Final = "0001-01-01T00:00:00Z"  # the end of an alert that has none: Go's zero time, which receivers look for
+GRACE_MS: Final = 300_000  # an alert is told anew before its end, as Alertmanager has it, comes; with so much to spare
+# https://docs.ntfy.sh/publish/#message-priority
+NTFY_PRIORITIES: Final = MappingProxyType({"info": "2", "warning": "3", "error": "4", "critical": "5"})
+NTFY_BYTES: Final = 4_000  # a longer message comes as a file
+LINE_CHARACTERS: Final = 300  # of an alert, in a text that people read
+TITLE_CHARACTERS: Final = 200
+NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: its last 32 bits are an address of IPv4
+GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # what IANA gives out
+THIS_NETWORK: Final = ipaddress.IPv4Network("0.0.0.0/8")  # on Linux this machine
+BROADCAST: Final = ipaddress.IPv4Address("255.255.255.255")
+NUMBER_OF_ADDRESS: Final = re.compile(r"0[xX][0-9a-fA-F]{0,16}|[0-9]{1,16}")
+WEBHOOK_SECRET: Final = re.compile(r"whsec_([A-Za-z0-9+/]{32,86}={0,2})")
+
+
+@attrs.frozen
+class AlertShown:
+    """An alert as receivers are shown it; times in milliseconds."""
+
+    rule: str
+    device: str
+    tenant: str
+    severity: str
+    metric: str | None
+    labels: Mapping[str, str]
+    text: str
+    value: Value | None
+    fired_at: int
+    resolved_at: int | None
+    reason: str | None
+    stale: bool
+
+
+@attrs.frozen
+class AlertGroup:
+    """Of what a receiver is told together: `label` and `key` are what the alerts have in common, `alerts` are the first of them."""
+
+    webhook_id: int
+    label: str
+    key: str
+    at: int
+    repeat: int
+    firing: int
+    resolved: int
+    alerts: tuple[AlertShown, ...]
+
+    @property
+    def hidden(self) -> int:
+        return self.firing + self.resolved - len(self.alerts)
+
+
+@attrs.frozen
+class Message:
+    """What is sent in one form."""
+
+    headers: Mapping[str, str]
+    body: str
+
+
+def label_name(name: str) -> str:
+    """A name that Prometheus and what is made for it take for a label."""
+    plain = re.sub(r"[^a-zA-Z0-9_]", "_", name)
+    return f"_{plain}" if plain[:1].isdigit() else plain
+
+
+def labels_of(alert: AlertShown) -> dict[str, str]:
+    """What an alert is known by; a label of its rule does not take the place of one of these."""
+    own = {label_name(name): value for name, value in sorted(alert.labels.items()) if value}
+    known = {"alertname": alert.rule, "device": alert.device, "severity": alert.severity, "tenant": alert.tenant}
+    return dict(sorted({**own, **known, **({"metric": alert.metric} if alert.metric else {})}.items()))
+
+
+def annotations_of(alert: AlertShown) -> dict[str, str]:
+    """What is said of an alert."""
+    said = {"summary": alert.text}
+    if alert.value is not None:
+        said["value"] = alert.value if isinstance(alert.value, str) else orjson.dumps(alert.value).decode()
+    if alert.reason is not None:
+        said["reason"] = alert.reason
+    if alert.stale:
+        said["stale"] = "true"
+    return said
+
+
+def fingerprint(labels: Mapping[str, str]) -> str:
+    """The number by which Alertmanager knows a set of labels: FNV-1a over names and values in order, each ended by 0xff."""
+    number = 0xCBF29CE484222325
+    for name in sorted(labels):
+        for byte in b"%b\xff%b\xff" % (name.encode(), labels[name].encode()):
+            number = (number ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return f"{number:016x}"
+
+
+def common(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """What all of them have alike."""
+    first, *others = parts
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+
+def link_to(device: str, external_url: str) -> str:
+    return f"{external_url.rstrip('/')}/iiot/{device}" if external_url else ""
+
+
+def group_key(group: AlertGroup) -> str:
+    """As Alertmanager writes it: the way to the receiver, and the labels that the alerts have in common."""
+    receiver, key = (orjson.dumps(text).decode() for text in (str(group.webhook_id), group.key))
+    return f"{{}}/{{receiver={receiver}}}:{{{label_name(group.label)}={key}}}"
+
+
+def payload(group: AlertGroup, external_url: str) -> dict[str, Any]:
+    """Version 4 of what Alertmanager sends to webhooks (https://prometheus.io/docs/alerting/latest/configuration/#webhook_config)."""
+    labels, annotations = [labels_of(alert) for alert in group.alerts], [annotations_of(alert) for alert in group.alerts]
+    return {
+        "version": "4",
+        "groupKey": group_key(group),
+        "truncatedAlerts": group.hidden,
+        "status": "firing" if group.firing else "resolved",
+        "receiver": str(group.webhook_id),
+        "groupLabels": {label_name(group.label): group.key},
+        "commonLabels": common(labels),
+        "commonAnnotations": common(annotations),
+        "externalURL": external_url,
+        "alerts": [
+            {
+                "status": "firing" if alert.resolved_at is None else "resolved",
+                "labels": its_labels,
+                "annotations": its_annotations,
+                "startsAt": format_time(alert.fired_at),
+                "endsAt": NOT_OVER if alert.resolved_at is None else format_time(alert.resolved_at),
+                "generatorURL": link_to(alert.device, external_url),
+                "fingerprint": fingerprint(its_labels),
+            }
+            for alert, its_labels, its_annotations in zip(group.alerts, labels, annotations, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def posted_alerts(group: AlertGroup, external_url: str) -> list[dict[str, Any]]:
+    """What Alertmanager's own API takes. It ends an alert of which it does not hear: by the end of a firing one it is told anew."""
+    return [
+        {
+            "labels": labels_of(alert),
+            "annotations": annotations_of(alert),
+            "startsAt": format_time(alert.fired_at),
+            "endsAt": format_time(group.at + 2 * group.repeat + GRACE_MS if alert.resolved_at is None else alert.resolved_at),
+            **({"generatorURL": link_to(alert.device, external_url)} if external_url else {}),
+        }
+        for alert in group.alerts
+    ]
+
+
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def one_line(text: str) -> str:
+    """A text without what would end a line or a header."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+
+
+def title_of(group: AlertGroup) -> str:
+    counts = [f"{count} {status}" for count, status in ((group.firing, "firing"), (group.resolved, "resolved")) if count]
+    return cut(one_line(f"{group.key or 'alerts'}: {', '.join(counts)}"), TITLE_CHARACTERS)
+
+
+def alert_line(alert: AlertShown) -> str:
+    status = f"{alert.severity}" if alert.resolved_at is None else f"resolved ({alert.reason})" if alert.reason else "resolved"
+    moment = alert.fired_at if alert.resolved_at is None else alert.resolved_at
+    return cut(one_line(f"{status}: {alert.device}: {alert.text or alert.rule}"), LINE_CHARACTERS) + f" [{format_time(moment)}]"
+
+
+def lines_of(group: AlertGroup, most: int, external_url: str) -> list[str]:
+    shown = [alert_line(alert) for alert in group.alerts[:most]]
+    hidden = group.firing + group.resolved - len(shown)
+    links = [external_url] if external_url else []
+    return [*shown, *([f"and {hidden:,} more"] if hidden else []), *links]
+
+
+def encoded_word(text: str) -> str:
+    """A header that may hold any text (RFC 2047)."""
+    return text if text.isascii() else f"=?utf-8?B?{base64.b64encode(text.encode()).decode()}?="
+
+
+def ntfy_message(group: AlertGroup, lines: list[str]) -> Message:
+    """https://docs.ntfy.sh/publish/"""
+    firing = [alert.severity for alert in group.alerts if alert.resolved_at is None]
+    worst = max(firing, key=lambda severity: SEVERITIES.get(severity, 1), default="info")
+    tags = f"rotating_light,{worst}" if group.firing else "white_check_mark,resolved"
+    body = "\n".join(lines).encode()
+    headers = {"Title": encoded_word(title_of(group)), "Priority": NTFY_PRIORITIES.get(worst, "3"), "Tags": tags}
+    text = body.decode() if len(body) <= NTFY_BYTES else f"{body[:NTFY_BYTES].decode(errors='ignore')}…"
+    return Message({**headers, "Content-Type": "text/plain; charset=utf-8"}, text)
+
+
+def for_slack(text: str) -> str:
+    """https://docs.slack.dev/messaging/formatting-message-text/#escaping"""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def message_of(form: str, group: AlertGroup, lines_most: int, external_url: str) -> Message:
+    """What a receiver of this form is sent."""
+    json_type = {"Content-Type": "application/json"}
+    if form == "webhook":
+        return Message(json_type, orjson.dumps(payload(group, external_url)).decode())
+    if form == "alertmanager":
+        return Message(json_type, orjson.dumps(posted_alerts(group, external_url)).decode())
+    lines = lines_of(group, lines_most, external_url)
+    if form == "ntfy":
+        return ntfy_message(group, lines)
+    if form == "slack":
+        text = "\n".join([f"*{for_slack(title_of(group))}*", *map(for_slack, lines)])
+        return Message(json_type, orjson.dumps({"text": text}).decode())
+    return Message({"Subject": title_of(group)}, "\n".join([*lines, ""]))
+
+
+def new_message_id() -> str:
+    return f"msg_{secrets.token_hex(16)}"
+
+
+def new_webhook_secret() -> str:
+    return f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+
+
+def webhook_key(secret: str) -> bytes:
+    """The bytes of a secret. Invalid."""
+    found = WEBHOOK_SECRET.fullmatch(secret)
+    try:
+        key = base64.b64decode(found[1], validate=True) if found else b""
+    except binascii.Error:
+        key = b""
+    if not 24 <= len(key) <= 64:
+        raise Invalid("is not whsec_ and then 24 to 64 bytes in base64")
+    return key
+
+
+def signature_headers(keys: Iterable[str], message_id: str, moment: int, body: bytes) -> dict[str, str]:
+    """By which a receiver knows who sent it, with each of the secrets; `moment` in seconds (https://www.standardwebhooks.com)."""
+    signed = b"%b.%d.%b" % (message_id.encode(), moment, body)
+    each = (base64.b64encode(hmac.digest(webhook_key(key), signed, hashlib.sha256)).decode() for key in keys)
+    signatures = " ".join(f"v1,{signature}" for signature in each)
+    return {"webhook-id": message_id, "webhook-timestamp": str(moment), **({"webhook-signature": signatures} if signatures else {})}
+
+
+def address_of(host: str) -> Address | None:
+    """The address that a host is, in any way in which systems read one (0x7f000001, 127.1); None for a name."""
+    try:
+        return ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        pass
+    parts = host.rstrip(".").split(".")
+    if len(parts) > 4 or not all(NUMBER_OF_ADDRESS.fullmatch(part) for part in parts):
+        return None
+    try:
+        numbers = [int(part[2:] or "0", 16) if part[:2] in ("0x", "0X") else int(part, 8 if part[0] == "0" else 10) for part in parts]
+    except ValueError:  # 08
+        return None
+    *first, last = numbers
+    if any(number > 255 for number in first) or last >= 256 ** (4 - len(first)):
+        return None
+    return ipaddress.IPv4Address(sum(number << 24 - 8 * place for place, number in enumerate(first)) + last)
+
+
+def seen_through(address: Address) -> list[Address]:
+    """An address, and the one of IPv4 to which it leads; where it is but another way to write that one, that alone."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return [address]
+    if address.ipv4_mapped is not None:
+        return [address.ipv4_mapped]
+    inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else address.sixtofour
+    return [address] if inner is None else [address, inner]
+
+
+def is_never_reached(address: Address) -> bool:
+    """Where no receiver can be: this link, where clouds keep their secrets; everybody; and nobody."""
+    local = address.is_link_local or address.is_multicast or address.is_unspecified
+    return local or address == BROADCAST or address in THIS_NETWORK
+
+
+def is_public(address: Address) -> bool:
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not address.is_reserved
+    return address in NAT64 or (address in GLOBAL_UNICAST and address.is_global)
+
+
+def may_reach(address: Address, named: Networks) -> bool:
+    """Whether notifications may be sent there: to public addresses, and to networks that the installation names."""
+    return all(
+        not is_never_reached(seen) and (is_public(seen) or any(seen in network for network in named)) for seen in seen_through(address)
+    )
+
+
+def mail_addresses(url: str, most: int) -> list[str]:
+    """Invalid."""
+    kind, _, listed = url.partition(":")
+    found = [address.strip() for address in listed.split(",")]
+    if kind.lower() != "mailto" or not all(MAIL_ADDRESS.fullmatch(address) for address in found):
+        raise Invalid("is not mailto: and then addresses such as ops@example.com, separated by commas")
+    if len(found) > most:
+        raise Invalid(f"has more than {most} addresses")
+    return found
+
+
+def target_of(url: str, form: str) -> URL:
+    """Where a notification is posted. Invalid."""
+    try:
+        target = URL(url)
+        host, port = target.raw_host, target.port
+    except ValueError:
+        host = port = None
+    if not host or not port or target.scheme not in ("http", "https"):
+        raise Invalid("is not an address that begins with http:// or https://")
+    if form == "alertmanager" and not target.path.endswith("/api/v2/alerts"):
+        target = target.with_path(f"{target.path.rstrip('/')}/api/v2/alerts")
+    return target.with_fragment(None)
+
+
+def shown_url(url: str, form: str) -> str:
+    """An address without what may be a secret in it."""
+    if form == "email":
+        return url
+    target = URL(url)
+    origin = str(target.origin()) if target.raw_user is None and target.raw_password is None else str(target.with_user(None).origin())
+    path = "/…" if form == "slack" else target.raw_path
+    return f"{origin}{path}{'?…' if target.raw_query_string else ''}"
+
+
+def check_webhook(new: NewWebhook, named: Networks, addresses: int, *, mail: bool) -> None:
+    """What can be known of a receiver before anything is sent to it; `mail`: whether there is a server for mail. Refusal: invalid."""
+
+    def refuse(field: str, text: str) -> NoReturn:
+        raise Refusal("invalid", FieldError(field, text))
+
+    try:
+        if new.form == "email":
+            mail_addresses(new.url, addresses)
+        else:
+            literal = address_of(target_of(new.url, new.form).raw_host or "")
+            if literal is not None and not may_reach(literal, named):
+                refuse("url", "is in a network that may not be reached (--webhook-networks)")
+    except Invalid as error:
+        refuse("url", str(error))
+    if new.form == "email" and not mail:
+        refuse("form", "needs a server for mail (--smtp-url and --smtp-from)")
+    if not new.match:
+        refuse("match", "is empty; * is every device")
+    if not new.interval or not new.repeat:
+        refuse("repeat" if new.interval else "interval", "is not above 0")
+    if new.secret is not None and new.form != "webhook":
+        refuse("secret", f"is not for {new.form}")
+    check_webhook_secret(new.secret)
+
+
+def check_webhook_secret(secret: str | None) -> None:
+    """Refusal: invalid."""
+    try:
+        if secret is not None:
+            webhook_key(secret)
+    except Invalid as error:
+        raise Refusal("invalid", FieldError("secret", str(error))) from error
+
+
+def duration_text(milliseconds: int) -> str:
+    """A duration as `parse_duration` reads it, in the largest unit that fits."""
+    if not milliseconds:
+        return "0s"
+    unit = next(unit for unit in ("d", "h", "m", "s", "ms") if milliseconds % UNITS[unit] == 0)
+    return f"{milliseconds // UNITS[unit]}{unit}"
+
+
+def shown_webhook(new: NewWebhook) -> dict[str, Any]:
+    """What people are shown of a receiver."""
+    spans = {name: duration_text(getattr(new, name)) for name in ("wait", "interval", "repeat")}
+    fields = {name: getattr(new, name) for name in ("form", "match", "severity", "rule", "group_by")}
+    return {"url": shown_url(new.url, new.form), **fields, **spans}
+
+
+@attrs.frozen
+class Attempt:
+    """What came of one try to deliver: `error` None where it was taken; `final`: another try is of no use. In seconds, for how long
+    the receiver wants to be left alone."""
+
+    error: str | None = None
+    status: int | None = None
+    final: bool = False
+    retry_after: float | None = None
+
+
+def seconds_of(retry_after: str, now: float) -> float | None:
+    """Retry-After: a number of seconds or a date (RFC 9110, section 10.2.3); None where it is neither."""
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:10])
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - now)
+    except (ValueError, OverflowError):
+        return None
+
+
+def judged_answer(status: int, retry_after: str | None, now: float) -> Attempt:
+    """What an answer means. As Standard Webhooks has it, whatever is not 2xx is tried again, but for 410: the receiver wants no more."""
+    if 200 <= status < 300:
+        return Attempt(None, status)
+    asked = None if retry_after is None else seconds_of(retry_after, now)
+    if 300 <= status < 400:
+        return Attempt(f"it answered {status}, and redirects are not followed", status)
+    if status == 410:
+        return Attempt("it answered 410: there is no such receiver any more", status, final=True)
+    return Attempt(f"it answered {status}", status, retry_after=asked)
+
+
+def redelivery_seconds(tries: int, asked: float | None, limits: Limits) -> float:
+    """For how long to wait after so many tries, of which each was in vain."""
+    usual = min(limits.redelivery_seconds * 2.0 ** min(tries - 1, 30), limits.redelivery_seconds_most)
+    return max(usual, min(asked or 0.0, limits.retry_after_seconds_most))
+
+
+def mail_of(message: Message, recipients: list[str], sender: str, message_id: str, at: int) -> EmailMessage:
+    """A text for people. The library refuses whatever would be more than one header."""
+    mail = EmailMessage(policy=SMTP)
+    mail["From"], mail["To"] = sender, ", ".join(recipients)
+    mail["Subject"] = one_line(message.headers["Subject"])
+    mail["Date"] = format_datetime(datetime.fromtimestamp(at / 1000, UTC))
+    mail["Message-ID"] = f"<{message_id}@{sender.rpartition('@')[2]}>"
+    mail["Auto-Submitted"] = "auto-generated"  # RFC 3834: nobody answers that they are on holiday
+    mail.set_content(message.body, cte="quoted-printable")
+    return mail
+
+
 # ==== Syslog messages ====
 # Owns: what a syslog message says (RFC 5424, RFC 3164 and what is sent under its name), where messages end in a stream (RFC 6587),
 # and the token among them. Must not know: asyncio, SQL, sockets.
@@ -4172,7 +4746,10 @@ class Share:
     last among them: in each round of the event loop one of them goes on. What is to be stored waits apart from what is not: when
     nothing more can be stored, it alone must wait."""
 
-    __slots__ = ("_asked", "_asking", "_last", "_pace", "_storing", "_taken", "backlog", "long_work", "used", "waiting_pushes", "weight")
+    __slots__ = (
+        "_asked", "_asking", "_last", "_pace", "_storing", "_taken", "backlog", "long_work", "used", "waiting_pushes", "webhook_tests",
+        "weight",
+    )  # fmt: skip
 
     def __init__(self, pace: Pace, backlog: Backlog) -> None:
         self._pace = pace
@@ -4185,6 +4762,7 @@ class Share:
         self._last = 0  # of what was added last
         self.used = False  # since the last transaction began
         self.waiting_pushes = 0
+        self.webhook_tests = 0  # that are under way
         self.long_work = asyncio.Lock()  # what is long, and holds much memory, is done one after the other
 
     @property
@@ -4361,6 +4939,8 @@ class Counts:
     refusals: Counter[str] = attrs.field(factory=Counter)
     requests: Counter[tuple[str, str, int]] = attrs.field(factory=Counter)  # by the route's method and path, empty for none, and status
     datagrams_waiting: Callable[[], int] = lambda: 0  # of the listener, once there is one
+    notifications: Counter[str] = attrs.field(factory=Counter)  # by what became of them: delivered, given_up
+    failed_deliveries: int = 0  # tries that were in vain
 
 
 # ==== Database ====
@@ -4687,6 +5267,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     create index alert_by_tenant on alert (tenant_id, id);
     create index alert_by_device on alert (device_id, rule_id, resolved_at);
     create index alert_open_by_device on alert (device_id) where resolved_at is null;
+    create index alert_firing on alert (tenant_id, id) where fired_at is not null and resolved_at is null;
     create table silence (
         id          integer primary key autoincrement,
         tenant_id   integer not null references tenant on delete cascade,
@@ -4699,6 +5280,63 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         text        text not null
     ) strict;
     create index silence_by_tenant on silence (tenant_id, id);
+    create table webhook (
+        id               integer primary key autoincrement,
+        tenant_id        integer not null references tenant on delete cascade,
+        form             text not null check (form in ('webhook', 'alertmanager', 'ntfy', 'slack', 'email')),
+        url              text not null,
+        shown            text not null check (json_valid(shown)),
+        match            text not null,
+        severity         integer not null,
+        rule             text,
+        group_by         text not null,
+        group_wait       integer not null,
+        group_interval   integer not null,
+        repeat_interval  integer not null,
+        secret           text,
+        old_secret       text,
+        old_until        integer,
+        created_at       integer not null,
+        removed          integer not null default 0 check (removed in (0, 1))
+    ) strict;
+    create index webhook_by_tenant on webhook (tenant_id, id);
+    create index webhook_removed on webhook (id) where removed = 1;
+    create table alert_group (
+        webhook_id  integer not null references webhook on delete cascade,
+        key         text not null,
+        due_at      integer not null,
+        told_at     integer,
+        primary key (webhook_id, key)
+    ) strict, without rowid;
+    create index alert_group_due on alert_group (due_at);
+    create table notice (
+        webhook_id  integer not null references webhook on delete cascade,
+        alert_id    integer not null references alert on delete cascade,
+        key         text not null,
+        told_at     integer,
+        primary key (webhook_id, alert_id)
+    ) strict, without rowid;
+    create index notice_by_alert on notice (alert_id);
+    create index notice_by_group on notice (webhook_id, key);
+    create table notification (
+        id            integer primary key autoincrement,
+        tenant_id     integer not null references tenant on delete cascade,
+        webhook_id    integer not null references webhook on delete cascade,
+        message_id    text not null,
+        at            integer not null,
+        alerts        integer not null,
+        headers       text not null check (json_valid(headers)),
+        body          text,
+        status        text not null default 'waiting' check (status in ('waiting', 'delivered', 'given_up')),
+        tries         integer not null default 0,
+        next_at       integer,
+        error         text,
+        delivered_at  integer
+    ) strict;
+    create index notification_by_tenant on notification (tenant_id, id);
+    create index notification_by_webhook on notification (webhook_id, id);
+    create index notification_waiting on notification (webhook_id, id) where status = 'waiting';
+    create index notification_done on notification (at) where status <> 'waiting';
     create table late_reading (
         rule_id    integer not null references rule on delete cascade,
         series_id  integer not null,
@@ -5475,6 +6113,7 @@ def remove_tenant(connection: sqlite3.Connection, name: str) -> int:
     for table in ("device_token", "log_token", "syslog_source"):
         connection.execute(f"delete from {table} where device_id in (select id from device where tenant_id = ?)", row)
     connection.execute("update device set name = null, removed_at = 0 where tenant_id = ?", row)
+    connection.execute("update webhook set removed = 1, url = '', secret = null, old_secret = null where tenant_id = ?", row)
     return int(row[0])
 
 
@@ -7672,6 +8311,411 @@ def begin_watch(connection: sqlite3.Connection, watch: AlertWatch, limits: Limit
         watch.learn_late(late_for_watch(connection))
 
 
+# ==== Notifications ====
+# Owns: every line of SQL about receivers, which alerts they are to be told of, and what is sent to them. Must not know: HTTP, sockets,
+# in which form they are told.
+
+SEVERITY_SQL: Final = "case alert.severity when 'info' then 1 when 'warning' then 2 when 'error' then 3 else 4 end"
+# Of an alert with its device: whether somebody may be told of it at :now.
+TELLABLE_SQL: Final = f"(alert.catching_up = 0 and {SILENCED_SQL} is null and not {HELD_BACK_SQL})"
+# Of an alert with its device and a receiver: whether it concerns the receiver, and what it is grouped by.
+CONCERNS_SQL: Final = f"""({SEVERITY_SQL} >= webhook.severity and (webhook.rule is null or webhook.rule = alert.rule)
+    and coalesce(device.name, device.old_name) glob webhook.match)"""
+GROUP_KEY_SQL: Final = """case webhook.group_by when 'rule' then alert.rule when 'device' then coalesce(device.name, device.old_name)
+    else coalesce((select value from json_each(alert.labels) where key = substr(webhook.group_by, 7)),
+                  (select value from json_each(device.labels) where key = substr(webhook.group_by, 7)), '') end"""
+# The fields of `AlertShown`.
+ALERT_SHOWN_SQL: Final = f"""json_array(alert.rule, coalesce(device.name, device.old_name), tenant.name, alert.severity, alert.metric,
+    json(alert.labels), alert.text, {exact_sql("alert.value")}, alert.fired_at, alert.resolved_at, alert.reason,
+    json(case when alert.resolved_at is null and exists (
+        select 1 from presence where presence.device_id = device.id and not connected) then 'true' else 'false' end))"""
+WEBHOOK_JSON: Final = f"""json_set(shown, '$.id', id, '$.created_at', {time_sql("created_at")},
+    '$.old_secret_until', {time_sql("case when old_until > :now then old_until end")})"""
+NOTIFICATION_JSON: Final = f"""json_object('id', id, 'at', {time_sql("at")}, 'webhook', webhook_id,
+    'form', (select form from webhook where webhook.id = webhook_id), 'status', status, 'alerts', alerts, 'tries', tries,
+    'next_at', {time_sql("next_at")}, 'error', error, 'delivered_at', {time_sql("delivered_at")})"""
+
+
+def insert_webhook(connection: sqlite3.Connection, tenant_id: int, new: NewWebhook, shown: Mapping[str, Any], most: int) -> int:
+    """A new receiver's number. Refusal: too_many_webhooks."""
+    (there,) = connection.execute("select count(*) from webhook where tenant_id = ? and removed = 0", (tenant_id,)).fetchone()
+    if there >= most:
+        raise Refusal("too_many_webhooks")
+    row = {**attrs.asdict(new), "tenant": tenant_id, "shown": bind(shown)[0], "least": SEVERITIES[new.severity], "now": now_ms()}
+    return int(connection.execute(
+        """insert into webhook (tenant_id, form, url, shown, match, severity, rule, group_by, group_wait, group_interval, repeat_interval,
+               secret, created_at)
+           values (:tenant, :form, :url, :shown, :match, :least, :rule, :group_by, :wait, :interval, :repeat, :secret, :now)
+           returning id""",
+        row,
+    ).fetchone()[0])  # fmt: skip
+
+
+def change_webhook_secret(connection: sqlite3.Connection, tenant_id: int, webhook_id: int, secret: str, seconds: float) -> None:
+    """Sign with this one from now on, and with the one before, too, for so many seconds. Refusal: not_found, invalid."""
+    row = connection.execute(
+        """update webhook set old_secret = secret, old_until = :until, secret = :secret
+           where tenant_id = :tenant and id = :id and removed = 0 returning form""",
+        {"tenant": tenant_id, "id": webhook_id, "secret": secret, "until": now_ms() + round(seconds * 1000)},
+    ).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    if row[0] != "webhook":
+        raise Refusal("invalid", FieldError("secret", f"is not for {row[0]}"))
+
+
+def remove_webhook(connection: sqlite3.Connection, tenant_id: int, webhook_id: int) -> None:
+    """Put a receiver out of reach, with what it holds that is secret. `delete_removed` deletes it. Refusal: not_found."""
+    if connection.execute(
+        """update webhook set removed = 1, url = '', secret = null, old_secret = null
+           where tenant_id = :tenant and id = :id and removed = 0""",
+        {"tenant": tenant_id, "id": webhook_id},
+    ).rowcount == 0:
+        raise Refusal("not_found")
+
+
+def delete_removed_webhook(connection: sqlite3.Connection, webhook_id: int, most: int) -> None:
+    """So many rows of what is left of one; then itself."""
+    asked = {"id": webhook_id, "most": most}
+    left = connection.execute(
+        "delete from notification where id in (select id from notification where webhook_id = :id limit :most)", asked
+    ).rowcount
+    left += connection.execute(
+        """delete from notice where webhook_id = :id and alert_id in (
+               select alert_id from notice where webhook_id = :id order by alert_id limit :most)""",
+        asked,
+    ).rowcount
+    left += connection.execute(
+        """delete from alert_group where webhook_id = :id and key in (
+               select key from alert_group where webhook_id = :id order by key limit :most)""",
+        asked,
+    ).rowcount
+    if not left:
+        connection.execute("delete from webhook where id = :id and removed = 1", asked)
+
+
+def delete_old_notifications(connection: sqlite3.Connection, before: int, most: int) -> bool:
+    """Some of those that are sent no more and are older; whether there may be more."""
+    return connection.execute(
+        """delete from notification where id in (
+               select id from notification where status <> 'waiting' and at < :before order by at limit :most)""",
+        {"before": before, "most": most},
+    ).rowcount == most
+
+
+@attrs.frozen
+class Receiver:
+    """Where something is sent, how, and how it is signed; `old_secret` None where there is none that signs any more."""
+
+    webhook_id: int
+    form: str
+    url: str
+    secret: str | None
+    old_secret: str | None
+
+    @property
+    def secrets(self) -> list[str]:
+        return [secret for secret in (self.secret, self.old_secret) if secret is not None]
+
+
+RECEIVER_COLUMNS: Final = "webhook.id, webhook.form, url, secret, case when old_until > :now then old_secret end"
+
+
+def receiver_of(connection: sqlite3.Connection, tenant_id: int, webhook_id: int) -> tuple[Receiver, str, int]:
+    """A receiver, its tenant's name, and after how long the same is told again. Refusal: not_found."""
+    row = connection.execute(
+        f"""select {RECEIVER_COLUMNS}, tenant.name, repeat_interval from webhook join tenant on tenant.id = tenant_id
+            where tenant_id = :tenant and webhook.id = :id and removed = 0""",
+        {"tenant": tenant_id, "id": webhook_id, "now": now_ms()},
+    ).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    return Receiver(*row[:5]), *row[5:]
+
+
+@attrs.frozen
+class Watcher:
+    """A receiver for which there may be something to tell."""
+
+    tenant_id: int
+    webhook_id: int
+
+
+@attrs.frozen
+class Fresh:
+    """Alerts that a receiver is to be told of and is not noted for yet, each with the key of its group; and keys of groups in which
+    something is over. `after`: the alert to go on after, None at the end."""
+
+    alerts: list[tuple[int, str]]
+    over: list[str]
+    after: int | None
+
+    @property
+    def keys(self) -> list[str]:
+        return list({*self.over, *(key for _, key in self.alerts)})
+
+
+def note_alerts(connection: sqlite3.Connection, webhook_id: int, fresh: Fresh) -> None:
+    """Note alerts for a receiver, and when their groups are due: so long after the first of them, and after what was told last."""
+    now, (rows,), (keys,) = now_ms(), bind(fresh.alerts), bind(fresh.keys)
+    connection.execute(
+        """insert into notice (webhook_id, alert_id, key) select webhook.id, alert.id, noted.value ->> 1
+           from webhook cross join json_each(:rows) noted cross join alert on alert.id = noted.value ->> 0
+           where webhook.id = :webhook and webhook.removed = 0 on conflict do nothing""",
+        {"webhook": webhook_id, "rows": rows},
+    )
+    connection.execute(
+        """insert into alert_group (webhook_id, key, due_at)
+           select webhook.id, noted.value, :now + group_wait from webhook cross join json_each(:keys) noted
+           where webhook.id = :webhook and webhook.removed = 0
+           on conflict do update set due_at = min(due_at, max(
+               excluded.due_at, coalesce(told_at + (select group_interval from webhook where webhook.id = :webhook), 0)))""",
+        {"webhook": webhook_id, "keys": keys, "now": now},
+    )
+
+
+@attrs.frozen
+class DueGroup:
+    """A group in which it is to be looked whether there is something to tell."""
+
+    webhook_id: int
+    key: str
+    due_at: int
+    told_at: int | None
+    tenant_id: int
+    form: str
+    group_by: str
+    interval: int
+    repeat: int
+    is_full: bool  # too much waits for its receiver already
+
+
+@attrs.frozen
+class Content:
+    """What there is to tell of a group: how many alerts fire, of which a receiver knows nothing yet (`fresh`), of which nobody said that
+    they know (`open`), which are due to be told again (`overdue`); and how many are over. The numbers of both kinds, and the first of
+    all themselves."""
+
+    firing: int
+    resolved: int
+    fresh: int
+    open: int
+    overdue: int
+    firing_ids: list[int]
+    over_ids: list[int]
+    shown: list[list[Any]]
+
+
+@attrs.frozen
+class Telling:
+    """What becomes of a due group, and when it is due again: `message_id` None where nothing is told; numbers of alerts that are told
+    to fire and to be over."""
+
+    group: DueGroup
+    at: int
+    due_at: int
+    firing: tuple[int, ...] = ()
+    over: tuple[int, ...] = ()
+    message_id: str | None = None
+    headers: Mapping[str, str] = MappingProxyType({})
+    body: str = ""
+    goes_on: bool = False  # what is noted beyond that stays noted
+
+    @property
+    def row(self) -> dict[str, object]:
+        group = self.group
+        return {
+            "webhook": group.webhook_id, "key": group.key, "was_due_at": group.due_at, "tenant": group.tenant_id, "at": self.at,
+            "due_at": self.due_at, "told": self.message_id is not None, "firing": bind(self.firing)[0],
+            "over": bind(self.over)[0], "alerts": len(self.firing) + len(self.over),
+            "message_id": self.message_id, "headers": bind(dict(self.headers))[0], "body": self.body,
+        }  # fmt: skip
+
+
+def write_telling(connection: sqlite3.Connection, telling: Telling) -> None:
+    """A notification, and that its receiver knows of what it tells. Whatever was noted and is not told is noted anew when it may be."""
+    row = telling.row
+    if connection.execute(
+        """update alert_group set due_at = :due_at, told_at = case when :told then :at else told_at end
+           where webhook_id = :webhook and key = :key and due_at = :was_due_at""",
+        row,
+    ).rowcount == 0:
+        return  # it was told by another, or its receiver is gone
+    if telling.message_id is not None:
+        connection.execute(
+            """insert into notification (tenant_id, webhook_id, message_id, at, alerts, headers, body, next_at)
+               values (:tenant, :webhook, :message_id, :at, :alerts, :headers, :body, :at)""",
+            row,
+        )
+        connection.execute(
+            "delete from notice where webhook_id = :webhook and alert_id in (select value from json_each(:over))", row
+        )
+        connection.execute(
+            "update notice set told_at = :at where webhook_id = :webhook and alert_id in (select value from json_each(:firing))", row
+        )
+    if telling.goes_on:
+        return
+    connection.execute("delete from notice where webhook_id = :webhook and key = :key and told_at is null", row)
+    connection.execute(
+        """delete from alert_group where webhook_id = :webhook and key = :key
+           and not exists (select 1 from notice where notice.webhook_id = :webhook and notice.key = :key)""",
+        row,
+    )
+
+
+@attrs.frozen
+class Undelivered:
+    """The first notification that waits for a receiver."""
+
+    receiver: Receiver
+    notification_id: int
+    message_id: str
+    at: int
+    tries: int
+    headers: dict[str, str]
+    body: str
+
+
+def mark_notification(connection: sqlite3.Connection, notification_id: int, attempt: Attempt, next_at: int | None) -> None:
+    """What came of a try; `next_at` None: there is none after it."""
+    delivered = attempt.error is None
+    status = "delivered" if delivered else "waiting" if next_at else "given_up"
+    connection.execute(
+        """update notification set tries = tries + 1, status = :status, error = :error, next_at = :next_at,
+               delivered_at = case when :status = 'delivered' then :now end, body = case when :status = 'waiting' then body end
+           where id = :id and status = 'waiting'""",
+        {"id": notification_id, "status": status, "error": attempt.error, "next_at": None if delivered else next_at, "now": now_ms()},
+    )
+
+
+class NotificationReads(Queries):
+    """Queries over receivers, what they are to be told, and what is sent to them."""
+
+    async def webhooks(self, tenant: int, limit: int, after: int) -> str:
+        return await self._list(
+            f"""select id position, {WEBHOOK_JSON} item from webhook
+                where tenant_id = :tenant and id > :after and removed = 0 order by id""",
+            limit, tenant=tenant, after=after, now=now_ms(),
+        )  # fmt: skip
+
+    async def webhook(self, tenant: int, webhook_id: int) -> str | None:
+        return await self._json(
+            f"select {WEBHOOK_JSON} from webhook where tenant_id = :tenant and id = :webhook and removed = 0",
+            tenant=tenant, webhook=webhook_id, now=now_ms(),
+        )  # fmt: skip
+
+    async def notifications(self, tenant: int, webhook_id: int | None, status: str | None, limit: int, after: int) -> str:
+        """Newest first; `after` is the id of the last one seen."""
+        whose = "tenant_id = :tenant" if webhook_id is None else "webhook_id = :webhook and +tenant_id = :tenant"
+        return await self._list(
+            f"""select id position, {NOTIFICATION_JSON} item from notification
+                where {whose} and id < :after and (:status is null or status = :status) order by id desc""",
+            limit, tenant=tenant, webhook=webhook_id, status=status, after=after,
+        )  # fmt: skip
+
+    async def waiting(self) -> int:
+        """How many are to be delivered, of all tenants."""
+        row = await self._readers.row("select count(*) from notification where status = 'waiting'", {})
+        return int(row[0]) if row else 0
+
+    async def watchers(self) -> list[Watcher]:
+        """Receivers for which there may be something to tell, of all tenants."""
+        text = await self._json(
+            """select json_group_array(json_array(tenant_id, id)) from webhook where removed = 0 and (
+                   exists (select 1 from alert where alert.tenant_id = webhook.tenant_id and fired_at is not null and resolved_at is null)
+                   or exists (select 1 from notice where webhook_id = webhook.id))"""
+        )
+        return [Watcher(*row) for row in orjson.loads(text or "[]")]
+
+    async def fresh(self, tenant: int, webhook_id: int, after: int, most: int, seconds: float) -> Fresh:
+        """Among so many firing alerts after one."""
+        row = await self._readers.exact(
+            f"""with looked as materialized (
+                    select id from alert where tenant_id = :tenant and fired_at is not null and resolved_at is null and id > :after
+                    order by id limit :most)
+                select json_array(
+                    (select json_group_array(json_array(alert.id, {GROUP_KEY_SQL}))
+                     from looked cross join alert on alert.id = looked.id cross join device on device.id = alert.device_id
+                     cross join webhook on webhook.id = :webhook
+                     where not exists (select 1 from notice where notice.webhook_id = :webhook and notice.alert_id = alert.id)
+                     and {CONCERNS_SQL} and {TELLABLE_SQL}),
+                    (select json_group_array(key) from (
+                        select distinct notice.key from notice cross join alert on alert.id = notice.alert_id
+                        cross join device on device.id = alert.device_id
+                        where :after = 0 and notice.webhook_id = :webhook and notice.told_at is not null
+                        and alert.resolved_at is not null and {TELLABLE_SQL}
+                        and exists (
+                            select 1 from alert_group cross join webhook on webhook.id = alert_group.webhook_id
+                            where alert_group.webhook_id = :webhook and alert_group.key = notice.key
+                            and due_at > max(:now + group_wait, coalesce(told_at + group_interval, 0))))),
+                    (select case when count(*) = :most then max(id) end from looked))""",
+            {"tenant": tenant, "webhook": webhook_id, "after": after, "most": most, "now": now_ms()}, seconds,
+        )  # fmt: skip
+        alerts, over, last = orjson.loads(row or b"[[], [], null]")
+        return Fresh([(number, key) for number, key in alerts], over, last)
+
+    async def due_groups(self, most: int, waiting_most: int) -> tuple[list[DueGroup], int | None]:
+        """So many groups that are due, and when the next one is, of all tenants."""
+        text = await self._json(
+            """select json_array(
+                   (select json_group_array(json_array(webhook_id, key, due_at, told_at, tenant_id, form, group_by, group_interval,
+                        repeat_interval, json(case when exists (
+                            select 1 from notification where notification.webhook_id = webhook.id and status = 'waiting'
+                            order by notification.id limit 1 offset :waiting_most - 1) then 'true' else 'false' end)))
+                    from (select * from alert_group where due_at <= :now order by due_at limit :most) due_now
+                    cross join webhook on webhook.id = webhook_id where removed = 0),
+                   (select min(due_at) from alert_group where due_at > :now))""",
+            now=now_ms(), most=most, waiting_most=waiting_most,
+        )  # fmt: skip
+        rows, due_at = orjson.loads(text or "[[], null]")
+        return [DueGroup(*row) for row in rows], due_at
+
+    async def content(self, tenant: int, group: DueGroup, shown: int, most: int, seconds: float) -> Content:
+        """What there is to tell of a group: first what is over, then what is new."""
+        row = await self._readers.exact(
+            f"""with member as materialized (
+                    select alert.id id, alert.resolved_at is null firing, notice.told_at told_at, {ACKNOWLEDGED_SQL} known,
+                        coalesce(notice.told_at + :repeat <= :now, 0) overdue,
+                        row_number() over (order by alert.resolved_at is null, notice.told_at, alert.id) place
+                    from notice cross join alert on alert.id = notice.alert_id cross join device on device.id = alert.device_id
+                    where notice.webhook_id = :webhook and notice.key = :key
+                    and (alert.resolved_at is null or notice.told_at is not null) and {TELLABLE_SQL})
+                select json_array(
+                    (select count(*) from member where firing), (select count(*) from member where not firing),
+                    (select count(*) from member where firing and told_at is null),
+                    (select count(*) from member where firing and not known),
+                    (select count(*) from member where firing and overdue),
+                    (select json_group_array(id) from (select id from member where place <= :most and firing order by place)),
+                    (select json_group_array(id) from (select id from member where place <= :most and not firing order by place)),
+                    (select json_group_array(json(item)) from (
+                        select {ALERT_SHOWN_SQL} item from member cross join alert on alert.id = member.id
+                        cross join device on device.id = alert.device_id cross join tenant on tenant.id = alert.tenant_id
+                        where place <= :shown order by place)))""",
+            {"tenant": tenant, "webhook": group.webhook_id, "key": group.key, "repeat": group.repeat, "now": now_ms(),
+             "shown": shown, "most": most}, seconds,
+        )  # fmt: skip
+        return Content(*orjson.loads(row or b"[0, 0, 0, 0, 0, [], [], []]"))
+
+    async def to_deliver(self, busy: list[int], latest: int, most: int) -> tuple[list[Undelivered], int | None]:
+        """The first notification of each receiver that has one that is due, but for those that are busy; and when the next one is due.
+        One that is due later than any may be was made so by a clock that has been set back."""
+        text = await self._json(
+            f"""with head as materialized (
+                    select notification.id id, next_at, tries from webhook cross join notification on notification.id = (
+                        select min(id) from notification waiting where waiting.webhook_id = webhook.id and waiting.status = 'waiting')
+                    where removed = 0 and webhook.id not in (select value from json_each(:busy)))
+                select json_array(
+                    (select json_group_array(json_array(notification.id, message_id, notification.at, notification.tries, json(headers),
+                         body, json_array({RECEIVER_COLUMNS})))
+                     from (select id from head where next_at <= :now or next_at > :latest order by tries > 0, next_at limit :most) due_now
+                     cross join notification on notification.id = due_now.id cross join webhook on webhook.id = webhook_id),
+                    (select min(next_at) from head where next_at > :now))""",
+            busy=bind(busy)[0], now=now_ms(), latest=latest, most=most,
+        )  # fmt: skip
+        rows, next_at = orjson.loads(text or "[[], null]")
+        return [Undelivered(Receiver(*columns), *row) for *row, columns in rows], next_at
+
+
 # ==== Removal ====
 # Owns: what is left of removed devices, tenants and readings, and its deletion little by little. Must not know: HTTP, sockets.
 
@@ -7681,25 +8725,26 @@ REMOVED_SQL: Final = """select
         union all select id from device where name is null and emptied = 1 and removed_at <= :expired
         union all select id from device where name is null and emptied = 1 and removed_at > :now limit :most)),
     (select json_group_array(id) from tenant where name is null), exists (select 1 from removed_series),
-    exists (select 1 from removed_range)"""
+    exists (select 1 from removed_range), (select min(id) from webhook where removed = 1)"""
 
 
 @attrs.frozen
 class Removed:
     """Numbers of removed devices and tenants of which something is to be deleted, a few at a time; whether there are series, and
-    ranges of readings, too."""
+    ranges of readings, too; and a receiver of notifications."""
 
     devices: list[int]
     tenants: list[int]
     series: bool
     ranges: bool
+    webhook: int | None = None
 
     @classmethod
     def of(cls, row: tuple[Any, ...]) -> Removed:
-        return cls(orjson.loads(row[0]), orjson.loads(row[1]), bool(row[2]), bool(row[3]))
+        return cls(orjson.loads(row[0]), orjson.loads(row[1]), bool(row[2]), bool(row[3]), row[4])
 
     def __bool__(self) -> bool:
-        return bool(self.devices or self.tenants or self.series or self.ranges)
+        return bool(self.devices or self.tenants or self.series or self.ranges or self.webhook)
 
 
 def removal_times(limits: Limits) -> dict[str, int]:
@@ -7804,6 +8849,8 @@ def delete_removed(connection: sqlite3.Connection, removed: Removed, limits: Lim
         delete_removed_ranges(connection, limits)
     elif removed.devices:
         delete_removed_devices(connection, removed.devices, limits)
+    elif removed.webhook:
+        delete_removed_webhook(connection, removed.webhook, limits.removed_rows)
     else:
         delete_removed_tenant(connection, removed.tenants[0], limits)
 
@@ -8339,6 +9386,7 @@ class Reads(Queries):
         self.pushes = PushReads(keys)
         self.logs = LogReads(readers, limits)
         self.alerts = AlertReads(readers, limits)
+        self.notifications = NotificationReads(readers)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
@@ -9985,6 +11033,9 @@ class Cleaner:
         more = now - self._began >= limits.repeat_seconds and await logs.has_old_repeats(before)
         while more:
             more = await writer.change(lambda connection: delete_old_repeats(connection, before, limits.removed_rows))
+        old = now_ms() - limits.notification_days * DAY
+        while await writer.change(lambda connection: delete_old_notifications(connection, old, limits.removed_rows)):
+            pass
         words, self._word = await logs.unused_words(self._word, limits.looked_words)
         if words:
             await writer.change(lambda connection: delete_unused_words(connection, writer.dictionary, words))
@@ -10040,6 +11091,399 @@ class Pusher:
             made.set_result(None)
 
 
+# ==== Delivery ====
+# Owns: who is told of alerts and when (Dispatcher), and how that arrives (Courier, MessageSender). Must not know: HTTP of our own, SQL.
+
+
+class ForbiddenAddress(OSError):  # noqa: N818 - it is no error of the one who asked
+    """Notifications may not be sent there."""
+
+
+class Lookups:
+    """Looks names up, each on a thread of its own: there is no way to end one that hangs, and nothing else may wait for it."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._running = 0
+
+    async def addresses(self, host: str, port: int, family: socket.AddressFamily) -> list[tuple[Any, ...]]:
+        """As `getaddrinfo` tells them. OSError."""
+        if self._running >= self._most:
+            raise OSError("too many names are being looked up")
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[list[tuple[Any, ...]]] = loop.create_future()
+
+        def end(outcome: list[tuple[Any, ...]] | Exception) -> None:
+            self._running -= 1
+            if found.done():  # nobody waits any more
+                return
+            if isinstance(outcome, Exception):
+                found.set_exception(outcome)
+            else:
+                found.set_result(outcome)
+
+        def work() -> None:
+            outcome: list[tuple[Any, ...]] | Exception
+            try:
+                outcome = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+            except (OSError, UnicodeError) as error:
+                outcome = OSError(str(error))
+            with suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(end, outcome)
+
+        self._running += 1
+        threading.Thread(target=work, name="lookup", daemon=True).start()
+        return await found
+
+
+class GuardedResolver(AbstractResolver):
+    """Names to addresses that notifications may be sent to. The client connects to what it is given here, and looks up no name twice."""
+
+    def __init__(self, named: Networks, lookups: Lookups) -> None:
+        self._named = named
+        self._lookups = lookups
+
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
+        """ForbiddenAddress, where there is none; OSError."""
+        found = await self._lookups.addresses(host, port, family)
+        good = [row for row in found if may_reach(ipaddress.ip_address(row[4][0]), self._named)]
+        if not good:
+            raise ForbiddenAddress("no address of it may be reached")
+        numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+        return [
+            ResolveResult(hostname=host, host=sockaddr[0], port=port, family=kind, proto=protocol, flags=numeric)
+            for kind, _, protocol, _, sockaddr in good
+        ]
+
+    async def close(self) -> None:
+        return
+
+
+def guarded_socket(named: Networks, info: Any) -> socket.socket:
+    """A socket for a connection that is about to be made; the last look at its address, wherever that came from. ForbiddenAddress."""
+    family, kind, protocol, _, sockaddr = info
+    address = address_of(str(sockaddr[0]))
+    if address is None or not may_reach(address, named):
+        raise ForbiddenAddress("the address may not be reached")
+    return socket.socket(family, kind, protocol)
+
+
+def told_failure(error: BaseException, seconds: float) -> str:
+    """What failed, for whoever owns the receiver: nothing of what the other side said, and no address."""
+    known: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
+        (ForbiddenAddress, "its address is in a network that may not be reached (--webhook-networks)"),
+        (ClientConnectorDNSError, "its name is not known"),
+        (TimeoutError, f"it did not answer within {seconds:g} s"),
+        (ClientConnectorCertificateError, "its certificate is not valid"),
+        ((ClientSSLError, ssl.SSLError), "no connection with TLS could be made"),
+        (ClientConnectorError, "no connection could be made"),
+        (aiosmtplib.SMTPAuthenticationError, "the server for mail does not take the user and password"),
+        (aiosmtplib.SMTPException, "the server for mail did not take it"),
+        ((ClientError, ConnectionError), "the connection broke, or the answer was no HTTP"),
+    )
+    chain = [error, *([error.__cause__] if error.__cause__ is not None else []), *([error.__context__] if error.__context__ else [])]
+    if isinstance(error, ClientConnectorError):
+        chain.append(error.os_error)
+    for kind, text in known:
+        if any(isinstance(part, kind) for part in chain):
+            return text
+    return "it could not be sent"
+
+
+def smtp_refusal(error: aiosmtplib.SMTPException) -> tuple[int | None, bool]:
+    """The code by which a server for mail says no, and whether it will say so again: that is what 5yz means (RFC 5321, section 4.2.1). That
+    it does not take our password is no fault of the message."""
+    if isinstance(error, aiosmtplib.SMTPRecipientsRefused):
+        codes = [refused.code for refused in error.recipients]
+        return (codes[0], all(code >= 500 for code in codes)) if codes else (None, False)
+    code = error.code if isinstance(error, aiosmtplib.SMTPResponseException) else None
+    of_message = (aiosmtplib.SMTPDataError, aiosmtplib.SMTPSenderRefused, aiosmtplib.SMTPRecipientRefused)
+    return code, isinstance(error, of_message) and code is not None and code >= 500
+
+
+class MessageSender:
+    """Makes one try to deliver a message."""
+
+    def __init__(self, settings: Settings, limits: Limits, session: ClientSession) -> None:
+        self._settings = settings
+        self._limits = limits
+        self._session = session
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: Settings, limits: Limits) -> AsyncIterator[MessageSender]:
+        """A client that keeps nothing between two requests: neither connections, nor names, nor cookies; and that no variable of the
+        environment sends elsewhere."""
+        named = networks(settings.webhook_networks)
+        connector = TCPConnector(
+            limit=0, force_close=True, use_dns_cache=False, resolver=GuardedResolver(named, Lookups(limits.lookups)),
+            socket_factory=functools.partial(guarded_socket, named),
+        )  # fmt: skip
+        async with ClientSession(
+            connector=connector, cookie_jar=DummyCookieJar(), trust_env=False, auto_decompress=False,
+            timeout=ClientTimeout(total=limits.delivery_seconds),
+            headers={hdrs.USER_AGENT: f"iiot/{VERSION}", hdrs.ACCEPT_ENCODING: "identity"},
+        ) as session:  # fmt: skip
+            yield cls(settings, limits, session)
+
+    async def send(self, receiver: Receiver, message_id: str, at: int, message: Message) -> Attempt:
+        seconds = self._limits.delivery_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                if receiver.form == "email":
+                    return await self._mail(receiver, message_id, at, message)
+                return await self._post(receiver, message_id, message)
+        except aiosmtplib.SMTPException as error:
+            code, final = smtp_refusal(error)
+            return Attempt(told_failure(error, seconds), code, final)
+        except (ClientError, OSError, ValueError) as error:  # ValueError: what is no address or header after all
+            return Attempt(told_failure(error, seconds))
+
+    async def _post(self, receiver: Receiver, message_id: str, message: Message) -> Attempt:
+        target, body = target_of(receiver.url, receiver.form), message.body.encode()
+        literal = address_of(target.raw_host or "")
+        if literal is not None and not may_reach(literal, networks(self._settings.webhook_networks)):
+            raise ForbiddenAddress("the address may not be reached")
+        signed = signature_headers(receiver.secrets, message_id, now_ms() // 1000, body) if receiver.form == "webhook" else {}
+        async with self._session.post(target, data=body, headers={**message.headers, **signed}, allow_redirects=False) as response:
+            attempt = judged_answer(response.status, response.headers.get(hdrs.RETRY_AFTER), time.time())
+            with suppress(ClientError):  # it has answered
+                await response.content.read(self._limits.answer_bytes)
+            response.close()
+            return attempt
+
+    async def _mail(self, receiver: Receiver, message_id: str, at: int, message: Message) -> Attempt:
+        server, sender = urlsplit(self._settings.smtp_url), self._settings.smtp_from
+        if not server.hostname or not sender:
+            return Attempt("there is no server for mail (--smtp-url and --smtp-from)")
+        recipients = mail_addresses(receiver.url, self._limits.mail_addresses)
+        user, password = (None if text is None else unquote(text) for text in (server.username, server.password))
+        address = address_of(server.hostname)
+        is_near = server.hostname == "localhost" or (address is not None and address.is_loopback)
+        refused, _ = await aiosmtplib.send(
+            mail_of(message, recipients, sender, message_id, at), sender=sender, recipients=recipients, hostname=server.hostname,
+            port=server.port, username=user, password=password, use_tls=server.scheme == "smtps", timeout=self._limits.delivery_seconds,
+            start_tls=True if server.scheme == "smtp" and user is not None and not is_near else None,  # no password in clear
+        )  # fmt: skip
+        if refused:
+            log.warning("the server for mail refused %d of %d addresses of receiver %d", len(refused), len(recipients), receiver.webhook_id)
+        return Attempt(None, 250)
+
+
+async def any_of(ring: asyncio.Future[None], wanted: asyncio.Event, seconds: float) -> None:
+    """Return at the ring, when it is wanted, or after so many seconds."""
+    waiting = asyncio.ensure_future(wanted.wait())
+    try:
+        await asyncio.wait((ring, waiting), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+
+
+class Courier:
+    """Delivers notifications: to each receiver one after the other, to many at once. Those that failed last have places of their own, so
+    that they keep nobody waiting."""
+
+    def __init__(self, store: Store, sender: MessageSender, limits: Limits, counts: Counts) -> None:
+        self._store = store
+        self._sender = sender
+        self._limits = limits
+        self._counts = counts
+        self._under_way: dict[int, asyncio.Task[None]] = {}  # by receiver
+        self._failing: set[int] = set()  # receivers that did not take what they were sent last
+        self.wanted = asyncio.Event()
+
+    async def run(self) -> None:
+        try:
+            while True:
+                self.wanted.clear()
+                wait = await self._begin_due()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self.wanted.wait()
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        """What is under way may still be marked; for what is not, its receiver is asked again after the start."""
+        tasks = list(self._under_way.values())
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._limits.stop_close_seconds)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _begin_due(self) -> float:
+        """Begin deliveries that are due, as far as there is place; for how long there is nothing more to do."""
+        limits = self._limits
+        latest = now_ms() + round(max(limits.retry_after_seconds_most, limits.redelivery_seconds_most) * 1000)
+        try:
+            due, next_at = await self._store.read.notifications.to_deliver(
+                list(self._under_way), latest, limits.deliveries + limits.failing_deliveries
+            )
+        except (Refusal, sqlite3.Error) as error:
+            log.warning("cannot look for notifications to deliver: %s", error)
+            return limits.retry_seconds
+        for waiting in due:
+            if self._has_place(waiting):
+                self._begin(waiting)
+        most = limits.notice_seconds_most
+        return most if next_at is None else max(0.01, min((next_at - now_ms()) / 1000, most))
+
+    def _has_place(self, waiting: Undelivered) -> bool:
+        failing = sum(webhook_id in self._failing for webhook_id in self._under_way)
+        if waiting.tries or waiting.receiver.webhook_id in self._failing:
+            self._failing.add(waiting.receiver.webhook_id)
+            return failing < self._limits.failing_deliveries
+        return len(self._under_way) - failing < self._limits.deliveries
+
+    def _begin(self, waiting: Undelivered) -> None:
+        webhook_id = waiting.receiver.webhook_id
+        task = asyncio.create_task(self._deliver(waiting), name=f"delivery to receiver {webhook_id}")
+        self._under_way[webhook_id] = task
+
+        def ended(_: asyncio.Task[None]) -> None:
+            del self._under_way[webhook_id]
+            self.wanted.set()
+            if not task.cancelled() and task.exception() is not None:
+                log.error("a delivery to receiver %d failed", webhook_id, exc_info=task.exception())
+
+        task.add_done_callback(ended)
+
+    async def _deliver(self, waiting: Undelivered) -> None:
+        receiver = waiting.receiver
+        attempt = await self._sender.send(receiver, waiting.message_id, waiting.at, Message(waiting.headers, waiting.body))
+        if attempt.error is None:
+            self._failing.discard(receiver.webhook_id)
+        else:
+            self._failing.add(receiver.webhook_id)
+        await self._mark(waiting, attempt)
+
+    async def _mark(self, waiting: Undelivered, attempt: Attempt) -> None:
+        """Write down what came of it. Where nothing can be stored, its receiver is sent nothing until that can be."""
+        tries = waiting.tries + 1
+        next_at = now_ms() + round(redelivery_seconds(tries, attempt.retry_after, self._limits) * 1000)
+        if attempt.final or next_at > waiting.at + self._limits.given_up_seconds * 1000:
+            next_at = 0
+        mark = functools.partial(
+            mark_notification, notification_id=waiting.notification_id, attempt=attempt, next_at=next_at or None
+        )
+        while True:
+            try:
+                await self._store.writer.change(mark)
+                break
+            except (Refusal, sqlite3.Error) as error:
+                log.warning("cannot mark a notification to receiver %d: %s", waiting.receiver.webhook_id, error)
+                await asyncio.sleep(self._limits.retry_seconds)
+        if attempt.error is None:
+            self._counts.notifications["delivered"] += 1
+            return
+        self._counts.failed_deliveries += 1
+        if not next_at:
+            self._counts.notifications["given_up"] += 1
+            log.warning("a notification to receiver %d was given up: %s", waiting.receiver.webhook_id, attempt.error)
+
+
+def to_be_told(group: DueGroup, content: Content, at: int) -> bool:
+    """Whether a group is told now: there is something new, or all of it is to be told again. Alertmanager repeats by itself, and ends
+    what it does not hear of; it is told so that it does not."""
+    if content.fresh or content.resolved:
+        return True
+    if group.form == "alertmanager":
+        return content.overdue > 0
+    return content.open > 0 and group.told_at is not None and group.told_at + group.repeat <= at
+
+
+def group_of(group: DueGroup, content: Content, at: int) -> AlertGroup:
+    label = {"rule": "alertname", "device": "device"}.get(group.group_by) or group.group_by.removeprefix("label:")
+    alerts = tuple(AlertShown(*row) for row in content.shown)
+    firing, resolved = content.firing, content.resolved
+    if group.form == "alertmanager":  # it is told all of them, part by part
+        firing = sum(alert.resolved_at is None for alert in alerts)
+        resolved = len(alerts) - firing
+    return AlertGroup(group.webhook_id, label, group.key, at, group.repeat, firing, resolved, alerts)
+
+
+class Dispatcher:
+    """Finds out who is to be told of which alerts, and writes down what is sent to them together with what they know then. Whatever it
+    needs to know stands in the database: it may begin anew at any time."""
+
+    def __init__(self, store: Store, limits: Limits, external_url: str, courier: Courier) -> None:
+        self._store = store
+        self._limits = limits
+        self._external_url = external_url
+        self._courier = courier
+        self._wanted = asyncio.Event()
+
+    def look(self) -> None:
+        """Receivers have changed."""
+        self._wanted.set()
+
+    async def run(self) -> None:
+        while True:
+            ring = self._store.writer.alert_news.next
+            self._wanted.clear()
+            try:
+                wait = await self._round()
+            except (Refusal, sqlite3.Error) as error:
+                log.warning("cannot tell of alerts: %s", error)
+                wait = self._limits.retry_seconds
+            await any_of(ring, self._wanted, wait)
+
+    async def _round(self) -> float:
+        """One look at everything; in how many seconds something is due."""
+        limits, reads = self._limits, self._store.read.notifications
+        for watcher in await reads.watchers():
+            await self._note(watcher)
+        due, next_at = await reads.due_groups(limits.groups_together, limits.notifications_waiting)
+        if due:
+            await self._tell(due)
+        await asyncio.sleep(limits.notice_pause_seconds)
+        wait = limits.notice_seconds_most if next_at is None else (next_at - now_ms()) / 1000
+        return 0.0 if len(due) == limits.groups_together else max(0.0, min(wait, limits.notice_seconds_most))
+
+    async def _note(self, watcher: Watcher) -> None:
+        """Note what a receiver is to be told, some alerts at a time."""
+        limits, after = self._limits, cast("int | None", 0)
+        while after is not None:
+            fresh = await self._store.read.notifications.fresh(
+                watcher.tenant_id, watcher.webhook_id, after, limits.alerts_looked, limits.export_seconds
+            )
+            after = fresh.after
+            if fresh.keys:
+                note = functools.partial(note_alerts, webhook_id=watcher.webhook_id, fresh=fresh)
+                await self._store.writer.change(note, self._store.allowances.shares.of(watcher.tenant_id))
+
+    async def _tell(self, due: list[DueGroup]) -> None:
+        tellings = [await self._telling(group) for group in due]
+
+        def write(connection: sqlite3.Connection) -> None:
+            for telling in tellings:
+                write_telling(connection, telling)
+
+        await self._store.writer.change(write, weight=self._limits.removed_rows)
+        if any(telling.message_id for telling in tellings):
+            self._courier.wanted.set()
+
+    async def _telling(self, group: DueGroup) -> Telling:
+        limits, at = self._limits, now_ms()
+        later = at + max(group.interval, round(limits.notice_pause_seconds * 1000))
+        if group.is_full:
+            return Telling(group, at, later, goes_on=True)
+        parts = group.form == "alertmanager"
+        most = limits.alerts_shown if parts else limits.alerts_together
+        content = await self._store.read.notifications.content(
+            group.tenant_id, group, limits.alerts_shown, most, limits.export_seconds
+        )
+        if not to_be_told(group, content, at):
+            return Telling(group, at, max(later, (group.told_at or 0) + group.repeat))
+        message = message_of(group.form, group_of(group, content, at), limits.alert_lines, self._external_url)
+        is_part = parts and max(content.fresh + content.resolved, content.overdue) > most
+        return Telling(
+            group, at, at if is_part else at + group.repeat, tuple(content.firing_ids), tuple(content.over_ids), new_message_id(),
+            message.headers, message.body, goes_on=is_part,
+        )  # fmt: skip
+
+
 # ==== Sessions ====
 # Owns: one device's WebSocket from hello to close. Must not know: other devices.
 
@@ -10063,6 +11507,8 @@ class Services:
     peers: Peers
     counts: Counts
     lines: LineJudge
+    dispatcher: Dispatcher
+    sender: MessageSender
 
 
 def metrics_of(frame: Telemetry) -> set[str]:
@@ -11693,6 +13139,13 @@ def families_of_traffic(services: Services) -> Iterator[Metric]:
     yield gauge("iiot_syslog_datagrams_waiting", "Datagrams of syslog that wait for their turn.", counts.datagrams_waiting())
 
 
+def families_of_notifications(counts: Counts, waiting: int) -> Iterator[Metric]:
+    done = (((status,), counts.notifications[status]) for status in ("delivered", "given_up"))
+    yield counter_by("iiot_notifications", "Notifications of alerts that were delivered or given up.", ("status",), done)
+    yield counter("iiot_failed_deliveries", "Tries to deliver a notification that failed.", counts.failed_deliveries)
+    yield gauge("iiot_notifications_waiting", "Notifications that wait until their receiver takes them.", waiting)
+
+
 def families_of_program(counts: Counts, expiry: int | None) -> Iterator[Metric]:
     running = {"version": VERSION, "python": ".".join(map(str, sys.version_info[:3])), "sqlite": sqlite3.sqlite_version}
     yield InfoMetricFamily("iiot_build", "What runs.", running)
@@ -11721,10 +13174,11 @@ class ServerMetrics(Collector):
 async def show_metrics(call: Call) -> web.StreamResponse:
     """The server's own numbers. They are read at one moment of the event loop, which changes them; text is made of them elsewhere."""
     services = call.services
-    sizes = await services.store.sizes()
+    sizes, waiting = await services.store.sizes(), await services.store.read.notifications.waiting()
     families = [
         *families_of_program(services.counts, certificate_expiry(call.request.app.get(TLS))),
         *families_of_traffic(services), *families_of_storage(services.store.writer, sizes),
+        *families_of_notifications(services.counts, waiting),
     ]  # fmt: skip
     text = await asyncio.to_thread(ServerMetrics(families, services.turned_away).text)
     return web.Response(body=text, headers={hdrs.CONTENT_TYPE: PROMETHEUS_TYPE})
@@ -12465,7 +13919,7 @@ async def list_alerts(call: Call) -> web.StreamResponse:
     for status in query.status or ():
         if status not in STATUSES:
             raise Refusal("bad_query", FieldError("status", f"is not one of {', '.join(STATUSES)}"))
-    severities = None if query.severity is None else SEVERITIES[SEVERITIES.index(query.severity) :]
+    severities = None if query.severity is None else tuple(SEVERITIES)[SEVERITIES[query.severity] - 1 :]
     wanted = AlertFilter(
         query.status, severities, query.rule, query.match, query.acknowledged, query.silenced, query.from_, query.to_
     )  # fmt: skip
@@ -12522,6 +13976,89 @@ async def remove_silence(call: Call) -> web.StreamResponse:
     tenant, number = call.tenant, number_in(call)
     await call.change(lambda connection: delete_silence(connection, tenant, number))
     return web.Response(status=204)
+
+
+# ==== HTTP notifications ====
+# Owns: the handlers of receivers of alerts, and of what was sent to them. Must not know: SQL.
+
+
+@attrs.frozen
+class NotificationQuery:
+    """GET /notifications; `after` is the id of the last one seen."""
+
+    limit: int | None = None
+    after: int | None = None
+    webhook: int | None = None
+    status: str | None = None
+
+
+async def list_webhooks(call: Call) -> web.StreamResponse:
+    return json_response(await call.services.store.read.notifications.webhooks(call.tenant, call.page(), call.query.after or 0))
+
+
+async def create_webhook(call: Call) -> web.StreamResponse:
+    """A receiver. Its secret is shown this once."""
+    tenant, limits, settings, new = call.tenant, call.services.limits, call.services.settings, await call.body(NewWebhook)
+    check_webhook(
+        new, networks(settings.webhook_networks), limits.mail_addresses, mail=bool(settings.smtp_url and settings.smtp_from)
+    )
+    if new.form == "webhook" and new.secret is None:
+        new = attrs.evolve(new, secret=new_webhook_secret())
+    shown = shown_webhook(new)
+    webhook_id = await call.change(
+        lambda connection: insert_webhook(connection, tenant, new, shown, limits.webhooks),
+        lambda made: [Affected(str(made), None, shown)],
+    )
+    call.services.dispatcher.look()
+    made = orjson.loads(required_text(await call.services.store.read.notifications.webhook(tenant, webhook_id)))
+    return answer({**made, **({} if new.secret is None else {"secret": new.secret})}, 201)
+
+
+async def delete_webhook(call: Call) -> web.StreamResponse:
+    tenant, webhook_id = call.tenant, number_in(call)
+    await call.change(lambda connection: remove_webhook(connection, tenant, webhook_id))
+    call.services.cleaner.wanted.set()
+    return web.Response(status=204)
+
+
+async def renew_webhook_secret(call: Call) -> web.StreamResponse:
+    """A new secret, shown this once. The old one signs, too, for some time."""
+    tenant, webhook_id, body = call.tenant, number_in(call), await call.body(NewWebhookSecret)
+    check_webhook_secret(body.secret)
+    secret, seconds = body.secret or new_webhook_secret(), call.services.limits.old_secret_seconds
+    await call.change(lambda connection: change_webhook_secret(connection, tenant, webhook_id, secret, seconds))
+    made = orjson.loads(required_text(await call.services.store.read.notifications.webhook(tenant, webhook_id)))
+    return answer({**made, "secret": secret}, 201)
+
+
+async def test_webhook(call: Call) -> web.StreamResponse:
+    """Send one notification at once, as any other, and tell what came of it. Refusal: not_found, too_many_requests."""
+    services, webhook_id = call.services, number_in(call)
+    await call.body(NoQuery)
+    share = services.store.allowances.shares.of(call.tenant)
+    if share.webhook_tests >= services.limits.webhook_tests:
+        raise Refusal("too_many_requests", retry_after=1)
+    receiver, tenant, repeat = await call.change(lambda connection: receiver_of(connection, call.tenant, webhook_id))
+    at = now_ms()
+    alert = AlertShown("test", "test", tenant, "info", None, {}, "This is a test of notifications.", None, at, None, None, stale=False)
+    group = AlertGroup(webhook_id, "alertname", "test", at, repeat, 1, 0, (alert,))
+    message = message_of(receiver.form, group, services.limits.alert_lines, services.settings.external_url)
+    share.webhook_tests += 1
+    try:
+        attempt = await services.sender.send(receiver, new_message_id(), at, message)
+    finally:
+        share.webhook_tests -= 1
+    status = "delivered" if attempt.error is None else "failed"
+    return answer({"status": status, "http_status": attempt.status, "error": attempt.error})
+
+
+async def list_notifications(call: Call) -> web.StreamResponse:
+    query: NotificationQuery = call.query
+    if query.status not in (None, "waiting", "delivered", "given_up"):
+        raise Refusal("bad_query", FieldError("status", "is not one of waiting, delivered, given_up"))
+    after = INTEGERS - 1 if query.after is None else query.after
+    read = call.services.store.read.notifications
+    return json_response(await read.notifications(call.tenant, query.webhook, query.status, call.page(), after))
 
 
 # ==== HTTP API ====
@@ -12993,6 +14530,12 @@ ROUTES: Final = (
     Route("GET", "/retention", "viewer", show_retention),
     Route("PUT", "/retention", "admin", set_retention, action="retention.set"),
     Route("DELETE", "/retention", "admin", reset_retention, action="retention.reset"),
+    Route("GET", "/webhooks", "viewer", list_webhooks, HistoryQuery),
+    Route("POST", "/webhooks", "admin", create_webhook, action="webhook.create"),
+    Route("DELETE", "/webhooks/{id}", "admin", delete_webhook, action="webhook.remove"),
+    Route("POST", "/webhooks/{id}/secret", "admin", renew_webhook_secret, action="webhook.secret"),
+    Route("POST", "/webhooks/{id}/test", "admin", test_webhook, action="webhook.test"),
+    Route("GET", "/notifications", "viewer", list_notifications, NotificationQuery),
     Route("GET", "/provisioning-keys", "admin", list_keys, ListQuery),
     Route("POST", "/provisioning-keys", "admin", create_key, action="key.create"),
     Route("DELETE", "/provisioning-keys/{id}", "admin", delete_key, action="key.remove"),
@@ -13216,16 +14759,19 @@ STOP_SECONDS: Final = 2.0  # for requests under way to be answered, when the ser
 
 async def run_services(app: web.Application, settings: Settings, limits: Limits) -> AsyncIterator[None]:
     """Open the store, then what stands on it; close them the other way round."""
-    async with Store.open(Path(settings.db), limits, settings.query_seconds) as store:
+    async with Store.open(Path(settings.db), limits, settings.query_seconds) as store, MessageSender.open(settings, limits) as sender:
         registry = Registry(limits, store.allowances)
         lines = LineJudge(store, limits)
         cleaner, pusher = Cleaner(store, registry, limits, settings.log_days), Pusher(store, registry, limits)
         identity = Identity(store, limits, settings.quota_devices)
         supervisor, news, trusted = Supervisor(), News(store, limits), networks(settings.trusted_proxy)
         senders, turned_away = LogSenders(identity, store.read.tokens, limits), TurnedAway(limits.refused_senders)
+        counts = Counts()
+        courier = Courier(store, sender, limits, counts)
+        dispatcher = Dispatcher(store, limits, settings.external_url, courier)
         app[SERVICES] = Services(
             settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted, senders, turned_away,
-            Peers(limits), Counts(), lines,
+            Peers(limits), counts, lines, dispatcher, sender,
         )  # fmt: skip
         supervisor.watch(store.writer.task)
         supervisor.start("heartbeat", Heartbeat(registry, store.writer, limits, settings.heartbeat).run())
@@ -13235,6 +14781,8 @@ async def run_services(app: web.Application, settings: Settings, limits: Limits)
         supervisor.start("cleaner", cleaner.run())
         supervisor.start("pusher", pusher.run())
         supervisor.start("news", news.run())
+        supervisor.start("dispatcher of alerts", dispatcher.run())
+        supervisor.start("courier of notifications", courier.run())
         shorten = functools.partial(store.keep_log_short, limits.log_bytes)
         supervisor.start("log keeper", every(limits.log_look_seconds, "start the write-ahead log over", shorten))
         supervisor.start("audit of refused actions", identity.refused.run())

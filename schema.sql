@@ -363,6 +363,7 @@ create unique index alert_open on alert (rule_id, device_id) where resolved_at i
 create index alert_by_tenant on alert (tenant_id, id);
 create index alert_by_device on alert (device_id, rule_id, resolved_at);
 create index alert_open_by_device on alert (device_id) where resolved_at is null;
+create index alert_firing on alert (tenant_id, id) where fired_at is not null and resolved_at is null;
 
 -- For a time nobody is told of the alerts that it covers; those that have all that it asks for.
 create table silence (
@@ -377,6 +378,71 @@ create table silence (
     text        text not null
 ) strict;
 create index silence_by_tenant on silence (tenant_id, id);
+
+-- Who is told of alerts, and how. What is removed is out of reach at once, and is deleted little by little.
+create table webhook (
+    id               integer primary key autoincrement,
+    tenant_id        integer not null references tenant on delete cascade,
+    form             text not null check (form in ('webhook', 'alertmanager', 'ntfy', 'slack', 'email')),
+    url              text not null,                       -- it may hold secrets
+    shown            text not null check (json_valid(shown)),  -- JSON: what people are shown of it
+    match            text not null,                       -- glob of names of devices
+    severity         integer not null,                    -- how severe an alert is at least: 1 for info, 4 for critical
+    rule             text,                                -- a rule's name; null: every rule
+    group_by         text not null,                       -- rule, device, or label: and a name
+    group_wait       integer not null,                    -- milliseconds, as the next two: before the first notification of a group
+    group_interval   integer not null,                    -- between two of them
+    repeat_interval  integer not null,                    -- before the same is told again
+    secret           text,                                -- signs what is sent: it is kept as it is
+    old_secret       text,                                -- signs too, for some time
+    old_until        integer,
+    created_at       integer not null,
+    removed          integer not null default 0 check (removed in (0, 1))
+) strict;
+create index webhook_by_tenant on webhook (tenant_id, id);
+create index webhook_removed on webhook (id) where removed = 1;
+
+-- Alerts that a receiver is told of together, as long as there are some.
+create table alert_group (
+    webhook_id  integer not null references webhook on delete cascade,
+    key         text not null,                           -- what they have in common: the rule, the device, the label's text
+    due_at      integer not null,                        -- when it is looked whether there is something to tell
+    told_at     integer,                                 -- when something was told last; null: not yet
+    primary key (webhook_id, key)
+) strict, without rowid;
+create index alert_group_due on alert_group (due_at);
+
+-- Alerts that a receiver is to be told of, and those that it knows of. It is deleted when the receiver is told that the alert is over.
+create table notice (
+    webhook_id  integer not null references webhook on delete cascade,
+    alert_id    integer not null references alert on delete cascade,
+    key         text not null,                           -- of its group
+    told_at     integer,                                 -- when it was told last that it fires; null: not yet
+    primary key (webhook_id, alert_id)
+) strict, without rowid;
+create index notice_by_alert on notice (alert_id);
+create index notice_by_group on notice (webhook_id, key);
+
+-- What is sent to receivers. It is written together with what it tells, and sent until it arrives.
+create table notification (
+    id            integer primary key autoincrement,
+    tenant_id     integer not null references tenant on delete cascade,
+    webhook_id    integer not null references webhook on delete cascade,
+    message_id    text not null,                         -- the receiver knows it by this, whenever it is sent again
+    at            integer not null,
+    alerts        integer not null,                      -- how many it tells of
+    headers       text not null check (json_valid(headers)),  -- JSON: what is sent beside the body
+    body          text,                                  -- null: it is sent no more
+    status        text not null default 'waiting' check (status in ('waiting', 'delivered', 'given_up')),
+    tries         integer not null default 0,
+    next_at       integer,                               -- when it is tried; null: no more
+    error         text,                                  -- of the last try
+    delivered_at  integer
+) strict;
+create index notification_by_tenant on notification (tenant_id, id);
+create index notification_by_webhook on notification (webhook_id, id);
+create index notification_waiting on notification (webhook_id, id) where status = 'waiting';
+create index notification_done on notification (at) where status <> 'waiting';
 
 -- Readings that came after later ones of their series, from `start` to `stop`: the rule is to judge the series anew.
 create table late_reading (
