@@ -3924,7 +3924,7 @@ def target_of(url: str, form: str) -> URL:
         host, port = target.raw_host, target.port
     except ValueError:
         host = port = None
-    if not host or not port or target.scheme not in ("http", "https"):
+    if not host or not port or target.scheme not in ("http", "https") or ("%" in host and ":" not in host):
         raise Invalid("is not an address that begins with http:// or https://")
     if form == "alertmanager" and not target.path.endswith("/api/v2/alerts"):
         target = target.with_path(f"{target.path.rstrip('/')}/api/v2/alerts")

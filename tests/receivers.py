@@ -7,9 +7,12 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
+import plant as plants
+import pytest
 from aiohttp import web
 from plant import PATIENCE, Plant
 
@@ -132,14 +135,33 @@ class Alerts:
         )  # fmt: skip
 
     async def acknowledge(self, rule: str, **said: object) -> None:
-        await self.change("update alert set acknowledged = ? where rule = ?", json.dumps({"by": "me", "at": 1, "until": None, **said}), rule)
+        text = json.dumps({"by": "me", "at": 1, "until": None, **said})
+        await self.change("update alert set acknowledged = ? where rule = ?", text, rule)
 
     async def silence(self, match: str, seconds: float = 3_600.0) -> None:
         now = iiot.now_ms()
         await self.change(
-            "insert into silence (tenant_id, match, labels, rule, created_at, until, author, text) values (1, ?, '{}', null, ?, ?, 'me', '')",
+            """insert into silence (tenant_id, match, labels, rule, created_at, until, author, text)
+               values (1, ?, '{}', null, ?, ?, 'me', '')""",
             match, now, now + round(seconds * 1000),
         )  # fmt: skip
+
+
+@asynccontextmanager
+async def alerting(folder: Path, limits: iiot.Limits | None = None, **settings: Any) -> AsyncIterator[tuple[Plant, Alerts]]:
+    """A server that may reach receivers of tests, and who writes alerts into it."""
+    opened, real = list[iiot.Store](), iiot.Store.open
+
+    @asynccontextmanager
+    async def noted(*arguments: Any) -> AsyncIterator[iiot.Store]:
+        async with real(*arguments) as store:
+            opened.append(store)
+            yield store
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(iiot.Store, "open", noted)
+        async with plants.plant(folder, limits, **{"webhook_networks": LOCAL, **settings}) as plant:
+            yield plant, Alerts(opened[0])
 
 
 async def told_to(plant: Plant, url: str, **fields: Any) -> dict[str, Any]:
