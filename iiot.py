@@ -90,7 +90,16 @@ import unicodedata
 from asyncio import sslproto
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sized
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from email.message import EmailMessage
 from email.policy import SMTP
@@ -549,20 +558,29 @@ class Limits:
     # A receiver that takes nothing has so many notifications waiting. After those its groups wait: what has changed meanwhile is told
     # when it takes some again.
     notifications_waiting: int = 1_000
-    # One try to deliver: a receiver that is slower does its work before it answers. Bytes of its answer that are read.
+    # A notification has about so many bytes at most: of alerts with long texts it shows fewer. It is kept until it arrives.
+    notification_bytes: int = 256 * 1024
+    # The same is told again after that at least: whoever means 4h and writes 4s is not flooded.
+    repeat_seconds_least: float = 60.0
+    # One try to deliver: a receiver that is slower does its work before it answers. Bytes of its answer that are read, and for how long:
+    # what it says is not used, but one that is cut off in the middle of its answer may not do its work.
     delivery_seconds: float = 10.0
     answer_bytes: int = 4 * 1024
+    answer_seconds: float = 1.0
     # Deliveries at one time, to receivers that took the last one, and to those that did not. Each costs a connection.
     deliveries: int = 50
     failing_deliveries: int = 50
     # Names that are looked up at one time. A lookup cannot be ended, so one that hangs stays for a while.
     lookups: int = 100
     # Before the first repetition; each further one comes after twice as long, up to the second. A receiver may ask for more, up to the
-    # third. After the fourth a notification is given up: it is news no more.
+    # third. After the fourth a notification is given up, it is news no more; not before so many tries: the clock may have been set forward,
+    # and the network may not be there yet. One whose content a receiver does not want is given up sooner, as others wait behind it.
     redelivery_seconds: float = 5.0
     redelivery_seconds_most: float = 600.0
     retry_after_seconds_most: float = 3_600.0
     given_up_seconds: float = 86_400.0
+    given_up_tries: int = 10
+    unwanted_tries: int = 5
     # Tests of receivers that a tenant has under way: each waits for its answer.
     webhook_tests: int = 5
     # For so long a secret that was changed signs, too: a receiver has to be told the new one.
@@ -711,12 +729,13 @@ class Invalid(ValueError):  # noqa: N818 - the project's word for it
 
 SECRET: Final = re.compile(
     r"(iiot_(?:dev|op|prov|log)_[0-9a-f]{16}_)[A-Za-z0-9_-]+|(whsec_)[A-Za-z0-9+/=]+|(://[^\s/:@]{0,256}:)[^\s/@]{1,256}(?=@)"
+    r"|(://)[^\s/:@]{1,256}(?=@)"
 )
 
 
 def redacted(text: str) -> str:
-    """`text` without the secret part of any token or key in it, and without the password of any address."""
-    return SECRET.sub(r"\1\2\3…", text)
+    """`text` without the secret part of any token or key in it, and without the password of any address, or what stands for one."""
+    return SECRET.sub(r"\1\2\3\4…", text)
 
 
 # ==== Frames ====
@@ -1053,6 +1072,7 @@ class NewWebhook:
     """Body of POST /webhooks: who is told of which alerts, in which form, and how often. Times in milliseconds."""
 
     url: str
+    name: str | None = None
     form: WebhookForm = WebhookForm("webhook")
     secret: str | None = None
     match: str = "*"
@@ -1244,7 +1264,7 @@ def check_span(value: object, _: object = None) -> Span:
 
 
 def check_grouping(value: object, _: object = None) -> Grouping:
-    if type(value) is not str or (value not in ("rule", "device") and re.fullmatch(r"label:[^\0]{1,128}", value) is None):
+    if type(value) is not str or not value.isprintable() or not (value in ("rule", "device") or re.fullmatch(r"label:.{1,128}", value)):
         raise Invalid("is not one of rule, device, or label: with the name of a label")
     return Grouping(value)
 
@@ -3627,6 +3647,7 @@ GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # what IANA gives out
 THIS_NETWORK: Final = ipaddress.IPv4Network("0.0.0.0/8")  # on Linux this machine
 BROADCAST: Final = ipaddress.IPv4Address("255.255.255.255")
 NUMBER_OF_ADDRESS: Final = re.compile(r"0[xX][0-9a-fA-F]{0,16}|[0-9]{1,16}")
+AS_WRITTEN: Final = re.compile(r"[Hh][Tt][Tt][Pp][Ss]?://[A-Za-z0-9.:\[\]-]+(/[!-~]*)?")  # it needs no encoding
 WEBHOOK_SECRET: Final = re.compile(r"whsec_([A-Za-z0-9+/]{32,86}={0,2})")
 
 
@@ -3827,7 +3848,8 @@ def message_of(form: str, group: AlertGroup, lines_most: int, external_url: str)
     if form == "slack":
         text = "\n".join([f"*{for_slack(title_of(group))}*", *map(for_slack, lines)])
         return Message(json_type, orjson.dumps({"text": text}).decode())
-    return Message({"Subject": title_of(group)}, "\n".join([*lines, ""]))
+    thread = hashlib.sha256(group_key(group).encode()).hexdigest()[:32]
+    return Message({"Subject": title_of(group), "Thread": thread}, "\n".join([*lines, ""]))
 
 
 def new_message_id() -> str:
@@ -3906,7 +3928,7 @@ def may_reach(address: Address, named: Networks) -> bool:
     )
 
 
-def mail_addresses(url: str, most: int) -> list[str]:
+def addresses_of_mail(url: str, most: int) -> list[str]:
     """Invalid."""
     kind, _, listed = url.partition(":")
     found = [address.strip() for address in listed.split(",")]
@@ -3920,11 +3942,11 @@ def mail_addresses(url: str, most: int) -> list[str]:
 def target_of(url: str, form: str) -> URL:
     """Where a notification is posted. Invalid."""
     try:
-        target = URL(url)
+        target = URL(url, encoded=AS_WRITTEN.fullmatch(url) is not None)  # one that is signed is to stay as it is
         host, port = target.raw_host, target.port
     except ValueError:
         host = port = None
-    if not host or not port or target.scheme not in ("http", "https") or ("%" in host and ":" not in host):
+    if not url.isprintable() or not host or not port or target.scheme not in ("http", "https") or ("%" in host and ":" not in host):
         raise Invalid("is not an address that begins with http:// or https://")
     if form == "alertmanager" and not target.path.endswith("/api/v2/alerts"):
         target = target.with_path(f"{target.path.rstrip('/')}/api/v2/alerts")
@@ -3932,16 +3954,23 @@ def target_of(url: str, form: str) -> URL:
 
 
 def shown_url(url: str, form: str) -> str:
-    """An address without what may be a secret in it."""
+    """An address without what may be a secret in it: for most receivers whoever knows the path may write to them."""
     if form == "email":
         return url
-    target = URL(url)
-    origin = str(target.origin()) if target.raw_user is None and target.raw_password is None else str(target.with_user(None).origin())
-    path = "/…" if form == "slack" else target.raw_path
-    return f"{origin}{path}{'?…' if target.raw_query_string else ''}"
+    target = URL(url).with_user(None)
+    return f"{target.origin()}{'/…' if target.path_qs != '/' else '/'}"
 
 
-def check_webhook(new: NewWebhook, named: Networks, addresses: int, *, mail: bool) -> None:
+def check_webhook_secret(secret: str | None) -> None:
+    """Refusal: invalid."""
+    try:
+        if secret is not None:
+            webhook_key(secret)
+    except Invalid as error:
+        raise Refusal("invalid", FieldError("secret", str(error))) from error
+
+
+def check_webhook(new: NewWebhook, named: Networks, limits: Limits, *, mail: bool) -> None:
     """What can be known of a receiver before anything is sent to it; `mail`: whether there is a server for mail. Refusal: invalid."""
 
     def refuse(field: str, text: str) -> NoReturn:
@@ -3949,7 +3978,7 @@ def check_webhook(new: NewWebhook, named: Networks, addresses: int, *, mail: boo
 
     try:
         if new.form == "email":
-            mail_addresses(new.url, addresses)
+            addresses_of_mail(new.url, limits.mail_addresses)
         else:
             literal = address_of(target_of(new.url, new.form).raw_host or "")
             if literal is not None and not may_reach(literal, named):
@@ -3960,20 +3989,13 @@ def check_webhook(new: NewWebhook, named: Networks, addresses: int, *, mail: boo
         refuse("form", "needs a server for mail (--smtp-url and --smtp-from)")
     if not new.match:
         refuse("match", "is empty; * is every device")
-    if not new.interval or not new.repeat:
-        refuse("repeat" if new.interval else "interval", "is not above 0")
+    if not new.interval:
+        refuse("interval", "is not above 0")
+    if new.repeat < limits.repeat_seconds_least * 1000:
+        refuse("repeat", f"is shorter than {limits.repeat_seconds_least:g} s")
     if new.secret is not None and new.form != "webhook":
         refuse("secret", f"is not for {new.form}")
     check_webhook_secret(new.secret)
-
-
-def check_webhook_secret(secret: str | None) -> None:
-    """Refusal: invalid."""
-    try:
-        if secret is not None:
-            webhook_key(secret)
-    except Invalid as error:
-        raise Refusal("invalid", FieldError("secret", str(error))) from error
 
 
 def duration_text(milliseconds: int) -> str:
@@ -3988,17 +4010,18 @@ def shown_webhook(new: NewWebhook) -> dict[str, Any]:
     """What people are shown of a receiver."""
     spans = {name: duration_text(getattr(new, name)) for name in ("wait", "interval", "repeat")}
     fields = {name: getattr(new, name) for name in ("form", "match", "severity", "rule", "group_by")}
-    return {"url": shown_url(new.url, new.form), **fields, **spans}
+    return {"name": new.name, "url": shown_url(new.url, new.form), **fields, **spans}
 
 
 @attrs.frozen
 class Attempt:
-    """What came of one try to deliver: `error` None where it was taken; `final`: another try is of no use. In seconds, for how long
-    the receiver wants to be left alone."""
+    """What came of one try to deliver: `error` None where it was taken; `final`: another try is of no use; `unwanted`: it is the content
+    that is not taken. In seconds, for how long the receiver wants to be left alone."""
 
     error: str | None = None
     status: int | None = None
     final: bool = False
+    unwanted: bool = False
     retry_after: float | None = None
 
 
@@ -4021,13 +4044,19 @@ def judged_answer(status: int, retry_after: str | None, now: float) -> Attempt:
         return Attempt(f"it answered {status}, and redirects are not followed", status)
     if status == 410:
         return Attempt("it answered 410: there is no such receiver any more", status, final=True)
-    return Attempt(f"it answered {status}", status, retry_after=asked)
+    return Attempt(f"it answered {status}", status, unwanted=status in (400, 413, 422), retry_after=asked)
 
 
-def redelivery_seconds(tries: int, asked: float | None, limits: Limits) -> float:
+def seconds_to_wait(tries: int, asked: float | None, limits: Limits) -> float:
     """For how long to wait after so many tries, of which each was in vain."""
     usual = min(limits.redelivery_seconds * 2.0 ** min(tries - 1, 30), limits.redelivery_seconds_most)
     return max(usual, min(asked or 0.0, limits.retry_after_seconds_most))
+
+
+def is_given_up(attempt: Attempt, tries: int, seconds: float, limits: Limits) -> bool:
+    """Whether a notification is sent no more, after so many tries; the next one would be when it is so many seconds old."""
+    old = seconds > limits.given_up_seconds and tries >= limits.given_up_tries
+    return attempt.error is not None and (attempt.final or old or (attempt.unwanted and tries >= limits.unwanted_tries))
 
 
 def mail_of(message: Message, recipients: list[str], sender: str, message_id: str, at: int) -> EmailMessage:
@@ -4036,7 +4065,9 @@ def mail_of(message: Message, recipients: list[str], sender: str, message_id: st
     mail["From"], mail["To"] = sender, ", ".join(recipients)
     mail["Subject"] = one_line(message.headers["Subject"])
     mail["Date"] = format_datetime(datetime.fromtimestamp(at / 1000, UTC))
-    mail["Message-ID"] = f"<{message_id}@{sender.rpartition('@')[2]}>"
+    domain = sender.rpartition("@")[2]
+    mail["Message-ID"] = f"<{message_id}@{domain}>"
+    mail["In-Reply-To"] = mail["References"] = f"<{message.headers['Thread']}@{domain}>"  # programs show those of a group together
     mail["Auto-Submitted"] = "auto-generated"  # RFC 3834: nobody answers that they are on holiday
     mail.set_content(message.body, cte="quoted-printable")
     return mail
@@ -8316,9 +8347,13 @@ def begin_watch(connection: sqlite3.Connection, watch: AlertWatch, limits: Limit
 # in which form they are told.
 
 SEVERITY_SQL: Final = "case alert.severity when 'info' then 1 when 'warning' then 2 when 'error' then 3 else 4 end"
-# Of an alert with its device: whether somebody may be told of it at :now.
-TELLABLE_SQL: Final = f"(alert.catching_up = 0 and {SILENCED_SQL} is null and not {HELD_BACK_SQL})"
-# Of an alert with its device and a receiver: whether it concerns the receiver, and what it is grouped by.
+# Of an alert with its device and a receiver: whether the receiver may be told of it at :now. That a device is offline holds back its other
+# alerts from those receivers alone that are told of that.
+TELLABLE_SQL: Final = f"""(alert.catching_up = 0 and {SILENCED_SQL} is null and not (alert.kind <> 'offline' and exists (
+    select 1 from alert offline where offline.device_id = alert.device_id and offline.kind = 'offline'
+    and offline.resolved_at is null and offline.fired_at is not null and (webhook.rule is null or webhook.rule = offline.rule)
+    and {SEVERITY_SQL.replace("alert.", "offline.")} >= webhook.severity)))"""
+# Whether it concerns the receiver, and what it is grouped by.
 CONCERNS_SQL: Final = f"""({SEVERITY_SQL} >= webhook.severity and (webhook.rule is null or webhook.rule = alert.rule)
     and coalesce(device.name, device.old_name) glob webhook.match)"""
 GROUP_KEY_SQL: Final = """case webhook.group_by when 'rule' then alert.rule when 'device' then coalesce(device.name, device.old_name)
@@ -8471,6 +8506,15 @@ def note_alerts(connection: sqlite3.Connection, webhook_id: int, fresh: Fresh) -
            on conflict do update set due_at = min(due_at, max(
                excluded.due_at, coalesce(told_at + (select group_interval from webhook where webhook.id = :webhook), 0)))""",
         {"webhook": webhook_id, "keys": keys, "now": now},
+    )
+
+
+def set_groups_back(connection: sqlite3.Connection) -> None:
+    """The clock may have been ahead when groups were told: none waits for longer than its receiver asks for."""
+    connection.execute(
+        """update alert_group set told_at = min(told_at, :now), due_at = min(due_at, :now + (
+               select max(group_wait, group_interval) from webhook where webhook.id = webhook_id)) where due_at > :now""",
+        {"now": now_ms()},
     )
 
 
@@ -8641,7 +8685,7 @@ class NotificationReads(Queries):
                      and {CONCERNS_SQL} and {TELLABLE_SQL}),
                     (select json_group_array(key) from (
                         select distinct notice.key from notice cross join alert on alert.id = notice.alert_id
-                        cross join device on device.id = alert.device_id
+                        cross join device on device.id = alert.device_id cross join webhook on webhook.id = notice.webhook_id
                         where :after = 0 and notice.webhook_id = :webhook and notice.told_at is not null
                         and alert.resolved_at is not null and {TELLABLE_SQL}
                         and exists (
@@ -8662,8 +8706,9 @@ class NotificationReads(Queries):
                         repeat_interval, json(case when exists (
                             select 1 from notification where notification.webhook_id = webhook.id and status = 'waiting'
                             order by notification.id limit 1 offset :waiting_most - 1) then 'true' else 'false' end)))
-                    from (select * from alert_group where due_at <= :now order by due_at limit :most) due_now
-                    cross join webhook on webhook.id = webhook_id where removed = 0),
+                    from (select alert_group.* from alert_group cross join webhook on webhook.id = webhook_id
+                          where due_at <= :now and removed = 0 order by due_at limit :most) due_now
+                    cross join webhook on webhook.id = webhook_id),
                    (select min(due_at) from alert_group where due_at > :now))""",
             now=now_ms(), most=most, waiting_most=waiting_most,
         )  # fmt: skip
@@ -8675,9 +8720,10 @@ class NotificationReads(Queries):
         row = await self._readers.exact(
             f"""with member as materialized (
                     select alert.id id, alert.resolved_at is null firing, notice.told_at told_at, {ACKNOWLEDGED_SQL} known,
-                        coalesce(notice.told_at + :repeat <= :now, 0) overdue,
+                        coalesce(notice.told_at not between :now - :repeat + 1 and :now, 0) overdue,
                         row_number() over (order by alert.resolved_at is null, notice.told_at, alert.id) place
                     from notice cross join alert on alert.id = notice.alert_id cross join device on device.id = alert.device_id
+                    cross join webhook on webhook.id = notice.webhook_id
                     where notice.webhook_id = :webhook and notice.key = :key
                     and (alert.resolved_at is null or notice.told_at is not null) and {TELLABLE_SQL})
                 select json_array(
@@ -11174,9 +11220,9 @@ def told_failure(error: BaseException, seconds: float) -> str:
         (ForbiddenAddress, "its address is in a network that may not be reached (--webhook-networks)"),
         (ClientConnectorDNSError, "its name is not known"),
         (TimeoutError, f"it did not answer within {seconds:g} s"),
-        (ClientConnectorCertificateError, "its certificate is not valid"),
+        ((ClientConnectorCertificateError, ssl.SSLCertVerificationError), "its certificate is not valid"),
         ((ClientSSLError, ssl.SSLError), "no connection with TLS could be made"),
-        (ClientConnectorError, "no connection could be made"),
+        ((ClientConnectorError, aiosmtplib.SMTPConnectError), "no connection could be made"),
         (aiosmtplib.SMTPAuthenticationError, "the server for mail does not take the user and password"),
         (aiosmtplib.SMTPException, "the server for mail did not take it"),
         ((ClientError, ConnectionError), "the connection broke, or the answer was no HTTP"),
@@ -11201,22 +11247,47 @@ def smtp_refusal(error: aiosmtplib.SMTPException) -> tuple[int | None, bool]:
     return code, isinstance(error, of_message) and code is not None and code >= 500
 
 
+async def connected(lookups: Lookups, host: str, port: int) -> socket.socket:
+    """A connection to the first address of a host for mail that takes one. SMTPConnectError."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = await lookups.addresses(host, port, socket.AF_UNSPEC)
+    except OSError as error:
+        raise aiosmtplib.SMTPConnectError(str(error)) from error
+    for family, kind, protocol, _, sockaddr in found:
+        with ExitStack() as stack:
+            link = stack.enter_context(socket.socket(family, kind, protocol))
+            link.setblocking(False)
+            with suppress(OSError):
+                await loop.sock_connect(link, sockaddr)
+                stack.pop_all()
+                return link
+    raise aiosmtplib.SMTPConnectError("no address of it takes a connection")
+
+
+def literal_of(link: socket.socket) -> str:
+    """By which a client without a name of its own tells who it is (RFC 5321, section 4.1.3); to look for a name could take long."""
+    host = str(link.getsockname()[0]).partition("%")[0]
+    return f"[IPv6:{host}]" if ":" in host else f"[{host}]"
+
+
 class MessageSender:
     """Makes one try to deliver a message."""
 
-    def __init__(self, settings: Settings, limits: Limits, session: ClientSession) -> None:
+    def __init__(self, settings: Settings, limits: Limits, session: ClientSession, lookups: Lookups) -> None:
         self._settings = settings
         self._limits = limits
         self._session = session
+        self._lookups = lookups
 
     @classmethod
     @asynccontextmanager
     async def open(cls, settings: Settings, limits: Limits) -> AsyncIterator[MessageSender]:
         """A client that keeps nothing between two requests: neither connections, nor names, nor cookies; and that no variable of the
         environment sends elsewhere."""
-        named = networks(settings.webhook_networks)
+        named, lookups = networks(settings.webhook_networks), Lookups(limits.lookups)
         connector = TCPConnector(
-            limit=0, force_close=True, use_dns_cache=False, resolver=GuardedResolver(named, Lookups(limits.lookups)),
+            limit=0, force_close=True, use_dns_cache=False, resolver=GuardedResolver(named, lookups),
             socket_factory=functools.partial(guarded_socket, named),
         )  # fmt: skip
         async with ClientSession(
@@ -11224,19 +11295,23 @@ class MessageSender:
             timeout=ClientTimeout(total=limits.delivery_seconds),
             headers={hdrs.USER_AGENT: f"iiot/{VERSION}", hdrs.ACCEPT_ENCODING: "identity"},
         ) as session:  # fmt: skip
-            yield cls(settings, limits, session)
+            yield cls(settings, limits, session, lookups)
 
     async def send(self, receiver: Receiver, message_id: str, at: int, message: Message) -> Attempt:
         seconds = self._limits.delivery_seconds
         try:
+            if receiver.form != "email":  # the client has the same limit, and what comes after the answer one of its own
+                async with asyncio.timeout(seconds + self._limits.answer_seconds):
+                    return await self._post(receiver, message_id, message)
             async with asyncio.timeout(seconds):
-                if receiver.form == "email":
-                    return await self._mail(receiver, message_id, at, message)
-                return await self._post(receiver, message_id, message)
+                return await self._mail(receiver, message_id, at, message)
         except aiosmtplib.SMTPException as error:
             code, final = smtp_refusal(error)
             return Attempt(told_failure(error, seconds), code, final)
         except (ClientError, OSError, ValueError) as error:  # ValueError: what is no address or header after all
+            return Attempt(told_failure(error, seconds))
+        except Exception as error:  # whatever it is, it is tried again as anything else, and not at once
+            log.error("a delivery to receiver %d failed", receiver.webhook_id, exc_info=error)
             return Attempt(told_failure(error, seconds))
 
     async def _post(self, receiver: Receiver, message_id: str, message: Message) -> Attempt:
@@ -11247,8 +11322,9 @@ class MessageSender:
         signed = signature_headers(receiver.secrets, message_id, now_ms() // 1000, body) if receiver.form == "webhook" else {}
         async with self._session.post(target, data=body, headers={**message.headers, **signed}, allow_redirects=False) as response:
             attempt = judged_answer(response.status, response.headers.get(hdrs.RETRY_AFTER), time.time())
-            with suppress(ClientError):  # it has answered
-                await response.content.read(self._limits.answer_bytes)
+            with suppress(ClientError, TimeoutError, asyncio.IncompleteReadError):  # it has answered
+                async with asyncio.timeout(self._limits.answer_seconds):
+                    await response.content.readexactly(self._limits.answer_bytes)
             response.close()
             return attempt
 
@@ -11256,18 +11332,26 @@ class MessageSender:
         server, sender = urlsplit(self._settings.smtp_url), self._settings.smtp_from
         if not server.hostname or not sender:
             return Attempt("there is no server for mail (--smtp-url and --smtp-from)")
-        recipients = mail_addresses(receiver.url, self._limits.mail_addresses)
+        recipients = addresses_of_mail(receiver.url, self._limits.mail_addresses)
         user, password = (None if text is None else unquote(text) for text in (server.username, server.password))
-        address = address_of(server.hostname)
+        address, is_tls = address_of(server.hostname), server.scheme == "smtps"
         is_near = server.hostname == "localhost" or (address is not None and address.is_loopback)
-        refused, _ = await aiosmtplib.send(
-            mail_of(message, recipients, sender, message_id, at), sender=sender, recipients=recipients, hostname=server.hostname,
-            port=server.port, username=user, password=password, use_tls=server.scheme == "smtps", timeout=self._limits.delivery_seconds,
-            start_tls=True if server.scheme == "smtp" and user is not None and not is_near else None,  # no password in clear
-        )  # fmt: skip
+        usual = 465 if is_tls else 25 if user is None else 587
+        # Within this machine there is nobody to hide from, and servers there have certificates that nobody vouches for. Elsewhere no
+        # password goes in clear, and without one TLS is used where there is some.
+        start_tls = False if is_tls or is_near else True if user is not None else None
+        with await connected(self._lookups, server.hostname, server.port or usual) as link:
+            refused, _ = await aiosmtplib.send(
+                mail_of(message, recipients, sender, message_id, at), sender=sender, recipients=recipients, hostname=server.hostname,
+                sock=link, local_hostname=literal_of(link), username=user, password=password, use_tls=is_tls, start_tls=start_tls,
+                timeout=self._limits.delivery_seconds,
+            )  # fmt: skip
         if refused:
             log.warning("the server for mail refused %d of %d addresses of receiver %d", len(refused), len(recipients), receiver.webhook_id)
         return Attempt(None, 250)
+
+
+CLOCK_STEP_MS: Final = 1_000  # by less a clock is but put right
 
 
 async def any_of(ring: asyncio.Future[None], wanted: asyncio.Event, seconds: float) -> None:
@@ -11318,7 +11402,7 @@ class Courier:
         latest = now_ms() + round(max(limits.retry_after_seconds_most, limits.redelivery_seconds_most) * 1000)
         try:
             due, next_at = await self._store.read.notifications.to_deliver(
-                list(self._under_way), latest, limits.deliveries + limits.failing_deliveries
+                self._left_out(), latest, limits.deliveries + limits.failing_deliveries
             )
         except (Refusal, sqlite3.Error) as error:
             log.warning("cannot look for notifications to deliver: %s", error)
@@ -11329,8 +11413,16 @@ class Courier:
         most = limits.notice_seconds_most
         return most if next_at is None else max(0.01, min((next_at - now_ms()) / 1000, most))
 
+    def _failing_under_way(self) -> int:
+        return sum(webhook_id in self._failing for webhook_id in self._under_way)
+
+    def _left_out(self) -> list[int]:
+        """Receivers to which nothing is begun now; those that fail, where they have no place, stand before no other."""
+        is_full = self._failing_under_way() >= self._limits.failing_deliveries
+        return list({*self._under_way, *(self._failing if is_full else ())})
+
     def _has_place(self, waiting: Undelivered) -> bool:
-        failing = sum(webhook_id in self._failing for webhook_id in self._under_way)
+        failing = self._failing_under_way()
         if waiting.tries or waiting.receiver.webhook_id in self._failing:
             self._failing.add(waiting.receiver.webhook_id)
             return failing < self._limits.failing_deliveries
@@ -11361,8 +11453,8 @@ class Courier:
     async def _mark(self, waiting: Undelivered, attempt: Attempt) -> None:
         """Write down what came of it. Where nothing can be stored, its receiver is sent nothing until that can be."""
         tries = waiting.tries + 1
-        next_at = now_ms() + round(redelivery_seconds(tries, attempt.retry_after, self._limits) * 1000)
-        if attempt.final or next_at > waiting.at + self._limits.given_up_seconds * 1000:
+        next_at = now_ms() + round(seconds_to_wait(tries, attempt.retry_after, self._limits) * 1000)
+        if is_given_up(attempt, tries, (next_at - waiting.at) / 1000, self._limits):
             next_at = 0
         mark = functools.partial(
             mark_notification, notification_id=waiting.notification_id, attempt=attempt, next_at=next_at or None
@@ -11413,6 +11505,7 @@ class Dispatcher:
         self._external_url = external_url
         self._courier = courier
         self._wanted = asyncio.Event()
+        self._looked_at: int | None = None
 
     def look(self) -> None:
         """Receivers have changed."""
@@ -11420,26 +11513,49 @@ class Dispatcher:
 
     async def run(self) -> None:
         while True:
-            ring = self._store.writer.alert_news.next
+            ring, wait = self._store.writer.alert_news.next, cast("float | None", None)
             self._wanted.clear()
-            try:
+            with self._going_on("tell of alerts"):
+                await self._heed_clock()
                 wait = await self._round()
-            except (Refusal, sqlite3.Error) as error:
-                log.warning("cannot tell of alerts: %s", error)
-                wait = self._limits.retry_seconds
-            await any_of(ring, self._wanted, wait)
+            if wait is None:
+                await asyncio.sleep(self._limits.retry_seconds)
+            else:
+                await any_of(ring, self._wanted, wait)
+
+    async def _heed_clock(self) -> None:
+        """At the start, and when the clock was set back."""
+        now = now_ms()
+        if self._looked_at is None or now < self._looked_at - CLOCK_STEP_MS:
+            await self._store.writer.change(set_groups_back)
+        self._looked_at = now
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Whatever fails for one is told in the log, and keeps no other from being told: all is looked at anew before long."""
+        try:
+            yield
+        except (Refusal, sqlite3.Error) as error:
+            log.warning("cannot %s: %s", what, error)
+        except Exception as error:  # a fault of ours in what one alert says must not keep all others from being told
+            log.error("cannot %s", what, exc_info=error)
 
     async def _round(self) -> float:
         """One look at everything; in how many seconds something is due."""
-        limits, reads = self._limits, self._store.read.notifications
+        limits, reads, began = self._limits, self._store.read.notifications, time.monotonic()
         for watcher in await reads.watchers():
-            await self._note(watcher)
-        due, next_at = await reads.due_groups(limits.groups_together, limits.notifications_waiting)
-        if due:
-            await self._tell(due)
+            with self._going_on(f"note what receiver {watcher.webhook_id} is to be told"):
+                await self._note(watcher)
+        while True:
+            due, next_at = await reads.due_groups(limits.groups_together, limits.notifications_waiting)
+            if due:
+                await self._tell(due)
+            is_all = len(due) < limits.groups_together
+            if is_all or time.monotonic() > began + limits.notice_seconds_most:
+                break
         await asyncio.sleep(limits.notice_pause_seconds)
         wait = limits.notice_seconds_most if next_at is None else (next_at - now_ms()) / 1000
-        return 0.0 if len(due) == limits.groups_together else max(0.0, min(wait, limits.notice_seconds_most))
+        return max(0.0, min(wait, limits.notice_seconds_most)) if is_all else 0.0
 
     async def _note(self, watcher: Watcher) -> None:
         """Note what a receiver is to be told, some alerts at a time."""
@@ -11454,7 +11570,13 @@ class Dispatcher:
                 await self._store.writer.change(note, self._store.allowances.shares.of(watcher.tenant_id))
 
     async def _tell(self, due: list[DueGroup]) -> None:
-        tellings = [await self._telling(group) for group in due]
+        tellings = []
+        for group in due:
+            later = now_ms() + round(max(group.interval / 1000, self._limits.retry_seconds) * 1000)
+            telling = Telling(group, now_ms(), later, goes_on=True)  # where it fails
+            with self._going_on(f"tell receiver {group.webhook_id} of {group.key!r}"):
+                telling = await self._telling(group)
+            tellings.append(telling)
 
         def write(connection: sqlite3.Connection) -> None:
             for telling in tellings:
@@ -11469,14 +11591,16 @@ class Dispatcher:
         later = at + max(group.interval, round(limits.notice_pause_seconds * 1000))
         if group.is_full:
             return Telling(group, at, later, goes_on=True)
-        parts = group.form == "alertmanager"
-        most = limits.alerts_shown if parts else limits.alerts_together
-        content = await self._store.read.notifications.content(
-            group.tenant_id, group, limits.alerts_shown, most, limits.export_seconds
-        )
-        if not to_be_told(group, content, at):
-            return Telling(group, at, max(later, (group.told_at or 0) + group.repeat))
-        message = message_of(group.form, group_of(group, content, at), limits.alert_lines, self._external_url)
+        parts, shown = group.form == "alertmanager", limits.alerts_shown
+        while True:
+            most = shown if parts else limits.alerts_together
+            content = await self._store.read.notifications.content(group.tenant_id, group, shown, most, limits.export_seconds)
+            if not to_be_told(group, content, at):
+                return Telling(group, at, max(later, (group.told_at or 0) + group.repeat))
+            message = message_of(group.form, group_of(group, content, at), limits.alert_lines, self._external_url)
+            if shown == 1 or len(message.body.encode()) <= limits.notification_bytes:
+                break
+            shown //= 2
         is_part = parts and max(content.fresh + content.resolved, content.overdue) > most
         return Telling(
             group, at, at if is_part else at + group.repeat, tuple(content.firing_ids), tuple(content.over_ids), new_message_id(),
@@ -13999,9 +14123,7 @@ async def list_webhooks(call: Call) -> web.StreamResponse:
 async def create_webhook(call: Call) -> web.StreamResponse:
     """A receiver. Its secret is shown this once."""
     tenant, limits, settings, new = call.tenant, call.services.limits, call.services.settings, await call.body(NewWebhook)
-    check_webhook(
-        new, networks(settings.webhook_networks), limits.mail_addresses, mail=bool(settings.smtp_url and settings.smtp_from)
-    )
+    check_webhook(new, networks(settings.webhook_networks), limits, mail=bool(settings.smtp_url and settings.smtp_from))
     if new.form == "webhook" and new.secret is None:
         new = attrs.evolve(new, secret=new_webhook_secret())
     shown = shown_webhook(new)

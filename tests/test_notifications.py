@@ -20,7 +20,6 @@ from email.header import decode_header, make_header
 from pathlib import Path
 from typing import Any
 
-import aiosmtplib
 import attrs
 import plant as plants
 import pytest
@@ -35,9 +34,11 @@ from standardwebhooks import Webhook, WebhookVerificationError
 import iiot
 
 QUICK = attrs.evolve(
-    iiot.Limits(), notice_pause_seconds=0.01, notice_seconds_most=0.2, redelivery_seconds=0.05, redelivery_seconds_most=0.1
-)
+    iiot.Limits(), notice_pause_seconds=0.01, notice_seconds_most=0.2, redelivery_seconds=0.05, redelivery_seconds_most=0.1,
+    repeat_seconds_least=0.0,
+)  # fmt: skip
 ALERTMANAGER, IRC_RELAY = shutil.which("prometheus-alertmanager"), shutil.which("alertmanager-irc-relay")
+LONG = 300.0  # seconds, for what is much on a machine that has other work, too
 MOMENT = 1_767_225_600_000  # 2026-01-01T00:00:00Z
 
 
@@ -124,9 +125,13 @@ def test_a_mail_has_the_headers_that_it_is_given(key: str, text: str) -> None:
     mail = iiot.mail_of(message, ["a@example.com", "b@example.com"], "iiot@example.com", "msg_1", MOMENT)
     read = email.message_from_bytes(mail.as_bytes(), policy=email.policy.default)
     assert {name.lower() for name in read} == {
-        "from", "to", "subject", "date", "message-id", "auto-submitted", "content-type", "content-transfer-encoding", "mime-version"
+        "from", "to", "subject", "date", "message-id", "in-reply-to", "references", "auto-submitted", "content-type",
+        "content-transfer-encoding", "mime-version",
     }  # fmt: skip
     assert read["Message-ID"] == "<msg_1@example.com>"
+    others = iiot.message_of("email", attrs.evolve(group, firing=5, alerts=(OVER,)), 20, "")
+    assert others.headers["Thread"] == message.headers["Thread"], "what is said of a group at any time is one thread"
+    assert iiot.message_of("email", attrs.evolve(group, key=f"{key}."), 20, "").headers["Thread"] != message.headers["Thread"]
 
 
 def test_a_message_for_people_is_short() -> None:
@@ -160,7 +165,7 @@ def test_what_an_answer_means(status: int, retry_after: str | None, ok: bool, fi
     [(1, None, 5.0), (2, None, 10.0), (8, None, 600.0), (10_000, None, 600.0), (1, 60.0, 60.0), (8, 60.0, 600.0), (1, 1e9, 3_600.0)],
 )
 def test_when_it_is_tried_again(tries: int, asked: float | None, seconds: float) -> None:
-    assert iiot.redelivery_seconds(tries, asked, iiot.Limits()) == seconds
+    assert iiot.seconds_to_wait(tries, asked, iiot.Limits()) == seconds
 
 
 @given(st.binary(min_size=24, max_size=64), st.text(max_size=100).map(str.encode))
@@ -182,18 +187,19 @@ def test_a_duration_is_shown_as_it_is_read(milliseconds: int) -> None:
 
 async def test_a_secret_is_shown_once_and_a_receiver_is_listed(tmp_path: Path) -> None:
     async with alerting(tmp_path) as (plant, _):
-        wanted = {"match": "press-*", "severity": "error", "rule": "hot", "group_by": "label:line"}
+        wanted = {"name": "night shift", "match": "press-*", "severity": "error", "rule": "hot", "group_by": "label:line"}
         made = await told_to(plant, "https://example.com/hook?token=1", **wanted)
         assert made.pop("secret").startswith("whsec_")
         shown = {
-            "id": 1, "url": "https://example.com/hook?…", "form": "webhook", **wanted, "wait": "0s", "interval": "1ms", "repeat": "4h"
+            "id": 1, "name": "night shift", "url": "https://example.com/…", "form": "webhook", **wanted, "wait": "0s", "interval": "1ms",
+            "repeat": "4h",
         }  # fmt: skip
         assert {name: made[name] for name in shown} == shown
         assert await plant.get("/webhooks") == {"items": [made], "next": None}
         assert "secret" not in await told_to(plant, "https://user:pass@ntfy.sh/topic", form="ntfy")
         assert (await told_to(plant, "https://hooks.slack.com/services/T0/B0/XX", form="slack"))["url"] == "https://hooks.slack.com/…"
         assert [item["url"] for item in (await plant.get("/webhooks?after=1"))["items"]] == [
-            "https://ntfy.sh/topic", "https://hooks.slack.com/…"
+            "https://ntfy.sh/…", "https://hooks.slack.com/…"
         ]  # fmt: skip
         assert (await plant.ask("DELETE", "/webhooks/1"))[0] == 204
         assert (await plant.ask("DELETE", "/webhooks/1"))[0] == 404
@@ -204,7 +210,8 @@ async def test_a_secret_is_shown_once_and_a_receiver_is_listed(tmp_path: Path) -
     ("body", "field"),
     [
         ({}, "url"), ({"url": 5}, "url"), ({"url": "ftp://example.com"}, "url"), ({"url": "example.com"}, "url"),
-        ({"url": "http://"}, "url"), ({"url": "http://example.com:0/"}, "url"), ({"url": "http://[::1"}, "url"), ({"url": "http://10.0.0.1/"}, "url"),
+        ({"url": "http://"}, "url"), ({"url": "http://example.com:0/"}, "url"), ({"url": "http://[::1"}, "url"),
+        ({"url": "http://10.0.0.1/"}, "url"), ({"url": "http://example.com/ a\r\nHost: b"}, "url"),
         ({"url": "http://0x7f000001/"}, "url"), ({"url": "http://169.254.169.254/"}, "url"), ({"url": "mailto:a@example.com"}, "url"),
         ({"url": "https://example.com", "form": "email"}, "url"), ({"url": "mailto:a@example.com", "form": "email"}, "form"),
         ({"url": "mailto:a@b\r\nBcc: c@d", "form": "email"}, "url"), ({"url": "https://example.com", "form": "pager"}, "form"),
@@ -214,7 +221,8 @@ async def test_a_secret_is_shown_once_and_a_receiver_is_listed(tmp_path: Path) -
         ({"url": "https://example.com", "group_by": "label:"}, "group_by"),
         ({"url": "https://example.com", "group_by": "rules"}, "group_by"),
         ({"url": "https://example.com", "wait": "soon"}, "wait"), ({"url": "https://example.com", "interval": "0s"}, "interval"),
-        ({"url": "https://example.com", "repeat": "0s"}, "repeat"), ({"url": "https://example.com", "repeat": "31d"}, "repeat"),
+        ({"url": "https://example.com", "repeat": "0s"}, "repeat"), ({"url": "https://example.com", "repeat": "4s"}, "repeat"),
+        ({"url": "https://example.com", "repeat": "31d"}, "repeat"),
         ({"url": "https://example.com", "more": 1}, "more"), ({"url": "https://example.com/" + "x" * 1_024}, "url"),
     ],
 )  # fmt: skip
@@ -535,24 +543,6 @@ async def test_a_device_that_is_removed_has_its_name_to_the_end(tmp_path: Path) 
         assert (await hook.next()).devices == {"press-1": "resolved"}
 
 
-@asynccontextmanager
-async def stalls() -> AsyncIterator[list[float]]:
-    """For how long the event loop did not come to its tasks, in seconds."""
-    found: list[float] = []
-
-    async def look() -> None:
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(0.001)
-            found.append(time.perf_counter() - before - 0.001)
-
-    task = asyncio.create_task(look())
-    try:
-        yield found
-    finally:
-        task.cancel()
-
-
 def fleet(database: Path, count: int) -> list[str]:
     names = [f"press-{number:05}" for number in range(count)]
 
@@ -567,28 +557,27 @@ def fleet(database: Path, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("form", "posts"), [("webhook", 1), ("alertmanager", 100)])
-async def test_ten_thousand_alerts_at_once_are_told_without_a_stall(tmp_path: Path, form: str, posts: int) -> None:
+async def test_ten_thousand_alerts_at_once_are_told(tmp_path: Path, form: str, posts: int) -> None:
+    """How long the event loop does nothing else meanwhile, `bench.py` measures."""
     async with alerting(tmp_path, attrs.evolve(QUICK, groups_together=1)) as (plant, alerts), receiver() as hook:
         names = fleet(plant.database, 10_000)
         await told_to(plant, hook.url, form=form, wait="500ms", interval="1h")
-        async with stalls() as stalled:
-            await alerts.fire("gone", *names, kind="offline")
-            shown = []
-            for _ in range(posts):
-                post = await hook.next(60)
-                shown += [alert["labels"]["device"] for alert in (post.json if form == "alertmanager" else post.json["alerts"])]
-                assert len(shown) <= 100 * len(hook.posts)
-            await plant.until("/notifications?status=waiting", lambda body: not body["items"])
+        await alerts.fire("gone", *names, kind="offline")
+        shown = []
+        for _ in range(posts):
+            post = await hook.next(LONG)
+            shown += [alert["labels"]["device"] for alert in (post.json if form == "alertmanager" else post.json["alerts"])]
+            assert len(shown) <= 100 * len(hook.posts)
+        await plant.until("/notifications?status=waiting", lambda body: not body["items"])
         if form == "webhook":
             assert (post.json["truncatedAlerts"], len(shown)) == (9_900, 100)
         else:
             assert sorted(shown) == names
         assert plants.rows(plant.database, "select count(*) from notice where told_at is not null") == [(10_000,)]
-        assert max(stalled) < 0.1, max(stalled)
         if form == "webhook":
             await alerts.resolve("gone", *names)
             await alerts.change("update alert_group set due_at = 0")
-            post = await hook.next(60)
+            post = await hook.next(LONG)
             assert (post.json["truncatedAlerts"], post.json["status"]) == (9_900, "resolved")
             assert plants.rows(plant.database, "select count(*) from notice") == [(0,)]
 
@@ -597,23 +586,21 @@ async def test_ten_thousand_alerts_at_once_are_told_without_a_stall(tmp_path: Pa
 
 
 async def test_a_receiver_that_hangs_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """There is one place for those that take what they are sent; the one that hangs has its own."""
     limits = attrs.evolve(QUICK, deliveries=1, delivery_seconds=0.3)
-    async with receiver() as hook, receiver() as other:
-        async with alerting(tmp_path, limits) as (plant, alerts):  # noqa: SIM117 - the line would be too long
-            hook.answers = [forever] * 1_000
-            await told_to(plant, hook.url)
-            await registered(plant, *(f"press-{number}" for number in range(5)))
-            await alerts.fire("hot", "press-0")
-            await hook.next()
-            await plant.until("/notifications", lambda body: body["items"][0]["tries"] > 0)
-            await told_to(plant, other.url, group_by="device")
-            for number in range(1, 5):
-                await alerts.fire("hot", f"press-{number}")
-            began = asyncio.get_running_loop().time()
-            assert set().union(*[(await other.next()).devices for _ in range(5)]) == {f"press-{number}" for number in range(5)}
-            assert asyncio.get_running_loop().time() - began < 2
-            waiting = (await plant.get("/notifications?webhook=1&status=waiting"))["items"]
-            assert waiting[-1]["error"] == "it did not answer within 0.3 s"
+    async with receiver() as hook, receiver() as other, alerting(tmp_path, limits) as (plant, alerts):
+        hook.answers = [forever] * 1_000
+        await told_to(plant, hook.url)
+        await registered(plant, *(f"press-{number}" for number in range(5)))
+        await alerts.fire("hot", "press-0")
+        await hook.next()
+        await plant.until("/notifications", lambda body: body["items"][0]["tries"] > 0)
+        await told_to(plant, other.url, group_by="device")
+        for number in range(1, 5):
+            await alerts.fire("hot", f"press-{number}")
+        assert set().union(*[(await other.next()).devices for _ in range(5)]) == {f"press-{number}" for number in range(5)}
+        waiting = (await plant.get("/notifications?webhook=1&status=waiting"))["items"]
+        assert waiting[-1]["error"] == "it did not answer within 0.3 s"
 
 
 async def test_a_receiver_is_sent_one_after_the_other_in_order(tmp_path: Path) -> None:
@@ -678,14 +665,14 @@ async def test_a_receiver_that_asks_for_time_gets_it(tmp_path: Path) -> None:
 
 
 async def test_what_is_not_taken_for_too_long_is_given_up(tmp_path: Path) -> None:
-    async with alerting(tmp_path, attrs.evolve(QUICK, given_up_seconds=0.3)) as (plant, alerts), receiver() as hook:
+    async with alerting(tmp_path, attrs.evolve(QUICK, given_up_seconds=0.3, given_up_tries=4)) as (plant, alerts), receiver() as hook:
         hook.answers = [503] * 1_000
         await told_to(plant, hook.url)
         await registered(plant, "press-1")
         await alerts.fire("hot", "press-1")
         (item,) = await delivered(plant, 1)
         assert (item["status"], item["error"]) == ("given_up", "it answered 503")
-        assert item["tries"] > 1
+        assert item["tries"] >= 4
         text = (await plant.ask("GET", "/metrics", token=plants.admin_token(plant.database, "platform")))[1]
         assert 'iiot_notifications_total{status="given_up"} 1.0' in text
         assert 'iiot_notifications_total{status="delivered"} 0.0' in text
@@ -832,6 +819,11 @@ async def test_slack_gets_a_text(tmp_path: Path) -> None:
         assert line.startswith("critical: press-1: &lt;!channel&gt; &amp; more [")
 
 
+def names_for(host: str) -> Any:
+    """Stands in the place of `getaddrinfo`: every name is this host's."""
+    return lambda name, port, *rest, **more: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))]
+
+
 class Mailbox:
     """What a server for mail took; it says no to addresses at refused.example.com."""
 
@@ -902,8 +894,7 @@ async def test_a_password_is_not_sent_in_clear(tmp_path: Path) -> None:
     async with mail_server() as (_, url):
         settings = iiot.Settings(smtp_url=url.replace("//127.0.0.1", "//user:pass@mail.example.com"), smtp_from="iiot@example.com")
         with pytest.MonkeyPatch.context() as patch:
-            real = aiosmtplib.send
-            patch.setattr(aiosmtplib, "send", lambda *args, **kwargs: real(*args, **{**kwargs, "hostname": "127.0.0.1"}))
+            patch.setattr(socket, "getaddrinfo", names_for("127.0.0.1"))
             async with iiot.MessageSender.open(settings, QUICK) as sender:
                 receiver = iiot.Receiver(1, "email", "mailto:a@example.com", None, None)
                 attempt = await sender.send(receiver, "msg_1", MOMENT, iiot.message_of("email", GROUP, 20, ""))

@@ -119,7 +119,7 @@ def test_an_address_that_is_written_down_is_refused_at_once(host: str) -> None:
     """Except that what the library takes for no address at all is refused as that."""
     new = iiot.NewWebhook(f"http://{host}:8080/hook")
     with pytest.raises(iiot.Refusal) as refused:
-        iiot.check_webhook(new, (), 20, mail=False)
+        iiot.check_webhook(new, (), iiot.Limits(), mail=False)
     assert [error.path for error in refused.value.errors] == ["url"]
 
 
@@ -228,7 +228,7 @@ async def test_a_network_that_is_named_no_more_is_reached_no_more(tmp_path: Path
 
 async def test_no_secret_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    async with alerting(tmp_path, attrs.evolve(QUICK, given_up_seconds=0.0)) as (plant, alerts), receiver() as hook:
+    async with alerting(tmp_path, attrs.evolve(QUICK, given_up_seconds=0.0, given_up_tries=1)) as (plant, alerts), receiver() as hook:
         hook.answers = [500]
         url = hook.url.replace("//", "//user:pa55word@") + "/t0ken"
         secret = (await told_to(plant, url))["secret"]
@@ -243,6 +243,7 @@ async def test_no_secret_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixt
         status, audit = await plant.ask("GET", "/audit")
         assert (status, "pa55word" in str(audit), secret in str(audit)) == (200, False, False)
     assert iiot.redacted(f"x {secret} smtp://user:pa55@host y") == "x whsec_… smtp://user:…@host y"
+    assert iiot.redacted("https://t0ken@host/a https://:t0ken@host/") == "https://…@host/a https://:…@host/"
 
 
 async def test_a_receiver_with_a_certificate_that_nobody_vouches_for_is_not_trusted(tmp_path: Path) -> None:
