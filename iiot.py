@@ -8680,13 +8680,13 @@ class NotificationReads(Queries):
                 select json_array(
                     (select json_group_array(json_array(alert.id, {GROUP_KEY_SQL}))
                      from looked cross join alert on alert.id = looked.id cross join device on device.id = alert.device_id
-                     cross join webhook on webhook.id = :webhook
+                     cross join webhook on webhook.id = :webhook and webhook.tenant_id = :tenant
                      where not exists (select 1 from notice where notice.webhook_id = :webhook and notice.alert_id = alert.id)
                      and {CONCERNS_SQL} and {TELLABLE_SQL}),
                     (select json_group_array(key) from (
                         select distinct notice.key from notice cross join alert on alert.id = notice.alert_id
                         cross join device on device.id = alert.device_id cross join webhook on webhook.id = notice.webhook_id
-                        where :after = 0 and notice.webhook_id = :webhook and notice.told_at is not null
+                        where :after = 0 and notice.webhook_id = :webhook and webhook.tenant_id = :tenant and notice.told_at is not null
                         and alert.resolved_at is not null and {TELLABLE_SQL}
                         and exists (
                             select 1 from alert_group cross join webhook on webhook.id = alert_group.webhook_id
@@ -8724,7 +8724,7 @@ class NotificationReads(Queries):
                         row_number() over (order by alert.resolved_at is null, notice.told_at, alert.id) place
                     from notice cross join alert on alert.id = notice.alert_id cross join device on device.id = alert.device_id
                     cross join webhook on webhook.id = notice.webhook_id
-                    where notice.webhook_id = :webhook and notice.key = :key
+                    where notice.webhook_id = :webhook and notice.key = :key and webhook.tenant_id = :tenant
                     and (alert.resolved_at is null or notice.told_at is not null) and {TELLABLE_SQL})
                 select json_array(
                     (select count(*) from member where firing), (select count(*) from member where not firing),
@@ -14123,6 +14123,7 @@ async def list_webhooks(call: Call) -> web.StreamResponse:
 async def create_webhook(call: Call) -> web.StreamResponse:
     """A receiver. Its secret is shown this once."""
     tenant, limits, settings, new = call.tenant, call.services.limits, call.services.settings, await call.body(NewWebhook)
+    call.subject = new.name
     check_webhook(new, networks(settings.webhook_networks), limits, mail=bool(settings.smtp_url and settings.smtp_from))
     if new.form == "webhook" and new.secret is None:
         new = attrs.evolve(new, secret=new_webhook_secret())

@@ -41,6 +41,8 @@ ALERT = (
     "acknowledged device fired_at held_back id kind labels metric reason resolved_at rule rule_id severity silenced since stale status"
     " text told value"
 )
+WEBHOOK = "created_at form group_by id interval match name old_secret_until repeat rule severity url wait"
+SIGNER = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 TENANT = "devices connections points_per_day log_bytes_per_day"
 
 
@@ -92,6 +94,15 @@ EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {
     ("GET", "/retention"): (Example(200, "logs"),),
     ("PUT", "/retention"): (Example(200, "logs", body={"logs": {"days": 7}}),),
     ("DELETE", "/retention"): (DONE,),
+    ("GET", "/webhooks"): (PAGE, Example(200, "items next", "?limit=1&after=0")),
+    ("POST", "/webhooks"): (
+        Example(201, f"{WEBHOOK} secret", body={"url": "http://127.0.0.1:9/"}),
+        Example(201, WEBHOOK, body={"url": "http://127.0.0.1:9/topic", "form": "ntfy", "match": "press-*"}),
+    ),
+    ("DELETE", "/webhooks/{id}"): (DONE,),
+    ("POST", "/webhooks/{id}/secret"): (Example(201, f"{WEBHOOK} secret"), Example(201, f"{WEBHOOK} secret", body={"secret": SIGNER})),
+    ("POST", "/webhooks/{id}/test"): (Example(200, "error http_status status"),),
+    ("GET", "/notifications"): (PAGE, Example(200, "items next", "?webhook=1&status=waiting&limit=3")),
     ("GET", "/iiot/{device}/telemetry"): (
         Example(200, "device series next"),
         Example(200, "device series next", "?every=60s&agg=max"),
@@ -237,6 +248,12 @@ class Site:
         answer = await self.plant.until("/alerts", lambda answer: any(str(one["rule_id"]) == rule for one in answer["items"]))
         return str(next(one["id"] for one in answer["items"] if str(one["rule_id"]) == rule))
 
+    async def webhook(self, device: str) -> str:
+        """A new receiver, which is not told of anything while others look."""
+        status, answer = await self.plant.ask("POST", "/webhooks", {"url": "http://127.0.0.1:9/", "match": f"not-{device}"})
+        assert status == 201, answer
+        return str(answer["id"])
+
     async def furnish(self) -> str:
         """The name of a new device of the first tenant: connected, with readings, state and configuration, and at rest."""
         name = self.fresh("press")
@@ -273,6 +290,8 @@ class Site:
                 status, answer = await self.plant.ask("POST", "/silences", body, token=self.tokens["operator"])
                 assert status == 201, answer
                 return str(answer["id"])
+            case ["id"], "/webhooks":
+                return await self.webhook(device)
             case ["id"], "/provisioning-keys":
                 return (await self.key()).id
             case ["id"], "/tokens":
@@ -327,13 +346,15 @@ def of_tenant(table: str, columns: list[str], tenant: str) -> str:
         return f"series_id in (select id from series where {devices})"
     if table == "document":
         return f"id in (select document_id from config where {devices})"
+    if "webhook_id" in columns:
+        return f"webhook_id in (select id from webhook where tenant_id = {tenant})"
     assert table in ("removed_series", "removed_range", "salt", "changed"), table
     return "false"
 
 
 @asynccontextmanager
 async def opened(folder: Path, limits: iiot.Limits = LIMITS) -> AsyncIterator[Site]:
-    async with plants.plant(folder, limits) as plant:
+    async with plants.plant(folder, limits, webhook_networks="127.0.0.0/8") as plant:
         site = Site(plant, {"admin": plant.token, "platform": plants.admin_token(plant.database, "platform")})
         for role in ("viewer", "operator"):
             site.tokens[role] = (await site.mint(role)).text
@@ -563,6 +584,7 @@ async def test_nothing_of_another_tenant_is_in_a_list(site: Site) -> None:
     await site.alert(await site.rule(device))
     status, _ = await site.plant.ask("POST", "/silences", {"match": device, "until": "2099-01-01T00:00:00Z"})
     assert status == 201
+    await site.webhook(device)
     theirs = await site.tenant("neighbour")
     assert (await site.plant.ask("PUT", "/iiot/pump-1", token=theirs))[0] == 201
     words = [device, key.id, token.id, "the night shift", '"default"']
@@ -570,7 +592,7 @@ async def test_nothing_of_another_tenant_is_in_a_list(site: Site) -> None:
     for route, example in unbounded_lists():
         own = (await site.ask(route, example, "", bearer(site.plant.token))).body.decode()
         seen |= {word for word in words if word in own}
-        if route.path not in ("/retention", "/syslog/refused", "/telemetry"):
+        if route.path not in ("/retention", "/syslog/refused", "/telemetry", "/notifications"):
             assert any(word in own for word in words), f"{name_of(route)} shows nothing that could leak"
         text = (await site.ask(route, example, "", bearer(theirs))).body.decode()
         assert not [word for word in words if word in text], name_of(route)

@@ -112,6 +112,7 @@ def no_entry_possible(database: Path) -> Iterator[None]:
 
 
 RULE = {"name": "hot", "metric": "level", "condition": {"above": 5}}
+WEBHOOK = {"name": "night shift", "url": "https://user:pa55@example.com/t0ken", "match": "pump-*"}
 SILENCE = {"match": "pump-*", "until": "2099-01-01T00:00:00.000Z"}
 
 
@@ -138,6 +139,7 @@ class World:
             ("PUT", "/iiot/press-2/syslog-source", {"addresses": ["10.0.0.7"]}, None),
             ("POST", "/rules", RULE, None),
             ("POST", "/silences", SILENCE, None),
+            ("POST", "/webhooks", WEBHOOK, None),
             ("POST", "/tenants", {"name": "acme"}, platform),
             ("POST", "/platform/tokens", {"name": "spare", "role": "platform"}, platform),
         ):
@@ -354,6 +356,28 @@ CASES = {
     ("DELETE", "/silences/{id}"): Case(
         "/silences/[/silences]", None, 204, lambda _: [("[/silences]", None, None)], (Refused(404, "not_found", "/silences/999"),),
     ),
+    ("POST", "/webhooks"): Case(
+        "/webhooks", {**WEBHOOK, "severity": "error"}, 201,
+        lambda answer: [(str(answer["id"]), None, {
+            "name": "night shift", "url": "https://example.com/…", "form": "webhook", "match": "pump-*", "severity": "error", "rule": None,
+            "group_by": "rule", "wait": "10s", "interval": "5m", "repeat": "4h",
+        })],
+        (
+            Refused(422, "invalid", body={**WEBHOOK, "url": "http://10.0.0.1/"}, target="night shift"),
+            Refused(422, "invalid", body={"name": "night shift"}), Refused(400, "not_an_object", body=[]),
+        ),
+    ),
+    ("DELETE", "/webhooks/{id}"): Case(
+        "/webhooks/[/webhooks]", None, 204, lambda _: [("[/webhooks]", None, None)], (Refused(404, "not_found", "/webhooks/999"),),
+    ),
+    ("POST", "/webhooks/{id}/secret"): Case(
+        "/webhooks/[/webhooks]/secret", {"secret": f"whsec_{'A' * 43}="}, 201, lambda _: [("[/webhooks]", None, None)],
+        (Refused(404, "not_found", "/webhooks/999/secret", {}), Refused(422, "invalid", body={"secret": "short"})),
+    ),
+    ("POST", "/webhooks/{id}/test"): Case(
+        "/webhooks/[/webhooks]/test", None, 200, lambda _: [("[/webhooks]", None, None)],
+        (Refused(404, "not_found", "/webhooks/999/test"), Refused(422, "invalid", body={"url": "https://example.com"})),
+    ),
     ("POST", "/provisioning-keys"): Case(
         "/provisioning-keys", {"uses": 3, "expires_at": EXPIRY}, 201,
         lambda answer: [(answer["id"], None, {"uses": 3, "expires_at": EXPIRY})],
@@ -449,7 +473,7 @@ async def test_a_call_leaves_its_exact_entry_allowed_or_refused(plant: Plant, ro
     assert status == case.status, answer
     expected = [(target and real(target), device, detail) for target, device, detail in case.leaves(answer)]
     assert [told(entry) for entry in new] == [(route.action, target, device, "ok", detail) for target, device, detail in expected]
-    if route.action not in ("device.report", "telemetry.remove"):  # there are no readings
+    if route.action not in ("device.report", "telemetry.remove", "webhook.test"):  # there are no readings
         assert contents(plant.database) != state
 
 

@@ -29,7 +29,7 @@ SHARED_DEVICES = ("press-1", "press-2")
 SHARED_METRICS = ("note", "pressure")
 PLACES = (
     "acknowledgement", "agent", "alert", "author", "code", "config", "device", "error", "glob", "gone", "label", "log", "message", "metric",
-    "nothing", "path", "reason", "rule", "silence", "software", "state", "team", "telemetry", "viewer",
+    "nothing", "path", "reason", "receiver", "rule", "silence", "software", "state", "team", "telemetry", "viewer",
 )  # fmt: skip
 
 
@@ -155,7 +155,11 @@ async def load_alerts(plant: Plant, side: Side) -> None:
     found = await plant.until("/alerts", lambda answer: len(answer["items"]) == len(SHARED_DEVICES) + 1)
     path = f"/alerts/{found['items'][0]['id']}/ack"
     assert (await plant.ask("POST", path, {"text": side.text("acknowledgement")}))[0] == 200
-    silence = {"match": f"[p{side.text('silence')}]*", "text": side.text("reason"), "until": "2999-01-01T00:00:00Z"}
+    receiver = {"name": side.text("receiver"), "url": "http://127.0.0.1:9/", "wait": "0s", "group_by": "label:team"}
+    assert (await plant.ask("POST", "/webhooks", receiver))[0] == 201
+    failed = await plant.until("/notifications", lambda answer: answer["items"] and answer["items"][0]["tries"])
+    assert failed["items"][0]["status"] == "waiting"
+    silence = {"match": f"[p{side.text('silence')}]*-1", "text": side.text("reason"), "until": "2999-01-01T00:00:00Z"}
     assert (await plant.ask("POST", "/silences", silence))[0] == 201
 
 
@@ -183,7 +187,8 @@ async def world(tmp_path: Path) -> World:
         Side("basalt", 24_680_222.75, "198.51.100.23", 2_468_101_214_161, 23),
         Side("pumice", 97_531_333.5, "203.0.113.99", 9_753_119_753_117, 26),
     )
-    async with plants.plant(tmp_path, trusted_proxy="127.0.0.1/32") as plant:
+    quick = attrs.evolve(LIMITS, settle_seconds=0.1)  # what came is judged at once
+    async with plants.plant(tmp_path, quick, trusted_proxy="127.0.0.1/32", webhook_networks="127.0.0.0/8") as plant:
         platform = plants.admin_token(plant.database, "platform")
         for side in sides:
             status, made = await plant.ask("POST", "/tenants", {"name": side.tenant, "quotas": {"devices": side.quota}}, token=platform)
@@ -204,6 +209,7 @@ async def store_of(database: Path) -> AsyncIterator[iiot.Store]:
 
     def connect(connection: Any) -> None:
         connection.execute("update presence set connected = 1 where device_id in (select id from device where name = 'press-1')")
+        connection.execute("delete from notice where alert_id in (select max(alert_id) from notice group by webhook_id)")  # it is new then
 
     async with iiot.Store.open(database, LIMITS) as store:
         await store.writer.change(connect)
@@ -279,6 +285,12 @@ def asked_alerts(world: World, side: Side) -> tuple[object, ...]:
     )
 
 
+def asked_groups(world: World, side: Side) -> tuple[object, ...]:
+    """Of receivers of all."""
+    due = iiot.DueGroup(1, "", 0, None, side.id, "webhook", "rule", 1, 1, is_full=False)
+    return tuple(attrs.evolve(due, webhook_id=number, key=each.text("team")) for number, each in enumerate(world.all, 1))
+
+
 def the_same(*values: object) -> Asked:
     return lambda world, side: values
 
@@ -298,6 +310,12 @@ ARGUMENTS: Mapping[str, Asked] = {
     "wanted: AuditFilter": asked_entries,
     "wanted: LogFilter": asked_lines,
     "wanted: AlertFilter": asked_alerts,
+    "webhook_id: int": the_same(*range(1, 5)),
+    "webhook_id: int | None": the_same(None, *range(1, 5)),
+    "status: str | None": the_same(None, "waiting", "delivered"),
+    "group: DueGroup": asked_groups,
+    "shown: int": the_same(100),
+    "seconds: float": the_same(2.0),
     "rule_id: int": the_same(*range(1, 5)),
     "devices: list[str]": lambda world, side: ([*SHARED_DEVICES, *(each.text("device") for each in world.all)],),
     "above: int": the_same(0),
@@ -326,8 +344,8 @@ ARGUMENTS: Mapping[str, Asked] = {
     "rows: list[Pushed]": the_same([iiot.Pushed(number, "", 1) for number in range(1, 30)]),  # devices of all
 }
 
-# Reads of one tenant whose answer is but a number.
-NUMBERS_ALONE = {"Reads.device_id", "Reads.last_event", "LogReads.days", "AlertReads.last_line"}
+# Reads of one tenant whose answer is but numbers.
+NUMBERS_ALONE = {"NotificationReads.notifications", "Reads.device_id", "Reads.last_event", "LogReads.days", "AlertReads.last_line"}
 
 Read = Callable[..., Awaitable[object]]
 
@@ -429,6 +447,35 @@ async def check_push(world: World, read: Read) -> None:
     assert await read(1) is False
 
 
+async def check_watchers(world: World, read: Read) -> None:
+    """For the task that finds out who is told: each receiver says whose it is."""
+    found: Any = await read()
+    assert {watcher.tenant_id for watcher in found} == {side.id for side in world.sides}
+
+
+async def check_groups(world: World, read: Read) -> None:
+    """For the same task: each group says whose it is."""
+    groups, _ = cast("tuple[list[iiot.DueGroup], int | None]", await read(100, 10))
+    assert {group.tenant_id for group in groups} <= {side.id for side in world.sides}
+
+
+async def check_deliveries(world: World, read: Read) -> None:
+    """For the task that delivers: what is sent to a receiver is of its tenant alone."""
+    due, _ = cast("tuple[list[iiot.Undelivered], int | None]", await read([], 0, 100))
+    with closing(iiot.connect(world.database)) as connection:
+        owners = dict(connection.execute("select id, tenant_id from webhook"))
+    for each in due:
+        (side,) = (side for side in world.sides if side.id == owners[each.receiver.webhook_id])
+        assert found(side.marks, each.body) != []
+        assert found([mark for other in world.others(side) for mark in other.marks + other.names], each.body) == []
+    assert len(due) == len(world.sides)
+
+
+async def check_waiting(world: World, read: Read) -> None:
+    """For who scrapes the server: one number."""
+    assert isinstance(await read(), int)
+
+
 async def check_health(world: World, read: Read) -> None:
     """Whether the store can write, of the process as a whole."""
     assert await read(LIMITS) is True
@@ -455,6 +502,10 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "RemovalReads.is_range_left": check_range_left,
     "PushReads.tenants": check_pushes,
     "PushReads.is_under_way": check_push,
+    "NotificationReads.watchers": check_watchers,
+    "NotificationReads.due_groups": check_groups,
+    "NotificationReads.to_deliver": check_deliveries,
+    "NotificationReads.waiting": check_waiting,
     "Store.healthy": check_health,
 }
 
