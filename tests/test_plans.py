@@ -24,6 +24,7 @@ import plant as plants
 import pytest
 import test_isolation as isolation
 from plant import Device, Plant
+from receivers import receiver, told_to
 from test_access import EXAMPLES, LIMITS, MAY, Site, bearer, check_allowed, opened
 
 import iiot
@@ -39,7 +40,8 @@ SMALL = {"tenant", "salt", "sqlite_sequence"}
 # What never ends: a tenant has a bounded number of devices, tokens and keys, and any number of these.
 HISTORIES = {"event", "audit"}
 # What a statement makes for itself, and how much that is at most.
-BOUNDED = {"shown": "a page of a list", "bucket": "a page of buckets", "wanted": "the metrics of one device", "fleet": "a page of series"}
+BOUNDED = {"shown": "a page of a list", "bucket": "a page of buckets", "wanted": "the metrics of one device", "fleet": "a page of series",
+           "member": "the alerts of a group, which are of a tenant's devices", "head": "one notification of each receiver"}  # fmt: skip
 EXPLAINED = ("select", "with", "insert", "update", "delete")
 
 
@@ -91,6 +93,18 @@ ALLOWED = (
     # What a push goes to, in the order of names.
     Allowed("min(version) version from config join device", "SORT device", "the devices of one push"),
     Allowed("'timed_out') detail, device_id position", "SORT config", "those whose verdict is late at one look"),
+    # Who is told of alerts: a tenant has a bounded number of receivers, and each a bounded number of notifications that wait.
+    Allowed("from webhook where removed = 0 and ( exists (select 1 from alert", "SCAN webhook", "receivers of all, each looked at"),
+    Allowed("from webhook cross join notification on notification.id =", "SCAN webhook", "likewise, for the first that waits for each"),
+    Allowed("from notice cross join alert on alert.id = notice.alert_id", "SORT notice", "the alerts of one group"),
+    Allowed("where due_at <= :now and removed = 0", "SEARCH alert_group USING INDEX alert_group_due (due_at<?)", "ends with its limit"),
+    Allowed("select min(due_at) from alert_group", "SEARCH alert_group USING COVERING INDEX alert_group_due (due_at>?)", "the first alone"),
+    Allowed("update alert_group set told_at = min", "SEARCH alert_group USING COVERING INDEX alert_group_due (due_at>?)",
+            "once at a start, and when the clock was set back"),
+    Allowed("from notification where status <> 'waiting' and at <", "SEARCH notification USING INDEX notification_done (at<?)",
+            "ends with its limit"),
+    Allowed("select count(*) from notification where status = 'waiting'", "SCAN notification USING INDEX notification_waiting",
+            "an index of those alone that wait"),
     Allowed("select distinct tenant_id from push", "SCAN push USING COVERING INDEX push_by_tenant", "those alone that are under way"),
 )  # fmt: skip
 
@@ -261,6 +275,26 @@ def leave_an_alert_of_nobody(database: Path) -> None:
         )
 
 
+async def be_told(plant: Plant) -> None:
+    """Receivers that are told that something fires and is over, one that is told in parts, and one of whom nothing is left."""
+    rule = {"name": "told", "metric": "level", "match": "pump-1", "condition": {"above": 5}}
+    status, first = await plant.ask("POST", "/rules", rule)
+    assert status == 201, first
+    async with receiver() as hook:
+        for form in ("webhook", "alertmanager"):
+            made = await told_to(plant, hook.url, form=form, rule="told")
+            await hook.next()
+        assert (await plant.ask("DELETE", f"/rules/{first['id']}"))[0] == 204
+        for _ in range(2):
+            await hook.next()
+        hook.answers = [410]
+        assert (await plant.ask("POST", "/rules", rule))[0] == 201
+        await plant.until("/notifications?status=given_up", lambda body: body["items"])
+        assert (await plant.ask("DELETE", f"/webhooks/{made['id']}"))[0] == 204
+    with plants.writing(plant.database) as connection:
+        connection.execute("update notification set at = 1 where status <> 'waiting'")
+
+
 def use_command_line(database: Path) -> None:
     for words in ("token --role viewer", "provisioning-key", "tenant add acme", "tenant list", "tenant remove acme --confirm acme"):
         iiot.main([*words.split(), "--db", str(database)])
@@ -272,6 +306,9 @@ MORE_ARGUMENTS: Mapping[str, tuple[object, ...]] = {
     "limits: Limits": (QUICK,),
     "last: int": (0,),
     "marks: list[int]": ([1, 2],),
+    "waiting_most: int": (1_000,),
+    "busy: list[int]": ([], [1, 2]),
+    "latest: int": (iiot.LATEST,),
 }
 
 
@@ -303,6 +340,7 @@ async def live(folder: Path) -> Path:
         await provision(site.plant)
         device = await live_in_the_field(site.plant)
         await live_by_rules(site.plant)
+        await be_told(site.plant)
         use_command_line(database)
         await site.cleaned()
         with plants.writing(database) as connection:

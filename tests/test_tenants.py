@@ -131,11 +131,27 @@ async def populate(tenant: Plant, connected: int = 1) -> list[Device]:
     rule = {"name": "high", "metric": "level", "condition": {"above": 38}}
     assert (await tenant.ask("POST", "/rules", rule))[0] == 201
     await tenant.until("/alerts", lambda body: len(body["items"]) == len(devices))
+    await be_told(tenant)
     assert (await tenant.ask("POST", "/silences", {"match": "*", "until": "2099-01-01T00:00:00Z"}))[0] == 201
     for device in devices[connected:]:
         await device.close()
     await tenant.until("/iiot?connected=true", lambda body: len(body["items"]) == connected)
     return devices[:connected]
+
+
+async def be_told(tenant: Plant) -> None:
+    """A receiver that waits with what it is to be told, and was told something before."""
+    status, body = await tenant.ask("POST", "/webhooks", {"url": "https://example.com/", "wait": "30d"})
+    assert status == 201, body
+    async with asyncio.timeout(PATIENCE):
+        while not query(tenant.database, "select 1 from notice where webhook_id = ?", body["id"]):
+            await asyncio.sleep(0.01)
+    with plants.writing(tenant.database) as connection:
+        connection.execute(
+            """insert into notification (tenant_id, webhook_id, message_id, at, alerts, headers, status)
+               select tenant_id, id, 'msg_1', ?, 1, '{}', 'delivered' from webhook where id = ?""",
+            (iiot.now_ms(), body["id"]),
+        )
 
 
 async def new_key(tenant: Plant, **chosen: Any) -> Any:
