@@ -294,10 +294,8 @@ class Site:
                 return await self.webhook(device)
             case ["id"], "/provisioning-keys":
                 return (await self.key()).id
-            case ["id"], "/tokens":
-                return (await self.mint()).id
-            case ["id"], "/platform/tokens":
-                return (await self.mint("platform")).id
+            case ["id"], "/tokens" | "/platform/tokens" as path:
+                return (await self.mint("viewer" if path == "/tokens" else "platform")).id
         raise NotImplementedError(f"nothing is known here that {route.path} might be about")
 
     async def ask(self, route: iiot.Route, example: Example, subject: str, authorization: str | None) -> Answer:

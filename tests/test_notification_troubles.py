@@ -17,12 +17,53 @@ import plant as plants
 import pytest
 from aiosmtpd import smtp
 from plant import PATIENCE
+from readme import blocks, section, table
 from receivers import alerting, receiver, told_to
 from test_notifications import MOMENT, QUICK, Mailbox, delivered, forever, names_for, registered
 
 import iiot
 
 DAY = 86_400_000
+
+
+# ---- what the page says
+
+
+def test_the_page_says_when_it_is_tried_and_given_up() -> None:
+    limits, page = iiot.Limits(), " ".join(section("Notifications").text.split())
+    usual = iiot.NewWebhook("https://example.com")
+    for told in (
+        f"One try takes at most {limits.delivery_seconds:.0f} s.",
+        f"after {limits.redelivery_seconds:.0f} s, then after twice as long, at most {limits.redelivery_seconds_most / 60:.0f} minutes",
+        "`Retry-After` of the answer counts, up to an hour.", f"after {limits.given_up_seconds / 3_600:.0f} hours",
+        f"(and at least {limits.given_up_tries} tries)", f"after {limits.unwanted_tries} tries", "is listed for 30 days",
+        f"The old one signs too for {limits.old_secret_seconds / 3_600:.0f} hours", f"A text shows at most {limits.alert_lines} alerts",
+        f"shows at most {limits.alerts_shown} alerts", f"When {limits.notifications_waiting:,} notifications wait",
+        f"at least {limits.repeat_seconds_least:.0f} s",
+        *(f"default: `{iiot.duration_text(span)}`" for span in (usual.wait, usual.interval, usual.repeat)),
+    ):  # fmt: skip
+        assert told in page
+    assert (limits.retry_after_seconds_most, limits.notification_days) == (3_600, 30)
+    assert [row[0] for row in table(section("Notifications").text, "form")] == list(iiot.WEBHOOK_FORMS)
+    fields = {row[0] for row in table(section("Notifications").text, "field")}
+    assert fields == {field.name for field in attrs.fields(iiot.NewWebhook)}
+
+
+async def test_the_page_s_function_knows_what_is_genuine(tmp_path: Path) -> None:
+    (program,) = blocks("Notifications", "python")
+    named: dict[str, Any] = {}
+    exec(program, named)
+    async with alerting(tmp_path, QUICK) as (plant, _), receiver() as hook:
+        secret = (await told_to(plant, hook.url))["secret"]
+        await plant.ask("POST", "/webhooks/1/test")
+        renewed = (await plant.ask("POST", "/webhooks/1/secret"))[1]["secret"]
+        await plant.ask("POST", "/webhooks/1/test")
+    first, second = hook.posts
+    for post, right, wrong in ((first, [secret], [renewed]), (second, [secret, renewed], [iiot.new_webhook_secret()])):
+        headers = {name.lower(): value for name, value in post.headers.items()}
+        assert all(named["is_genuine"](each, headers, post.body) for each in right)
+        assert not any(named["is_genuine"](each, headers, post.body) for each in wrong)
+        assert not named["is_genuine"](right[0], headers, post.body + b" ")
 
 
 # ---- receivers that answer badly

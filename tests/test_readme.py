@@ -358,6 +358,13 @@ def test_limits_are_the_readme_s() -> None:
         "readings on which a rule is tried": f"{limits.trial_most:,}",
         "rules of a tenant": f"{limits.rules:,}",
         "silences of a tenant": f"{limits.silences:,}",
+        "receivers of notifications of a tenant": f"{limits.webhooks}",
+        "addresses of a receiver by e-mail": f"{limits.mail_addresses}",
+        "alerts that one notification shows": f"{limits.alerts_shown}",
+        "size of a notification, about": f"{limits.notification_bytes // 1024} KiB",
+        "notifications that wait for a receiver": f"{limits.notifications_waiting:,}, then no more are made for a time",
+        "time for one try to deliver a notification": f"{limits.delivery_seconds:.0f} s",
+        "tests of receivers of a tenant at a time": f"{limits.webhook_tests}",
         "pushes of a tenant that wait for an answer (wait)": f"{limits.waiting_pushes}",
         "requests of a tenant that wait for their turn": f"{limits.requests_waiting}",
     }
