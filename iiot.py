@@ -3639,7 +3639,8 @@ NOT_OVER: Final = "0001-01-01T00:00:00Z"  # the end of an alert that has none: G
 GRACE_MS: Final = 300_000  # an alert is told anew before its end, as Alertmanager has it, comes; with so much to spare
 # https://docs.ntfy.sh/publish/#message-priority
 NTFY_PRIORITIES: Final = MappingProxyType({"info": "2", "warning": "3", "error": "4", "critical": "5"})
-NTFY_BYTES: Final = 4_000  # a longer message comes as a file
+# A longer message comes as a file from ntfy, and is cut or refused by Slack and by others that take its form.
+FORM_BYTES: Final = MappingProxyType({"ntfy": 4_000, "slack": 4_000})
 LINE_CHARACTERS: Final = 300  # of an alert, in a text that people read
 TITLE_CHARACTERS: Final = 200
 NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: its last 32 bits are an address of IPv4
@@ -3819,20 +3820,30 @@ def encoded_word(text: str) -> str:
     return text if text.isascii() else f"=?utf-8?B?{base64.b64encode(text.encode()).decode()}?="
 
 
-def ntfy_message(group: AlertGroup, lines: list[str]) -> Message:
+def for_slack(text: str) -> str:
+    """https://docs.slack.dev/messaging/formatting-message-text/#escaping"""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def text_of(form: str, group: AlertGroup, most: int, external_url: str) -> str:
+    """Lines that people read, as many as the form takes."""
+    limit = FORM_BYTES.get(form, sys.maxsize)
+    while True:
+        text = "\n".join(lines_of(group, most, external_url))
+        shown = f"*{title_of(group)}*\n{text}" if form == "slack" else text
+        shown = for_slack(shown) if form == "slack" else shown
+        if most <= 1 or len(shown.encode()) <= limit:
+            return shown
+        most -= 1
+
+
+def ntfy_message(group: AlertGroup, text: str) -> Message:
     """https://docs.ntfy.sh/publish/"""
     firing = [alert.severity for alert in group.alerts if alert.resolved_at is None]
     worst = max(firing, key=lambda severity: SEVERITIES.get(severity, 1), default="info")
     tags = f"rotating_light,{worst}" if group.firing else "white_check_mark,resolved"
-    body = "\n".join(lines).encode()
     headers = {"Title": encoded_word(title_of(group)), "Priority": NTFY_PRIORITIES.get(worst, "3"), "Tags": tags}
-    text = body.decode() if len(body) <= NTFY_BYTES else f"{body[:NTFY_BYTES].decode(errors='ignore')}…"
     return Message({**headers, "Content-Type": "text/plain; charset=utf-8"}, text)
-
-
-def for_slack(text: str) -> str:
-    """https://docs.slack.dev/messaging/formatting-message-text/#escaping"""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def message_of(form: str, group: AlertGroup, lines_most: int, external_url: str) -> Message:
@@ -3842,14 +3853,13 @@ def message_of(form: str, group: AlertGroup, lines_most: int, external_url: str)
         return Message(json_type, orjson.dumps(payload(group, external_url)).decode())
     if form == "alertmanager":
         return Message(json_type, orjson.dumps(posted_alerts(group, external_url)).decode())
-    lines = lines_of(group, lines_most, external_url)
+    text = text_of(form, group, lines_most, external_url)
     if form == "ntfy":
-        return ntfy_message(group, lines)
+        return ntfy_message(group, text)
     if form == "slack":
-        text = "\n".join([f"*{for_slack(title_of(group))}*", *map(for_slack, lines)])
         return Message(json_type, orjson.dumps({"text": text}).decode())
     thread = hashlib.sha256(group_key(group).encode()).hexdigest()[:32]
-    return Message({"Subject": title_of(group), "Thread": thread}, "\n".join([*lines, ""]))
+    return Message({"Subject": title_of(group), "Thread": thread}, f"{text}\n")
 
 
 def new_message_id() -> str:

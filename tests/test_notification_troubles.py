@@ -151,7 +151,8 @@ async def test_what_is_made_of_an_answer_that_is_none(
     tmp_path: Path, answer: Callable[[asyncio.StreamWriter], Awaitable[None]], error: str | None
 ) -> None:
     """By the status it is known whether a notification was taken, whatever becomes of the rest."""
-    limits = attrs.evolve(QUICK, delivery_seconds=0.3, answer_seconds=0.1, redelivery_seconds=3_600.0)
+    seconds = 0.3 if error == SLOW else PATIENCE
+    limits = attrs.evolve(QUICK, delivery_seconds=seconds, answer_seconds=0.1, redelivery_seconds=3_600.0)
     async with raw_server(answer) as url, alerting(tmp_path, limits) as (plant, alerts):
         await told_to(plant, url)
         await registered(plant, "press-1")
@@ -448,6 +449,22 @@ async def test_what_fires_resolves_and_fires_again_under_a_silence_is_told_as_it
             ("press-1", "firing"), ("press-1", "resolved"), ("press-2", "resolved"),
         ]  # fmt: skip
         await delivered(plant, 2)
+        assert hook.unread == 0
+
+
+async def test_that_it_is_over_is_told_once_however_short_the_times_are(tmp_path: Path) -> None:
+    async with alerting(tmp_path, QUICK) as (plant, alerts), receiver() as hook, receiver() as clock:
+        await told_to(plant, hook.url, rule="hot", repeat="20ms")
+        await told_to(plant, clock.url, rule="tick", repeat="20ms")
+        await registered(plant, "press-1")
+        await alerts.fire("tick", "press-1")
+        await alerts.fire("hot", "press-1")
+        await hook.next()
+        await alerts.resolve("hot", "press-1")
+        while (await hook.next()).json["status"] == "firing":
+            pass
+        for _ in range(clock.unread + 10):
+            await clock.next()
         assert hook.unread == 0
 
 

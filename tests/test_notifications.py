@@ -139,8 +139,12 @@ def test_a_message_for_people_is_short() -> None:
     lines = iiot.lines_of(many, 20, "")
     assert len(lines) == 21
     assert lines[-1] == "and 9,980 more"
-    assert len(iiot.message_of("ntfy", many, 20, "").body.encode()) <= iiot.NTFY_BYTES + 3
     slack = json.loads(iiot.message_of("slack", many, 20, "").body)["text"]
+    for text in (iiot.message_of("ntfy", many, 20, "https://iiot.example.com").body, slack):
+        assert len(text.encode()) <= 4_000
+        counted = re.search(r"^and ([0-9,]+) more$", text, re.MULTILINE)
+        assert counted is not None
+        assert int(counted[1].replace(",", "")) == 10_000 - text.count("[2026-")
     assert "ä&lt;&amp;&gt;" in slack
     assert "<" not in slack
 
@@ -587,7 +591,7 @@ async def test_ten_thousand_alerts_at_once_are_told(tmp_path: Path, form: str, p
 
 async def test_a_receiver_that_hangs_keeps_nobody_waiting(tmp_path: Path) -> None:
     """There is one place for those that take what they are sent; the one that hangs has its own."""
-    limits = attrs.evolve(QUICK, deliveries=1, delivery_seconds=0.3)
+    limits = attrs.evolve(QUICK, deliveries=1, delivery_seconds=1.0)
     async with receiver() as hook, receiver() as other, alerting(tmp_path, limits) as (plant, alerts):
         hook.answers = [forever] * 1_000
         await told_to(plant, hook.url)
@@ -600,7 +604,7 @@ async def test_a_receiver_that_hangs_keeps_nobody_waiting(tmp_path: Path) -> Non
             await alerts.fire("hot", f"press-{number}")
         assert set().union(*[(await other.next()).devices for _ in range(5)]) == {f"press-{number}" for number in range(5)}
         waiting = (await plant.get("/notifications?webhook=1&status=waiting"))["items"]
-        assert waiting[-1]["error"] == "it did not answer within 0.3 s"
+        assert waiting[-1]["error"] == "it did not answer within 1 s"
 
 
 async def test_a_receiver_is_sent_one_after_the_other_in_order(tmp_path: Path) -> None:
@@ -660,7 +664,6 @@ async def test_a_receiver_that_asks_for_time_gets_it(tmp_path: Path) -> None:
         await alerts.fire("hot", "press-1")
         first, second, third = [await hook.next() for _ in range(3)]
         assert second.at - first.at >= 0.95
-        assert third.at - second.at < 0.9
         assert first.message_id == second.message_id == third.message_id
 
 
