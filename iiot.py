@@ -542,9 +542,11 @@ class Limits:
     # Receivers of notifications that a tenant may have, and people whom one e-mail goes to.
     webhooks: int = 20
     mail_addresses: int = 20
-    # Alerts that one notification shows; receivers take some hundred kilobytes. Lines of a text that people read: a phone shows no more.
+    # Alerts that one notification shows, and one part of what an Alertmanager is told; receivers take some hundred kilobytes. Lines of a
+    # text that people read: a phone shows no more.
     # And alerts that it counts: they are marked as told in its transaction. Those beyond have to wait for the next one.
     alerts_shown: int = 100
+    alerts_posted: int = 500
     alert_lines: int = 20
     alerts_together: int = 20_000
     # Firing alerts that are looked at in one statement, to find those that are to be told; and groups whose notifications are written
@@ -8541,7 +8543,6 @@ class DueGroup:
     group_by: str
     interval: int
     repeat: int
-    is_full: bool  # too much waits for its receiver already
 
 
 @attrs.frozen
@@ -8709,15 +8710,18 @@ class NotificationReads(Queries):
         return Fresh([(number, key) for number, key in alerts], over, last)
 
     async def due_groups(self, most: int, waiting_most: int) -> tuple[list[DueGroup], int | None]:
-        """So many groups that are due, and when the next one is, of all tenants."""
+        """So many groups that are due, and when the next one is, of all tenants; but for those of receivers for whom so many
+        notifications wait."""
         text = await self._json(
-            """select json_array(
+            """with open as materialized (
+                   select id from webhook where removed = 0 and not exists (
+                       select 1 from notification where notification.webhook_id = webhook.id and status = 'waiting'
+                       order by notification.id limit 1 offset :waiting_most - 1))
+               select json_array(
                    (select json_group_array(json_array(webhook_id, key, due_at, told_at, tenant_id, form, group_by, group_interval,
-                        repeat_interval, json(case when exists (
-                            select 1 from notification where notification.webhook_id = webhook.id and status = 'waiting'
-                            order by notification.id limit 1 offset :waiting_most - 1) then 'true' else 'false' end)))
-                    from (select alert_group.* from alert_group cross join webhook on webhook.id = webhook_id
-                          where due_at <= :now and removed = 0 order by due_at limit :most) due_now
+                        repeat_interval))
+                    from (select * from alert_group where due_at <= :now and +webhook_id in (select id from open)
+                          order by due_at limit :most) due_now
                     cross join webhook on webhook.id = webhook_id),
                    (select min(due_at) from alert_group where due_at > :now))""",
             now=now_ms(), most=most, waiting_most=waiting_most,
@@ -11599,9 +11603,8 @@ class Dispatcher:
     async def _telling(self, group: DueGroup) -> Telling:
         limits, at = self._limits, now_ms()
         later = at + max(group.interval, round(limits.notice_pause_seconds * 1000))
-        if group.is_full:
-            return Telling(group, at, later, goes_on=True)
-        parts, shown = group.form == "alertmanager", limits.alerts_shown
+        parts = group.form == "alertmanager"
+        shown = limits.alerts_posted if parts else limits.alerts_shown
         while True:
             most = shown if parts else limits.alerts_together
             content = await self._store.read.notifications.content(group.tenant_id, group, shown, most, limits.export_seconds)

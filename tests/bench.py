@@ -23,7 +23,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -83,8 +85,8 @@ class Program:
 class Server(Program):
     """A server on a fresh database with so many devices."""
 
-    def __init__(self, folder: Path, devices: int) -> None:
-        super().__init__(folder / "iiot.db")
+    def __init__(self, folder: Path, devices: int, *arguments: str) -> None:
+        super().__init__(folder / "iiot.db", *arguments)
         iiot.prepare_database(self.database)
         self.tokens: list[str] = []
         operator = iiot.mint("op")
@@ -118,9 +120,9 @@ class Server(Program):
 
 
 @contextmanager
-def server(devices: int, history: int = 0) -> Iterator[Server]:
+def server(devices: int, history: int = 0, arguments: tuple[str, ...] = ()) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
-        running = Server(Path(folder), devices)
+        running = Server(Path(folder), devices, *arguments)
         if history:
             running.add_history(history)
         running.start()
@@ -399,6 +401,53 @@ def alerts_in_both_sizes(scale: float) -> None:
     alerts(200, int(400 * scale), 25, 5)
 
 
+class Sink(BaseHTTPRequestHandler):
+    """A receiver of notifications that takes everything."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def notifications(alerts: int) -> None:
+    """So many alerts that fire at one moment, told to a receiver of each kind of groups, and how long another request waits meanwhile."""
+    sink = ThreadingHTTPServer(("127.0.0.1", 0), Sink)
+    Thread(target=sink.serve_forever, daemon=True).start()
+    with server(alerts, arguments=("--webhook-networks", "127.0.0.0/8")) as running:
+        for form, grouping in (("webhook", "rule"), ("webhook", "device"), ("alertmanager", "rule")):
+            url = f"http://127.0.0.1:{sink.server_address[1]}/"
+            body = {"url": url, "form": form, "group_by": grouping, "wait": "0s", "interval": "1h", "rule": f"{form} {grouping}"}
+            number = json.loads(running.get("/webhooks", body))["id"]
+            with closing(iiot.connect(running.database)) as connection, iiot.transaction(connection):
+                connection.execute(
+                    """insert into alert (id, tenant_id, device_id, rule_id, rule, kind, severity, labels, text, since, fired_at,
+                           changed_at)
+                       select :number * 1000000 + id, tenant_id, id, :number, :rule, 'above', 'critical', '{}', name || ' is hot', 1, 1, 1
+                       from device""",
+                    {"number": number, "rule": body["rule"]},
+                )
+            started, worst, told = time.perf_counter(), 0.0, 0
+            with closing(sqlite3.connect(running.database)) as connection:
+                while told < alerts:
+                    asked = time.perf_counter()
+                    running.get("/healthz")
+                    worst = max(worst, time.perf_counter() - asked)
+                    (told,) = connection.execute(
+                        "select count(*) from notice where webhook_id = ? and told_at is not null", (number,)
+                    ).fetchone()
+                    time.sleep(0.01)
+            seconds = time.perf_counter() - started
+            waited = f"another request waits {worst * 1000:.0f} ms at most"
+            print(f"{alerts:,} alerts at once, told to {form} by {grouping}: written down in {seconds:.1f} s, {waited}", flush=True)
+    sink.shutdown()
+
+
 PARTS: dict[str, Callable[[float], None]] = {
     "ingest": ingest_in_both_sizes,
     "latency": lambda scale: latency(200, 5000.0, 10 * scale),
@@ -408,6 +457,7 @@ PARTS: dict[str, Callable[[float], None]] = {
     "queries": lambda scale: queries(HISTORY_POINTS, 200, int(3000 * scale)),
     "logs": lambda scale: logs(int(5_000_000 * scale), 50),
     "alerts": alerts_in_both_sizes,
+    "notifications": lambda scale: notifications(int(10_000 * scale)),
 }
 
 

@@ -287,7 +287,7 @@ def asked_alerts(world: World, side: Side) -> tuple[object, ...]:
 
 def asked_groups(world: World, side: Side) -> tuple[object, ...]:
     """Of receivers of all."""
-    due = iiot.DueGroup(1, "", 0, None, side.id, "webhook", "rule", 1, 1, is_full=False)
+    due = iiot.DueGroup(1, "", 0, None, side.id, "webhook", "rule", 1, 1)
     return tuple(attrs.evolve(due, webhook_id=number, key=each.text("team")) for number, each in enumerate(world.all, 1))
 
 

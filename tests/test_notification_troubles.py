@@ -220,6 +220,17 @@ async def test_an_address_is_used_as_it_is_written(tmp_path: Path) -> None:
         assert hook.posts[1].path == "/%C3%A4%20b?c=%C3%B6"
 
 
+async def test_a_storm_of_groups_is_told_as_fast_as_it_is_taken(tmp_path: Path) -> None:
+    """However long the time between two notifications of a group is: for most of them it is the first."""
+    async with alerting(tmp_path, attrs.evolve(QUICK, notifications_waiting=3)) as (plant, alerts), receiver() as hook:
+        await told_to(plant, hook.url, group_by="device", interval="1h")
+        names = [f"press-{number:02}" for number in range(40)]
+        await registered(plant, *names)
+        await alerts.fire("hot", *names)
+        assert sorted([next(iter((await hook.next()).devices)) for _ in names]) == names
+        assert len(await delivered(plant, 40)) == 40
+
+
 # ---- faults of our own, and a clock that jumps
 
 

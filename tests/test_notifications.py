@@ -560,7 +560,7 @@ def fleet(database: Path, count: int) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize(("form", "posts"), [("webhook", 1), ("alertmanager", 100)])
+@pytest.mark.parametrize(("form", "posts"), [("webhook", 1), ("alertmanager", 20)])
 async def test_ten_thousand_alerts_at_once_are_told(tmp_path: Path, form: str, posts: int) -> None:
     """How long the event loop does nothing else meanwhile, `bench.py` measures."""
     async with alerting(tmp_path, attrs.evolve(QUICK, groups_together=1)) as (plant, alerts), receiver() as hook:
@@ -571,7 +571,7 @@ async def test_ten_thousand_alerts_at_once_are_told(tmp_path: Path, form: str, p
         for _ in range(posts):
             post = await hook.next(LONG)
             shown += [alert["labels"]["device"] for alert in (post.json if form == "alertmanager" else post.json["alerts"])]
-            assert len(shown) <= 100 * len(hook.posts)
+            assert len(shown) <= (500 if form == "alertmanager" else 100) * len(hook.posts)
         await plant.until("/notifications?status=waiting", lambda body: not body["items"])
         if form == "webhook":
             assert (post.json["truncatedAlerts"], len(shown)) == (9_900, 100)
