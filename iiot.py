@@ -2599,7 +2599,8 @@ class Life:
             self.now = None  # it did not hold for long enough
         elif self.now is not None and self.ended is None:
             self.ended = moment
-        return over or self.advance(moment)
+        later = self.advance(moment)  # one that fires at once
+        return over or later
 
 
 def counted_until(lines: list[int], count: int, window: int, since: int) -> int:
@@ -3594,7 +3595,7 @@ class AlertWatch:
                 self._book.add_over(standing, standing.life.take(over_at, None, holds=False))
             self._book.add_over(standing, standing.life.advance(clock))
             self._book.look_whether_caught_up(standing, now, wall)
-            self._book.settle(standing, now, 0)
+            self._book.settle(standing, now, wall - clock)
         if source.rules.gap < NEVER and (source.metric != PRESENCE or source.newest):
             self._miss(source, now, wall)
 

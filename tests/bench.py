@@ -26,7 +26,7 @@ from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from load import LEVELS, Worker, answer_configs, connect_and_wait, send_at_full_speed, send_logs_at_full_speed, send_steadily
@@ -405,9 +405,10 @@ class Sink(BaseHTTPRequestHandler):
     """A receiver of notifications that takes everything."""
 
     protocol_version = "HTTP/1.1"
+    taken: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(204)
         self.end_headers()
 
@@ -448,6 +449,40 @@ def notifications(alerts: int) -> None:
     sink.shutdown()
 
 
+def offline(devices: int) -> None:
+    """All devices are gone at one moment: what a receiver gets, and how long another request waits meanwhile."""
+    sink = ThreadingHTTPServer(("127.0.0.1", 0), Sink)
+    Thread(target=sink.serve_forever, daemon=True).start()
+    Sink.taken.clear()
+    with server(devices, arguments=("--webhook-networks", "127.0.0.0/8")) as running:
+        running.get("/rules", {"name": "offline", "condition": {"offline": "5s"}})
+        url = f"http://127.0.0.1:{sink.server_address[1]}/"
+        running.get("/webhooks", {"url": url, "group_by": "rule", "wait": "5s", "interval": "1h"})
+        worker = Worker(connect_and_wait, running.host, running.port, running.tokens)
+        worker.receive()
+        time.sleep(5)
+        worker.send()
+        gone, waits, first = time.perf_counter(), list[tuple[float, float]](), None
+        while time.perf_counter() - gone < 30:
+            asked = time.perf_counter()
+            running.get("/healthz")
+            waits.append((asked - gone, time.perf_counter() - asked))
+            if Sink.taken and first is None:
+                first = time.perf_counter() - gone
+            time.sleep(0.01)
+        worker.join()
+    sink.shutdown()
+    told = [len(body["alerts"]) + body["truncatedAlerts"] for body in Sink.taken]
+    when = "never" if first is None else f"{first:.1f} s"
+    going, later = (max(wait for at, wait in waits if (at < 4) is early) * 1000 for early in (True, False))
+    print(
+        f"{devices:,} devices gone at once, offline after 5 s, told after 5 s more: {len(told)} notification of {told} alerts "
+        f"after {when}; "
+        f"another request waits {going:.0f} ms at most while they go, {later:.0f} ms after that",
+        flush=True,
+    )
+
+
 PARTS: dict[str, Callable[[float], None]] = {
     "ingest": ingest_in_both_sizes,
     "latency": lambda scale: latency(200, 5000.0, 10 * scale),
@@ -457,6 +492,7 @@ PARTS: dict[str, Callable[[float], None]] = {
     "queries": lambda scale: queries(HISTORY_POINTS, 200, int(3000 * scale)),
     "logs": lambda scale: logs(int(5_000_000 * scale), 50),
     "alerts": alerts_in_both_sizes,
+    "offline": lambda scale: offline(int(10_000 * scale)),
     "notifications": lambda scale: notifications(int(10_000 * scale)),
 }
 

@@ -166,6 +166,19 @@ async def test_readings_of_the_past_that_end_beyond_are_told_once_no_more_come(t
         assert (event["status"], event["rule"], event["value"]) == ("firing", "hot", 9)
 
 
+async def test_an_alert_that_follows_on_another_in_the_past_or_fires_by_a_clock_that_is_behind_is_told_to_nobody(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, attrs.evolve(QUICK, settle_seconds=600.0)) as plant:
+        device = await plant.device("press-1")
+        await rule(plant, {"above": 5}, **{"keep_firing_for": "2s"})
+        await rule(plant, {"above": 5}, "later", **{"for": "1s"})
+        await level(device, 9, 1, 1, 9, ago=7_000)
+        alerts = await until(
+            plant, ("press-1", "later", "firing", 9), ("press-1", "hot", "firing", 9), ("press-1", "hot", "resolved", 9), query="?from=-3h"
+        )
+        assert [alert["told"] for alert in alerts] == [False] * 3
+        assert (await plant.get("/iiot/press-1/events?kind=alert"))["items"] == []
+
+
 async def test_a_device_that_catches_up_part_by_part_tells_of_nothing_that_is_over(tmp_path: Path) -> None:
     async with plants.plant(tmp_path, attrs.evolve(QUICK, settle_seconds=5.0)) as plant:
         device = await plant.device("press-1")
