@@ -169,7 +169,7 @@ async def test_readings_of_the_past_that_end_beyond_are_told_once_no_more_come(t
 async def test_an_alert_that_follows_on_another_in_the_past_or_fires_by_a_clock_that_is_behind_is_told_to_nobody(tmp_path: Path) -> None:
     async with plants.plant(tmp_path, attrs.evolve(QUICK, settle_seconds=600.0)) as plant:
         device = await plant.device("press-1")
-        await rule(plant, {"above": 5}, **{"keep_firing_for": "2s"})
+        await rule(plant, {"above": 5}, keep_firing_for="2s")
         await rule(plant, {"above": 5}, "later", **{"for": "1s"})
         await level(device, 9, 1, 1, 9, ago=7_000)
         alerts = await until(
@@ -451,3 +451,44 @@ async def test_a_rule_that_cannot_be_kept_is_refused_by_its_field(plant: Plant, 
     status, answer = await plant.ask("POST", "/rules", body)
     assert (status, answer["error"]["code"]) == (422, "invalid")
     assert answer["error"]["details"][0]["path"].startswith(path)
+
+
+async def test_a_thousand_rules_look_at_one_metric(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    for number in range(1_000):
+        await rule(plant, {"above": number}, f"rule {number}")
+    await level(device, 499.5)
+    found = await plant.until("/alerts?status=firing&limit=1000", lambda answer: len(answer["items"]) >= 500)
+    assert {one["rule"] for one in found["items"]} == {f"rule {number}" for number in range(500)}
+    await level(device, 0)
+    await plant.until("/alerts?status=firing", lambda answer: not answer["items"])
+
+
+async def test_a_rule_that_nothing_matches_waits_for_what_will(plant: Plant) -> None:
+    await rule(plant, {"above": 5}, match="pump-*")
+    await level(await plant.device("press-1"), 9)
+    assert await alerts(plant) == []
+    await level(await plant.device("pump-1"), 9)
+    await until(plant, ("pump-1", "hot", "firing", 9))
+
+
+async def test_a_text_is_neither_above_nor_below_and_ends_nothing(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    await rule(plant, {"above": 5})
+    await rule(plant, {"below": 5}, "cold")
+    await level(device, "broken", ago=5)
+    assert await alerts(plant) == []
+    await level(device, 9, "broken", ago=3)
+    await until(plant, ("press-1", "hot", "firing", 9))
+    await level(device, True)
+    await until(plant, ("press-1", "cold", "firing", 1), ("press-1", "hot", "resolved", 9))
+
+
+async def test_a_metric_may_have_any_printable_name(plant: Plant) -> None:
+    device, name = await plant.device("press-1"), "a\"b' {value} <&>é"
+    await rule(plant, {"above": 5}, metric=name)
+    await level(device, 9, metric=name)
+    (alert,) = await until(plant, ("press-1", "hot", "firing", 9))
+    assert (alert["metric"], alert["text"]) == (name, f"{name} of press-1: 9")
+    status, answer = await plant.ask("POST", "/rules", {"name": "other", "metric": 'a"b\n', "condition": {"above": 5}})
+    assert (status, answer["error"]["details"][0]["path"]) == (422, "metric")
