@@ -251,9 +251,9 @@ async def test_silence_is_an_alert_of_its_own_and_ends_no_other(tmp_path: Path) 
         await rule(plant, {"above": 5})
         await rule(plant, {"absent": "1s"}, "silent", match="press-*")
         await level(device, 9)
-        never, gone, hot = await until(
-            plant, ("press-2", "silent", "firing", None), ("press-1", "silent", "firing", None), ("press-1", "hot", "firing", 9)
-        )
+        (gone,) = await until(plant, ("press-1", "silent", "firing", None), query="?rule=silent&match=press-1")
+        (never,) = await until(plant, ("press-2", "silent", "firing", None), query="?rule=silent&match=press-2")
+        (hot,) = await until(plant, ("press-1", "hot", "firing", 9), query="?rule=hot")
         await plant.until("/alerts?rule=hot", lambda answer: answer["items"][0]["stale"])
         assert (gone["text"], never["text"], hot["text"]) == ("press-1 sends no level", "press-2 sends no level", "level of press-1: 9")
         assert not gone["stale"]
