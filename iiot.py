@@ -8647,6 +8647,15 @@ def mark_notification(connection: sqlite3.Connection, notification_id: int, atte
 class NotificationReads(Queries):
     """Queries over receivers, what they are to be told, and what is sent to them."""
 
+    async def has_old(self, before: int) -> bool:
+        """Whether there are notifications from before a time that are sent no more."""
+        where = {"before": before}
+        return await self._readers.row("select 1 from notification where status <> 'waiting' and at < :before limit 1", where) is not None
+
+    async def is_told_later(self) -> bool:
+        """Whether a group waits."""
+        return await self._readers.row("select 1 from alert_group where due_at > :now limit 1", {"now": now_ms()}) is not None
+
     async def webhooks(self, tenant: int, limit: int, after: int) -> str:
         return await self._list(
             f"""select id position, {WEBHOOK_JSON} item from webhook
@@ -11095,8 +11104,9 @@ class Cleaner:
         while more:
             more = await writer.change(lambda connection: delete_old_repeats(connection, before, limits.removed_rows))
         old = now_ms() - limits.notification_days * DAY
-        while await writer.change(lambda connection: delete_old_notifications(connection, old, limits.removed_rows)):
-            pass
+        more = await self._store.read.notifications.has_old(old)
+        while more:
+            more = await writer.change(lambda connection: delete_old_notifications(connection, old, limits.removed_rows))
         words, self._word = await logs.unused_words(self._word, limits.looked_words)
         if words:
             await writer.change(lambda connection: delete_unused_words(connection, writer.dictionary, words))
@@ -11541,7 +11551,8 @@ class Dispatcher:
     async def _heed_clock(self) -> None:
         """At the start, and when the clock was set back."""
         now = now_ms()
-        if self._looked_at is None or now < self._looked_at - CLOCK_STEP_MS:
+        is_in_doubt = self._looked_at is None or now < self._looked_at - CLOCK_STEP_MS
+        if is_in_doubt and await self._store.read.notifications.is_told_later():
             await self._store.writer.change(set_groups_back)
         self._looked_at = now
 
@@ -11597,7 +11608,9 @@ class Dispatcher:
             for telling in tellings:
                 write_telling(connection, telling)
 
-        await self._store.writer.change(write, weight=self._limits.removed_rows)
+        tenants = {group.tenant_id for group in due}
+        share = self._store.allowances.shares.of(tenants.pop() if len(tenants) == 1 else None)
+        await self._store.writer.change(write, share, self._limits.removed_rows)
         if any(telling.message_id for telling in tellings):
             self._courier.wanted.set()
 

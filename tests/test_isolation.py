@@ -417,6 +417,11 @@ async def check_repeats(world: World, read: Read) -> None:
     assert await read(0) is False
 
 
+async def check_told_later(world: World, read: Read) -> None:
+    """For the task that tells: whether there is a group of anybody that waits."""
+    assert await read() in (True, False)
+
+
 async def check_words(world: World, read: Read) -> None:
     """For the same task: numbers, which nobody sees."""
     words, after = cast("tuple[list[int], int]", await read(0, 10))
@@ -502,6 +507,8 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "RemovalReads.is_range_left": check_range_left,
     "PushReads.tenants": check_pushes,
     "PushReads.is_under_way": check_push,
+    "NotificationReads.has_old": check_repeats,
+    "NotificationReads.is_told_later": check_told_later,
     "NotificationReads.watchers": check_watchers,
     "NotificationReads.due_groups": check_groups,
     "NotificationReads.to_deliver": check_deliveries,

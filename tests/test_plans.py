@@ -62,6 +62,8 @@ ALLOWED = (
             "once at a start: an index of those alone whose verdict is awaited"),
     Allowed("not exists (select 1 from operator_token)", "SCAN operator_token USING COVERING INDEX operator_token_by_tenant",
             "once at a start, and ends with the first"),
+    Allowed("select 1 from alert_group where due_at > :now limit 1", "SEARCH alert_group USING COVERING INDEX alert_group_due (due_at>?)",
+            "ends with the first"),
     Allowed("select coalesce(max(id), 0) + 1 from alert", "SCAN rule", "once at a start: all rules"),
     Allowed("json_array(rule_id, series_id, start, stop)", "SCAN late_reading", "once at a start: those that are not judged yet"),
     # The first of them, up to a limit.
@@ -352,6 +354,7 @@ async def live(folder: Path) -> Path:
         await site.cleaned()
         with plants.writing(database) as connection:
             iiot.insert_log_lines(connection, [iiot.LogLine(1, 1, 1, 1, 3, "told again", None, None, None, "its number")])
+            iiot.set_groups_back(connection)
             connection.execute("update log_line set received_at = 0")
             connection.execute("delete from log_hour")
             connection.execute("insert into log_hour select tenant_id, 0, min(id), max(id) from log_line group by tenant_id")
