@@ -155,25 +155,28 @@ def raw_insert(devices: int, frames: int, samples: int) -> float:
             return len(rows) / (time.perf_counter() - started)
 
 
-def ingest(devices: int, frames: int, samples: int, rules: Iterable[dict[str, Any]] = ()) -> float:
-    """Frames a second, from the first byte to the last ack; every point is counted in the database afterwards."""
+def ingest(devices: int, frames: int, samples: int, rules: Iterable[dict[str, Any]] = ()) -> tuple[float, float]:
+    """Frames a second, from the first byte to the last ack, and seconds of the server's processor for each; every point is counted in
+    the database afterwards."""
     with server(devices) as running:
         for number, rule in enumerate(rules):
             running.get("/rules", {"name": f"rule {number}", **rule})
         worker = Worker(send_at_full_speed, running.host, running.port, running.tokens, frames, samples, FIRST_TS)
         worker.receive()
+        before = processor_seconds(running.pid)
         worker.send()
         seconds = float(worker.receive())
+        used = processor_seconds(running.pid) - before
         worker.join()
         with closing(sqlite3.connect(running.database)) as connection:
             stored = connection.execute("select count(*) from telemetry").fetchone()[0]
         assert stored == devices * frames * samples * 2, stored
-        return devices * frames / seconds
+        return devices * frames / seconds, used / (devices * frames)
 
 
 def throughput(devices: int, frames: int, samples: int) -> None:
     points = samples * 2
-    rate = ingest(devices, frames, samples)
+    rate, _ = ingest(devices, frames, samples)
     raw = raw_insert(devices, frames, samples)
     print(
         f"frames of {points} points, {devices} devices: {rate:,.0f} frames/s, {rate * points:,.0f} points/s on disk and acknowledged; "
@@ -191,15 +194,15 @@ def alerts(devices: int, frames: int, samples: int, rounds: int) -> None:
         "a trend through every point": [{"metric": f"metric-{n}", "condition": {"slope_above": 1e9, "window": "1m"}} for n in range(2)],
         "an alert every few seconds": [{"metric": f"metric-{n}", "condition": {"above": 600}} for n in range(2)],
     }
-    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, rules in kinds.items():
-            rates[name].append(ingest(devices, frames, samples, rules))
-    without = statistics.median(rates["no rules"])
-    for name, found in rates.items():
-        rate = statistics.median(found)
-        told = ", ".join(f"{one:,.0f}" for one in found)
-        print(f"frames of {samples * 2} points, {name}: {rate:,.0f} frames/s ({told}), {rate / without - 1:+.1%}", flush=True)
+            measured[name].append(ingest(devices, frames, samples, rules))
+    without = statistics.median(used for _, used in measured["no rules"])
+    for name, found in measured.items():
+        rate, used = (statistics.median(each) for each in zip(*found, strict=True))
+        told = f"{used * 1e6:.1f} µs of the server's processor each ({used / without - 1:+.0%})"
+        print(f"frames of {samples * 2} points, {name}: {rate:,.0f} frames/s, {told}", flush=True)
 
 
 def latency(devices: int, rate: float, seconds: float) -> None:
