@@ -2331,6 +2331,11 @@ def match_expression(search: Search, words: Mapping[str, Collection[str]], who: 
 SLICES: Final = 64  # of the window of a trend: it is sharp to so fine a part, and costs no more memory with more readings
 
 
+def slice_begin(ts: int, window: int) -> int:
+    """When the slice began that a time is in: slices are the same wherever a line begins to be drawn."""
+    return ts - ts % max(1, window // SLICES)
+
+
 @attrs.frozen
 class Slice:
     """Readings that come one after the other, as a line sees them: sums of x, y, xx and xy about one of them, x in minutes."""
@@ -2371,7 +2376,7 @@ class Trend:
     def _begin(self, ts: int, value: float, first: int | None) -> None:
         """A new slice; `first`: the oldest reading that is left."""
         self._zero = ts, value
-        self._until = ts + max(1, self._window // SLICES)
+        self._until = slice_begin(ts, self._window) + max(1, self._window // SLICES)
         self._last = ts
         self._own = [0, 0.0, 0.0, 0.0, 0.0]
         self._first = ts if first is None else first
@@ -2830,7 +2835,7 @@ class Replay:
 
     __slots__ = (
         "after", "again", "fired", "is_present", "judge", "known_to", "life", "past", "reach", "recorded",
-        "says", "standing", "start", "stop",
+        "said_at", "standing", "start", "stop",
     )  # fmt: skip
 
     def __init__(self, standing: Standing, start: int, stop: int, known_to: int) -> None:
@@ -2839,13 +2844,13 @@ class Replay:
         self.standing, self.stop, self.known_to = standing, stop, known_to
         self.again: tuple[int, int] | None = None  # what else came late meanwhile
         self.judge, self.life = Judge(rule), Life(rule)
-        self.after = start - 1 - rule.condition.window
+        self.after = slice_begin(start - 1 - rule.condition.window, rule.condition.window) - 1
         self.recorded: list[tuple[int, int | None, int | None]] | None = None  # alerts that are stored: since, ended_at, resolved_at
         self.fired: list[tuple[int, int | None]] = []  # those of them that fired: since, resolved_at
         self.past: list[Episode] = []
         self.is_present = False  # it goes on from where the standing was
         self.reach: int | None = None  # since when there was an alert then, by this
-        self.says = False  # whether a reading said something
+        self.said_at = 0  # the time of the last reading that said something
 
     def is_known(self, over: Episode) -> bool:
         """Whether an alert is stored that fired, and was there in a part of its time."""
@@ -2879,9 +2884,8 @@ class Replay:
         self.hold()
 
     def hold(self) -> None:
-        """The condition holds as the alert says which was there at the start."""
-        if self.life.now is not None:
-            self.judge.holds = self.life.ended is None
+        """The condition holds as the alert says which was there at the start, and does not if there was none."""
+        self.judge.holds = self.life.now is not None and self.life.ended is None
 
     def take(self, readings: list[tuple[int, Value]]) -> list[Episode]:
         """Judge some; alerts that are over by them."""
@@ -2892,7 +2896,7 @@ class Replay:
                 self.judge.take(ts, value)
                 self.hold()
             elif (judged := self.judge.take(ts, value)) is not None:
-                self.says = True
+                self.said_at = ts
                 over.append(self.life.take(ts, judged, holds=self.judge.holds))
         return [episode for episode in over if episode is not None]
 
@@ -2900,7 +2904,7 @@ class Replay:
         beyond = self.stop + self.standing.rule.rule.condition.window
         holds = self.life.now is not None and self.life.ended is None
         is_as_known = holds == self.held(self.after) and (self.life.now is not None) == self.was_there(self.after)
-        if beyond < self.after < self.known_to and is_as_known:
+        if beyond < self.said_at and self.after < self.known_to and is_as_known:
             self.reach = None if self.life.now is None else self.life.now.since
             self.judge, self.life, self.after, self.is_present = self.standing.judge, self.standing.life, self.known_to, True
 
@@ -3274,7 +3278,7 @@ class Replays:
             else:
                 covering = over
         if present is not None and present.fired_at is not None and not replay.is_present:
-            if life.now is None and replay.says:
+            if life.now is None and replay.said_at:
                 end = covering.resolved_at if covering is not None and covering.resolved_at else source.newest
                 self._book.add_over(standing, attrs.evolve(present, resolved_at=max(end, present.fired_at)))
             else:
