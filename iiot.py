@@ -2812,6 +2812,10 @@ class Standing:
         self.replay = cast("Replay | None", None)
         self.reach: int | None = None  # since when it would be open by what came late, which may yet end before what was told began
 
+    @property
+    def is_stored_as_firing(self) -> bool:
+        return bool(self.stored) and self.stored[1] is not None
+
     def learn(self, alert_id: int, episode: Episode, ended_at: int | None, catching_up: bool, now: float) -> None:  # noqa: FBT001
         """What is stored of its alert."""
         self.alert_id, self.catching_up, self.is_learned = alert_id, catching_up, True
@@ -2834,7 +2838,7 @@ class Replay:
     Readings of a window before `start` are read too, without being judged: a trend goes through them."""
 
     __slots__ = (
-        "after", "again", "fired", "is_present", "judge", "known_to", "life", "past", "reach", "recorded",
+        "after", "again", "is_present", "judge", "known_to", "life", "past", "reach", "recorded",
         "said_at", "standing", "start", "stop",
     )  # fmt: skip
 
@@ -2845,8 +2849,7 @@ class Replay:
         self.again: tuple[int, int] | None = None  # what else came late meanwhile
         self.judge, self.life = Judge(rule), Life(rule)
         self.after = slice_begin(start - 1 - rule.condition.window, rule.condition.window) - 1
-        self.recorded: list[tuple[int, int | None, int | None]] | None = None  # alerts that are stored: since, ended_at, resolved_at
-        self.fired: list[tuple[int, int | None]] = []  # those of them that fired: since, resolved_at
+        self.recorded: list[Episode] | None = None  # alerts that are stored
         self.past: list[Episode] = []
         self.is_present = False  # it goes on from where the standing was
         self.reach: int | None = None  # since when there was an alert then, by this
@@ -2855,32 +2858,35 @@ class Replay:
     def is_known(self, over: Episode) -> bool:
         """Whether an alert is stored that fired, and was there in a part of its time."""
         last = over.resolved_at or NEVER
-        return any(begin <= last and (end is None or end >= over.since) for begin, end in self.fired)
+        return any(
+            one.fired_at is not None and one.since <= last and (one.resolved_at is None or one.resolved_at >= over.since)
+            for one in self.recorded or ()
+        )
 
     def was_there(self, moment: int) -> bool:
         """Whether there was an alert then, as it was known."""
-        return any(begin <= moment and (end or NEVER) >= moment for begin, _, end in self.recorded or ())
+        return any(one.since <= moment <= (one.resolved_at or NEVER) for one in self.recorded or ())
 
     def held(self, moment: int) -> bool:
         """Whether the condition held then, as it was known."""
-        return any(begin <= moment and (ended or end or NEVER) > moment for begin, ended, end in self.recorded or ())
+        return any(one.since <= moment < (one.ended_at or one.resolved_at or NEVER) for one in self.recorded or ())
 
     def is_over(self) -> bool:
         """Whether it ends with an alert that is known to be over: its time to be kept has passed, though no reading says so."""
         episode, ended = self.life.now, self.life.ended
         if episode is None or ended is None:
             return False
-        return any(begin <= ended and end is not None and end >= episode.since for begin, _, end in self.recorded or ())
+        return any(one.since <= ended and one.resolved_at is not None and one.resolved_at >= episode.since for one in self.recorded or ())
 
     def begin(self, recorded: list[list[Any]]) -> None:
         """With what is stored: alerts that were not over before the start."""
-        self.recorded = [(since, ended_at, resolved_at) for since, _, _, ended_at, resolved_at in recorded]
-        self.fired = [(since, resolved_at) for since, _, fired_at, _, resolved_at in recorded if fired_at is not None]
-        for since, value, fired_at, ended_at, resolved_at in recorded:
-            is_over = resolved_at is not None and ended_at is not None and ended_at < self.start
-            if since < self.start and not is_over:
-                self.life.now = Episode(since, value, fired_at if fired_at is not None and fired_at < self.start else None)
-                self.life.ended = ended_at if ended_at is not None and ended_at < self.start else None
+        self.recorded = [Episode(*cells) for cells in recorded]
+        for one in self.recorded:
+            has_ended = one.ended_at is not None and one.ended_at < self.start
+            if one.since < self.start and not (has_ended and one.resolved_at is not None):
+                had_fired = one.fired_at is not None and one.fired_at < self.start
+                self.life.now = Episode(one.since, one.value, one.fired_at if had_fired else None)
+                self.life.ended = one.ended_at if has_ended else None
         self.hold()
 
     def hold(self) -> None:
@@ -3117,7 +3123,7 @@ class AlertBook:
         if over is None:
             return
         unwritten = self.work.open.pop(standing.alert_id or 0, None)
-        is_known = standing.stored[1:2] not in ((), (None,)) and not standing.catching_up
+        is_known = standing.is_stored_as_firing and not standing.catching_up
         was_told = is_known and (unwritten is None or not unwritten.told)
         is_stored, standing.catching_up = standing.alert_id is not None, not was_told
         row = self._row(standing, over, over.ended_at or over.resolved_at, reason, "resolved" if was_told else "")
@@ -3158,7 +3164,7 @@ class AlertBook:
             if not standing.rule.is_kept and not standing.lines and standing.replay is None:
                 source.standings.pop(standing.rule.id, None)
             return
-        was_firing = standing.stored[1:2] not in ((), (None,))
+        was_firing = standing.is_stored_as_firing
         if episode.fired_at is not None and not was_firing:
             standing.catching_up = behind > self._limits.behind_seconds * 1000
             standing.lag, standing.looked_at = behind, now
@@ -8303,7 +8309,7 @@ def readings_for_watch(
     recorded = "[]"
     if wanted.is_first:
         (recorded,) = connection.execute(
-            f"""select json_group_array(json_array(since, {exact_sql("value")}, fired_at, ended_at, resolved_at)) from (
+            f"""select json_group_array(json_array(since, {exact_sql("value")}, fired_at, resolved_at, ended_at)) from (
                     select * from (select since, value, fired_at, ended_at, resolved_at from alert
                                    where device_id = :device and rule_id = :rule and resolved_at > :after order by resolved_at limit :most)
                     union all select since, value, fired_at, ended_at, resolved_at from alert
@@ -12694,6 +12700,8 @@ Moment = NewType("Moment", int)
 Duration = NewType("Duration", int)
 Names = NewType("Names", tuple[str, ...])
 Aggregates = NewType("Aggregates", tuple[str, ...])
+AlertStatuses = NewType("AlertStatuses", tuple[str, ...])
+NotificationStatus = NewType("NotificationStatus", str)
 FUTURE: Final = Moment(LATEST)
 AGGREGATES_MOST: Final = 8  # values of a bucket: an answer grows with them
 
@@ -12852,7 +12860,7 @@ class AlertQuery:
 
     limit: int | None = None
     after: int | None = None
-    status: Names | None = None
+    status: AlertStatuses | None = None
     severity: Severity | None = None
     rule: str | None = None
     match: str | None = None
@@ -12928,6 +12936,10 @@ def query_aggregates(values: object, _: object) -> Aggregates:
     return Aggregates(names)
 
 
+def query_statuses(values: object, _: object) -> AlertStatuses:
+    return AlertStatuses(tuple(map(one_of("pending", "firing", "resolved"), query_names(values, None))))
+
+
 def query_duration(values: object, _: object) -> Duration:
     milliseconds = parse_duration(one_value(values))
     if not 0 < milliseconds <= 3_660 * DAY:
@@ -12947,6 +12959,9 @@ def make_query_converter() -> Converter:
     converter.register_structure_hook(LogLevel, lambda values, _: LogLevel(one_of(*LEVELS)(one_value(values), None)))
     converter.register_structure_hook(Severity, lambda values, _: Severity(one_of(*SEVERITIES)(one_value(values), None)))
     converter.register_structure_hook(Aggregates, query_aggregates)
+    converter.register_structure_hook(AlertStatuses, query_statuses)
+    is_status = one_of("waiting", "delivered", "given_up")
+    converter.register_structure_hook(NotificationStatus, lambda values, _: NotificationStatus(is_status(one_value(values))))
 
     def structure_query(cls: type[Any]) -> Callable[[Any, Any], Any]:
         renames = {field.name: override(rename=field.name.rstrip("_")) for field in attrs.fields(cls)}
@@ -14066,14 +14081,8 @@ async def remove_rule(call: Call) -> web.StreamResponse:
     return web.Response(status=204)
 
 
-STATUSES: Final = ("pending", "firing", "resolved")
-
-
 async def list_alerts(call: Call) -> web.StreamResponse:
     query: AlertQuery = call.query
-    for status in query.status or ():
-        if status not in STATUSES:
-            raise Refusal("bad_query", FieldError("status", f"is not one of {', '.join(STATUSES)}"))
     severities = None if query.severity is None else tuple(SEVERITIES)[SEVERITIES[query.severity] - 1 :]
     wanted = AlertFilter(
         query.status, severities, query.rule, query.match, query.acknowledged, query.silenced, query.from_, query.to_
@@ -14144,7 +14153,7 @@ class NotificationQuery:
     limit: int | None = None
     after: int | None = None
     webhook: int | None = None
-    status: str | None = None
+    status: NotificationStatus | None = None
 
 
 async def list_webhooks(call: Call) -> web.StreamResponse:
@@ -14208,8 +14217,6 @@ async def test_webhook(call: Call) -> web.StreamResponse:
 
 async def list_notifications(call: Call) -> web.StreamResponse:
     query: NotificationQuery = call.query
-    if query.status not in (None, "waiting", "delivered", "given_up"):
-        raise Refusal("bad_query", FieldError("status", "is not one of waiting, delivered, given_up"))
     after = INTEGERS - 1 if query.after is None else query.after
     read = call.services.store.read.notifications
     return json_response(await read.notifications(call.tenant, query.webhook, query.status, call.page(), after))

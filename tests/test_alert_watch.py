@@ -104,7 +104,7 @@ class Stored:
     def look_up(self, wanted: iiot.ReadingsWanted) -> tuple[list[list[Any]], list[Reading]]:
         after = wanted.after
         recorded = [
-            [kept.since, kept.value, kept.fired_at, kept.ended_at, kept.resolved_at] for kept in self.alerts.values()
+            [kept.since, kept.value, kept.fired_at, kept.resolved_at, kept.ended_at] for kept in self.alerts.values()
             if wanted.is_first and (kept.resolved_at is None or kept.resolved_at > after)
         ]  # fmt: skip
         if wanted.is_first and wanted.needs_before:
