@@ -4893,6 +4893,7 @@ class Shares:
         self._pace = Pace(limits.pending_points, limits.turns_alone)
         self.checkpoint_pages = limits.checkpoint_pages  # the log is copied by a commit, for which everybody waits
         self._shares: dict[int | None, Share] = {}
+        self.own = Share(self._pace, Backlog(limits.backlog_bytes))  # of what the server does by itself: nobody has less turns for it
         self._lately: dict[Share, float] = {}  # those that were used within a moment, and when
         self._seconds = 2e-6  # for a weight of one; measured from the first transaction on
 
@@ -4914,7 +4915,9 @@ class Shares:
         wanting = sum(share.crowded for share in used)
         left = sum(share.weight for share in used if not share.crowded)
         for share in used:
-            share.used, share.weight, self._lately[share] = False, 0, now
+            share.used, share.weight = False, 0
+            if share is not self.own:
+                self._lately[share] = now
         self._lately = {share: at for share, at in self._lately.items() if now - at < limits.alone_seconds}
         tenants = len(self._lately)
         together = limits.pending_points if tenants < 2 else min(limits.pending_points, round(limits.transaction_seconds / self._seconds))
@@ -7975,9 +7978,9 @@ SILENCED_SQL: Final = f"""(
 # Whether somebody said that they know of it, and that is so still.
 ACKNOWLEDGED_SQL: Final = "(alert.acknowledged is not null and coalesce(alert.acknowledged ->> 'until', :now + 1) > :now)"
 # Whether its device is known to be offline by an alert of its own, which says enough.
-HELD_BACK_SQL: Final = """(alert.kind <> 'offline' and exists (
-    select 1 from alert offline where offline.device_id = alert.device_id and offline.kind = 'offline'
-    and offline.resolved_at is null and offline.fired_at is not null))"""
+OFFLINE_SQL: Final = """select 1 from alert offline where offline.device_id = alert.device_id and offline.kind = 'offline'
+    and offline.resolved_at is null and offline.fired_at is not null"""
+HELD_BACK_SQL: Final = f"(alert.kind <> 'offline' and exists ({OFFLINE_SQL}))"
 # Whether nothing new is known of what it tells of: its device is offline, or its readings are older than :fresh.
 STALE_SQL: Final = """(alert.kind not in ('offline', 'absent') and alert.resolved_at is null and (
     (presence.connected = 0 and presence.disconnected_at is not null)
@@ -8369,12 +8372,11 @@ def begin_watch(connection: sqlite3.Connection, watch: AlertWatch, limits: Limit
 # Owns: every line of SQL about receivers, which alerts they are to be told of, and what is sent to them. Must not know: HTTP, sockets,
 # in which form they are told.
 
-SEVERITY_SQL: Final = "case alert.severity when 'info' then 1 when 'warning' then 2 when 'error' then 3 else 4 end"
+SEVERITY_SQL: Final = " ".join(("case alert.severity", *(f"when '{name}' then {number}" for name, number in SEVERITIES.items()), "end"))
 # Of an alert with its device and a receiver: whether the receiver may be told of it at :now. That a device is offline holds back its other
 # alerts from those receivers alone that are told of that.
 TELLABLE_SQL: Final = f"""(alert.catching_up = 0 and {SILENCED_SQL} is null and not (alert.kind <> 'offline' and exists (
-    select 1 from alert offline where offline.device_id = alert.device_id and offline.kind = 'offline'
-    and offline.resolved_at is null and offline.fired_at is not null and (webhook.rule is null or webhook.rule = offline.rule)
+    {OFFLINE_SQL} and (webhook.rule is null or webhook.rule = offline.rule)
     and {SEVERITY_SQL.replace("alert.", "offline.")} >= webhook.severity)))"""
 # Whether it concerns the receiver, and what it is grouped by.
 CONCERNS_SQL: Final = f"""({SEVERITY_SQL} >= webhook.severity and (webhook.rule is null or webhook.rule = alert.rule)
@@ -9305,14 +9307,14 @@ class Writer:
         self._work.set()
 
     async def change(self, function: Callable[[sqlite3.Connection], T], share: Share | None = None, weight: int | None = None) -> T:
-        """Run a control operation in the next transaction; returns after the commit. `share`: of the tenant whose operation it is;
-        `weight`: if it is known to be more than that of others. Refusal: storage_unavailable, or its own."""
+        """Run a control operation in the next transaction; returns after the commit. `share`: of the tenant whose operation it is,
+        without it the server's own; `weight`: if it is known to be more than that of others. Refusal: storage_unavailable, or its own."""
         if self._stopping:
             raise Refusal("storage_unavailable")
         change = Change(function, asyncio.get_running_loop().create_future())
         change.future.add_done_callback(lambda future: future.cancelled() or future.exception())  # its caller may be gone
         self._pending.changes.append(change)
-        self.weigh(share or self._shares.of(None), weight or self._limits.change_points)
+        self.weigh(share or self._shares.own, weight or self._limits.change_points)
         await asyncio.wait((change.future,), timeout=self._limits.storage_seconds)
         if not change.future.done() and change in self._pending.changes:
             self._pending.changes.remove(change)
@@ -11618,9 +11620,7 @@ class Dispatcher:
             for telling in tellings:
                 write_telling(connection, telling)
 
-        tenants = {group.tenant_id for group in due}
-        share = self._store.allowances.shares.of(tenants.pop() if len(tenants) == 1 else None)
-        await self._store.writer.change(write, share, self._limits.removed_rows)
+        await self._store.writer.change(write, weight=self._limits.removed_rows)
         if any(telling.message_id for telling in tellings):
             self._courier.wanted.set()
 
