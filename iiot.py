@@ -8187,6 +8187,12 @@ class AlertFilter:
     alert_id: int | None = None
 
 
+def alert_times(limits: Limits) -> dict[str, int]:
+    """What SQL about alerts calls :now, and :fresh."""
+    now = now_ms()
+    return {"now": now, "fresh": now - round(limits.stale_seconds * 1000)}
+
+
 class AlertReads(Queries):
     """Questions about a tenant's rules, alerts and silences."""
 
@@ -8218,7 +8224,7 @@ class AlertReads(Queries):
                 and (:silenced is null or :silenced = ({SILENCED_SQL} is not null))
                 and alert.since < :stop and (alert.resolved_at is null or alert.resolved_at >= :start) order by alert.id desc""",
             limit, tenant=tenant, after=after, alert=wanted.alert_id, rule=wanted.rule, match=wanted.match, start=wanted.start,
-            stop=wanted.stop, acknowledged=wanted.acknowledged, silenced=wanted.silenced, **self._now(),
+            stop=wanted.stop, acknowledged=wanted.acknowledged, silenced=wanted.silenced, **alert_times(self._limits),
             statuses=None if wanted.statuses is None else bind(wanted.statuses)[0],
             severities=None if wanted.severities is None else bind(wanted.severities)[0],
         )  # fmt: skip
@@ -8230,10 +8236,6 @@ class AlertReads(Queries):
             f"select id position, {SILENCE_JSON} item from silence where tenant_id = :tenant and id > :after order by id",
             limit, tenant=tenant, after=after, most=self._limits.silenced_shown, now=now_ms(),
         )  # fmt: skip
-
-    def _now(self) -> dict[str, int]:
-        now = now_ms()
-        return {"now": now, "fresh": now - round(self._limits.stale_seconds * 1000)}
 
     async def sessions(
         self, tenant: int, devices: list[str], start: int, stop: int, limit: int
@@ -8387,8 +8389,7 @@ GROUP_KEY_SQL: Final = """case webhook.group_by when 'rule' then alert.rule when
 # The fields of `AlertShown`.
 ALERT_SHOWN_SQL: Final = f"""json_array(alert.rule, coalesce(device.name, device.old_name), tenant.name, alert.severity, alert.metric,
     json(alert.labels), alert.text, {exact_sql("alert.value")}, alert.fired_at, alert.resolved_at, alert.reason,
-    json(case when alert.resolved_at is null and exists (
-        select 1 from presence where presence.device_id = device.id and not connected) then 'true' else 'false' end))"""
+    json(case when {STALE_SQL} then 'true' else 'false' end))"""
 WEBHOOK_JSON: Final = f"""json_set(shown, '$.id', id, '$.created_at', {time_sql("created_at")},
     '$.old_secret_until', {time_sql("case when old_until > :now then old_until end")})"""
 NOTIFICATION_JSON: Final = f"""json_object('id', id, 'at', {time_sql("at")}, 'webhook', webhook_id,
@@ -8659,6 +8660,10 @@ def mark_notification(connection: sqlite3.Connection, notification_id: int, atte
 class NotificationReads(Queries):
     """Queries over receivers, what they are to be told, and what is sent to them."""
 
+    def __init__(self, readers: Readers, limits: Limits) -> None:
+        super().__init__(readers)
+        self._limits = limits
+
     async def has_old(self, before: int) -> bool:
         """Whether there are notifications from before a time that are sent no more."""
         where = {"before": before}
@@ -8772,9 +8777,10 @@ class NotificationReads(Queries):
                     (select json_group_array(json(item)) from (
                         select {ALERT_SHOWN_SQL} item from member cross join alert on alert.id = member.id
                         cross join device on device.id = alert.device_id cross join tenant on tenant.id = alert.tenant_id
+                        left join presence on presence.device_id = device.id
                         where place <= :shown order by place)))""",
-            {"tenant": tenant, "webhook": group.webhook_id, "key": group.key, "repeat": group.repeat, "now": now_ms(),
-             "shown": shown, "most": most}, seconds,
+            {"tenant": tenant, "webhook": group.webhook_id, "key": group.key, "repeat": group.repeat, "shown": shown, "most": most,
+             **alert_times(self._limits)}, seconds,
         )  # fmt: skip
         return Content(*orjson.loads(row or b"[0, 0, 0, 0, 0, [], [], []]"))
 
@@ -9468,7 +9474,7 @@ class Reads(Queries):
         self.pushes = PushReads(keys)
         self.logs = LogReads(readers, limits)
         self.alerts = AlertReads(readers, limits)
-        self.notifications = NotificationReads(readers)
+        self.notifications = NotificationReads(readers, limits)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(

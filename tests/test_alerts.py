@@ -10,6 +10,7 @@ import attrs
 import plant as plants
 import pytest
 from plant import Device, Plant
+from receivers import receiver, told_to
 
 import iiot
 
@@ -492,3 +493,22 @@ async def test_a_metric_may_have_any_printable_name(plant: Plant) -> None:
     assert (alert["metric"], alert["text"]) == (name, f"{name} of press-1: 9")
     status, answer = await plant.ask("POST", "/rules", {"name": "other", "metric": 'a"b\n', "condition": {"above": 5}})
     assert (status, answer["error"]["details"][0]["path"]) == (422, "metric")
+
+
+async def test_what_is_stale_is_told_as_it_is_listed(tmp_path: Path) -> None:
+    """Of its device being offline an alert knows all there is to know."""
+    async with plants.plant(tmp_path, QUICK, webhook_networks="127.0.0.0/8") as plant, receiver() as hook:
+        device = await plant.device("press-1")
+        await rule(plant, {"above": 5}, severity="info")
+        await level(device, 9)
+        await until(plant, ("press-1", "hot", "firing", 9))
+        await device.close()
+        await plant.until("/alerts", lambda answer: answer["items"][0]["stale"])
+        await told_to(plant, hook.url, rule="hot")
+        await rule(plant, {"offline": "10ms"}, "gone")
+        await told_to(plant, hook.url, rule="gone")
+        told = {}
+        for _ in range(2):
+            (alert,) = (await hook.next()).json["alerts"]
+            told[alert["labels"]["alertname"]] = alert["annotations"].get("stale")
+        assert told == {"hot": "true", "gone": None}
