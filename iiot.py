@@ -2795,8 +2795,7 @@ class Standing:
     """How a rule stands with a device, where there is something to be kept of it."""
 
     __slots__ = (
-        "alert_id", "catching_up", "is_learned", "judge", "lag", "life", "lines", "looked_at", "reach",
-        "replay", "rule", "source", "stored",
+        "alert_id", "catching_up", "judge", "lag", "life", "lines", "looked_at", "reach", "replay", "rule", "source", "stored",
     )  # fmt: skip
 
     def __init__(self, rule: WatchedRule, source: Source) -> None:
@@ -2807,7 +2806,6 @@ class Standing:
         self.alert_id: int | None = None  # of the row that is stored
         self.stored: tuple[object, ...] = ()  # what it says: since, fired_at, ended_at, catching_up
         self.catching_up = False
-        self.is_learned = False  # from what is stored of its alert; the readings that led to it are not known
         self.lag, self.looked_at = 0, 0.0  # how far its readings were behind, and when that was seen
         self.replay = cast("Replay | None", None)
         self.reach: int | None = None  # since when it would be open by what came late, which may yet end before what was told began
@@ -2818,7 +2816,7 @@ class Standing:
 
     def learn(self, alert_id: int, episode: Episode, ended_at: int | None, catching_up: bool, now: float) -> None:  # noqa: FBT001
         """What is stored of its alert."""
-        self.alert_id, self.catching_up, self.is_learned = alert_id, catching_up, True
+        self.alert_id, self.catching_up = alert_id, catching_up
         self.life.now, self.life.ended = episode, ended_at
         self.judge.holds = ended_at is None
         self.stored = (episode.since, episode.fired_at, ended_at, catching_up)
@@ -3388,10 +3386,10 @@ class AlertWatch:
         self._more = news.more
         rule_id, page = self.pages.came(news.page)
         for row in page:
-            self._learn_device(row, rule_id, now, wall)
+            self._learn_device(row, rule_id, now, wall, at_start=rule_id is None)
         self._replays.go_on(news.readings, now, wall)
 
-    def _learn_device(self, row: list[Any], rule_id: int | None, now: float, wall: int) -> None:
+    def _learn_device(self, row: list[Any], rule_id: int | None, now: float, wall: int, *, at_start: bool = False) -> None:
         """A device that is new, changed or wanted, with all rules or one."""
         number, tenant_id, name, labels, is_disabled, is_connected, disconnected_at, series, alerts = row
         if name is None or is_disabled:
@@ -3407,7 +3405,7 @@ class AlertWatch:
         for alert_id, alert_rule, *episode in alerts:
             self._learn_alert(device, alert_id, alert_rule, episode, now)
         for source, value in fresh:
-            self._judge_newest(source, value, now, wall)
+            self._judge_newest(source, value, now, wall, at_start=at_start)
         self._learn_presence(device, is_connected, disconnected_at, now, wall)
 
     def _place(self, device: WatchedDevice, rule_id: int | None, now: float, wall: int) -> None:
@@ -3432,17 +3430,16 @@ class AlertWatch:
             source.newest = source.base = ts
             yield source, value
 
-    def _judge_newest(self, source: Source, value: Value, now: float, wall: int) -> None:
-        """Rules that do not know a series yet judge its newest reading, or all of a window before it."""
+    def _judge_newest(self, source: Source, value: Value, now: float, wall: int, *, at_start: bool) -> None:
+        """Rules that do not know a series yet judge its newest reading, or all of a window before it; at a start they only read that
+        window again, as it was judged when it came."""
         newest = source.newest
         for rule in source.rules.rules:
             standing = source.standings.get(rule.id)
             if rule.is_kept:
-                if standing is None:
-                    self._replays.begin(self._standing(source, rule), max(1, newest - rule.rule.condition.window), newest, 0)
-                elif standing.is_learned:
-                    standing.is_learned = False
-                    self._replays.begin(standing, newest + 1, newest, 0)
+                if standing is None or at_start:
+                    begin = newest + 1 if at_start else max(1, newest - rule.rule.condition.window)
+                    self._replays.begin(self._standing(source, rule), begin, newest, 0)
             elif standing is None and rule.kind != "absent" and not rule.is_quiet(value):
                 self._feed(self._standing(source, rule), [(newest, value)], now, wall)
 
