@@ -2513,14 +2513,15 @@ def check_rule(rule: Rule) -> None:
 
 
 class Judge:
-    """Says of each reading of a series, in the order of their times, whether a condition holds. Text is a reading for `equals` alone."""
+    """Says of each reading of a series, in the order of their times, whether a condition holds, and whether an alert that is there
+    stays, as the reading is not beyond its clear value. Text is a reading for `equals` alone."""
 
     def __init__(self, rule: Rule) -> None:
         self._condition = rule.condition
         self._clear = rule.clear
         self._trend = Trend(rule.condition.window)
         self._before: float | None = None
-        self.holds = False
+        self.holds = self.stays = False
 
     def take(self, ts: int, value: Value) -> Value | None:
         """What was judged: the value, its change, its slope a minute or what it will be; None where this says nothing."""
@@ -2530,8 +2531,8 @@ class Judge:
             return value
         judged = None if isinstance(value, str) else self._measure(ts, float(value))
         if judged is not None:
-            is_beyond = self._is_beyond(judged, cast("float", condition.limit), condition.upper)
-            self.holds = is_beyond or (self.holds and not self._is_clear(judged))
+            self.holds = self._is_beyond(judged, cast("float", condition.limit), condition.upper)
+            self.stays = not self._is_clear(judged)
         return judged
 
     def _measure(self, ts: int, value: float) -> float | None:
@@ -2558,7 +2559,7 @@ class Judge:
         return judged >= limit  # changed by
 
     def _is_clear(self, judged: float) -> bool:
-        """Whether a condition that held does so no more, where that asks for more than not to be beyond."""
+        """Whether an alert ends, where that asks for more than not to be beyond."""
         if self._clear is None:
             return True
         return judged >= self._clear if self._condition.kind.endswith("below") else judged <= self._clear
@@ -2598,10 +2599,10 @@ class Life:
             return episode
         return None
 
-    def take(self, moment: int, value: Value | None, *, holds: bool) -> Episode | None:
-        """From this moment on the condition holds, or does not; an alert that is over."""
+    def take(self, moment: int, value: Value | None, *, holds: bool, stays: bool = False) -> Episode | None:
+        """From this moment on the condition holds, or does not, but what there is `stays`; an alert that is over."""
         over = self.advance(moment - 1) if self.now is not None and not holds else self.advance(moment)
-        if holds:
+        if holds or (stays and self.now is not None and self.ended is None):
             self.now = self.now or Episode(moment, value)
             self.ended = None
         elif self.now is not None and self.now.fired_at is None:
@@ -2639,7 +2640,7 @@ class Trial:
             self._add(self._life.take(ts, None, holds=False))
             self._last = ts
         elif (judged := self._judge.take(ts, value)) is not None:
-            self._add(self._life.take(ts, judged, holds=self._judge.holds))
+            self._add(self._life.take(ts, judged, holds=self._judge.holds, stays=self._judge.stays))
 
     def take_presence(self, ts: int, *, is_connected: bool) -> None:
         if is_connected:
@@ -2822,7 +2823,6 @@ class Standing:
         """What is stored of its alert."""
         self.alert_id, self.catching_up = alert_id, catching_up
         self.life.now, self.life.ended = episode, ended_at
-        self.judge.holds = ended_at is None
         self.stored = (episode.since, episode.fired_at, ended_at, catching_up)
         self.looked_at = now
 
@@ -2889,23 +2889,16 @@ class Replay:
                 had_fired = one.fired_at is not None and one.fired_at < self.start
                 self.life.now = Episode(one.since, one.value, one.fired_at if had_fired else None)
                 self.life.ended = one.ended_at if has_ended else None
-        self.hold()
-
-    def hold(self) -> None:
-        """The condition holds as the alert says which was there at the start, and does not if there was none."""
-        self.judge.holds = self.life.now is not None and self.life.ended is None
 
     def take(self, readings: list[tuple[int, Value]]) -> list[Episode]:
         """Judge some; alerts that are over by them."""
         over = list[Episode | None]()
         for ts, value in readings:
             self.after = ts
-            if ts < self.start:
-                self.judge.take(ts, value)
-                self.hold()
-            elif (judged := self.judge.take(ts, value)) is not None:
+            judged = self.judge.take(ts, value)
+            if judged is not None and ts >= self.start:
                 self.said_at = ts
-                over.append(self.life.take(ts, judged, holds=self.judge.holds))
+                over.append(self.life.take(ts, judged, holds=self.judge.holds, stays=self.judge.stays))
         return [episode for episode in over if episode is not None]
 
     def look_whether_present(self) -> None:
@@ -3539,7 +3532,8 @@ class AlertWatch:
         standing.source.came(readings[-1][0], now)
         for ts, value in readings:
             if (judged := standing.judge.take(ts, value)) is not None:
-                self._book.add_over(standing, standing.life.take(ts, judged, holds=standing.judge.holds))
+                over = standing.life.take(ts, judged, holds=standing.judge.holds, stays=standing.judge.stays)
+                self._book.add_over(standing, over)
         self._book.settle(standing, now, wall - readings[-1][0])
 
     def _take(self, standing: Standing, moment: int, value: Value | None, now: float, *, holds: bool, behind: int = 0) -> None:
