@@ -3453,9 +3453,9 @@ class AlertWatch:
             source_of_all.base = wall
             for standing in list(source_of_all.standings.values()):
                 self._take(standing, wall, None, now, holds=False)
-        elif not source_of_all.newest:
-            source_of_all.came(disconnected_at or 0, now)
-            self._timers.plan(source_of_all, now + source_of_all.rules.gap / 1000)
+        elif disconnected_at is not None and not source_of_all.newest:
+            source_of_all.came(disconnected_at, now - max(0, wall - disconnected_at) / 1000)
+            self._timers.plan(source_of_all, now)
 
     def _learn_alert(self, device: WatchedDevice, alert_id: int, rule_id: int, episode: list[Any], now: float) -> None:
         """An alert that is open in the database: at a start, or one that nothing looks after."""
@@ -3546,7 +3546,7 @@ class AlertWatch:
         standing = source.standings.get(rule.id)
         if standing is not None:
             begun = standing.life.now.since if standing.life.now is not None else 0
-            self._take(standing, max(begun, newer[0] if newer else readings[-1][0]), None, now, holds=False)
+            self._take(standing, next((ts for ts in newer if ts >= begun), max(begun, readings[-1][0])), None, now, holds=False)
         else:
             newer = [source.newest, *newer] if source.newest else newer
         past = Standing(rule, source)
@@ -8363,6 +8363,7 @@ def begin_watch(connection: sqlite3.Connection, watch: AlertWatch, limits: Limit
         while (wanted := watch.pages.ask()) is not None:
             watch.learn(AlertNews(page=devices_for_watch(connection, wanted, limits.alert_devices)), time.monotonic(), now_ms())
         watch.learn_late(late_for_watch(connection))
+    watch.awake = time.monotonic()  # nothing came before, though it is known of much: silence is measured from now on
 
 
 # ==== Notifications ====

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ async def until(plant: Plant, *wanted: Shown, query: str = "") -> list[dict[str,
     except (TimeoutError, AssertionError):
         assert await shown(plant, query) == list(wanted)
     return await alerts(plant, query)
+
+
+def moment(text: str) -> int:
+    return round(datetime.fromisoformat(text).timestamp() * 1000)
 
 
 async def level(device: Device, *values: Any, ago: float = 0.0, step: float = 1.0, metric: str = "level") -> None:
@@ -419,6 +424,46 @@ async def test_after_a_standstill_silence_is_measured_anew(tmp_path: Path) -> No
         plant.token = token
         await asyncio.sleep(0.5)
         assert await alerts(plant) == []
+
+
+async def test_after_a_standstill_no_silence_is_said_to_have_begun_in_it(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, QUICK) as plant:
+        await level(await plant.device("press-1"), 1)
+        await rule(plant, {"absent": "1s"}, "silent")
+        await rule(plant, {"offline": "1s"}, "gone")
+        token = plant.token
+    await asyncio.sleep(0.5)  # the standstill
+    began = iiot.now_ms()
+    async with plants.plant(tmp_path, QUICK) as plant:
+        plant.token = token
+        found = await plant.until("/alerts?status=firing", lambda answer: len(answer["items"]) == 2)
+        assert all(moment(alert["since"]) >= began + 1 * SECOND for alert in found["items"])
+
+
+async def test_what_comes_later_from_before_a_silence_was_noticed_does_not_make_it_nothing(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, QUICK) as plant:
+        device, began = await plant.device("press-1"), iiot.now_ms()
+        await rule(plant, {"absent": "1s"}, "silent")
+        await device.store({"ts": began, "values": {"level": 1}})
+        (alert,) = await until(plant, ("press-1", "silent", "firing", None))
+        came = iiot.now_ms()
+        await device.store({"ts": began + SECOND // 2, "values": {"level": 1}}, {"ts": came, "values": {"level": 1}})
+        (alert,) = await until(plant, ("press-1", "silent", "resolved", None))
+        assert (moment(alert["since"]), moment(alert["resolved_at"])) == (began + SECOND, came)
+
+
+async def test_a_new_rule_finds_a_device_that_has_been_gone_for_its_time(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, QUICK, webhook_networks="127.0.0.0/8") as plant, receiver() as hook:
+        await told_to(plant, hook.url)
+        await (await plant.device("press-1")).close()
+        await plant.until("/iiot/press-1", lambda device: device["disconnected_at"])
+        await asyncio.sleep(2.1)  # it is gone
+        number = await rule(plant, {"offline": "2s"}, "gone")
+        assert (await hook.next()).devices == {"press-1": "firing"}
+        (alert,), (told,) = await alerts(plant), (await plant.get("/notifications"))["items"]
+        gone_at, made_at = (await plant.get("/iiot/press-1"))["disconnected_at"], (await plant.get(f"/rules/{number}"))["changed_at"]
+        assert moment(alert["since"]) == moment(gone_at) + 2 * SECOND
+        assert moment(told["at"]) < moment(made_at) + 2 * SECOND
 
 
 async def test_rules_have_names_of_their_own_and_a_number(plant: Plant) -> None:
