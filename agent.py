@@ -47,7 +47,7 @@ import threading
 import time
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import Field, dataclass, field, fields
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
@@ -2556,6 +2556,60 @@ class Refusals:
             await self._spool.put_first([], frame)
 
 
+class Configurations:
+    """Applies the configurations that the server wants. `applied` is told when one is, so that the state can follow."""
+
+    def __init__(self, command: str, file: AppliedConfig, spool: Spool, level: Level, applied: Callable[[], Awaitable[None]]) -> None:
+        self._command = command
+        self._file = file
+        self._spool = spool
+        self._level = level
+        self._applied = applied
+        self.version, self._document = file.read()
+        level.follow(self._document)
+        self._wanted: dict[str, Any] | None = None  # the newest one that was not looked at yet
+        self._wanted_changed = asyncio.Event()
+
+    def want(self, config: dict[str, Any] | None) -> None:
+        if config is not None:
+            self._wanted = config
+            self._wanted_changed.set()
+
+    async def run(self) -> None:
+        """Apply the newest configuration that came, answer, then tell of it."""
+        while True:
+            await self._wanted_changed.wait()
+            self._wanted_changed.clear()
+            wanted, self._wanted = self._wanted, None
+            if wanted is not None:
+                await self._apply(wanted["version"], wanted["document"])
+
+    async def _apply(self, version: int, document: object) -> None:
+        status, message, errors = "applied", "", config_errors(document)
+        known = version == self.version and same(document, self._document)
+        if errors:
+            status, message = "rejected", f"{errors[0]['path']} {errors[0]['message']}"
+        elif self._command and not known:
+            await self._spool.put({"type": "config_status", "version": version, "status": "in_progress"})
+            status, message = await run_on_config(self._command, document)
+        if status == "applied":
+            try:
+                self._file.write(version, document)
+            except OSError as error:
+                status, message = "rejected", f"cannot keep it: {error.strerror}"
+        log.info("configuration %d %s %s", version, status, message)
+        verdict: dict[str, Any] = {"type": "config_status", "version": version, "status": status}
+        if message:
+            verdict["message"] = message
+        if errors:
+            verdict["errors"] = errors
+        await self._spool.put(verdict)
+        if status == "applied":
+            self.version, self._document = version, document
+            self._level.follow(document)
+            await self._applied()
+
+
 class Agent:
     """Holds a session to the server, and comes back when it breaks."""
 
@@ -2564,7 +2618,7 @@ class Agent:
         self._name = options.name or re.sub(r"[^A-Za-z0-9._:-]", "-", socket.gethostname())[:64] or "device"
         self._token_file = TokenFile(Path(options.token_file or f"{self._name}.token"))
         self._token = options.token or self._token_file.read()
-        self._applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
+        applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
         self._ledger = Ledger(SpoolFile(Path(options.spool_file)), options.spool_bytes) if options.spool_file else None
         self._spool = Spool(options.spool, self._ledger)
         for name in ("log_file", "journal", "own_log", "spool_file"):
@@ -2572,18 +2626,15 @@ class Agent:
                 raise AgentError(f"--replay sends a recording alone; leave out --{name.replace('_', '-')}")
         self._replay = Replay(options, self._spool) if options.replay else None
         self._refusals = Refusals(self._spool, self._replay.recording.losses if self._replay else None)
-        self._config_version, self._config_document = self._applied.read()
+        self._level = Level()
+        self._configurations = Configurations(options.on_config, applied, self._spool, self._level, self._report_state)
         self._cursors = Cursors(Path(options.cursor_file or f"{self._name}.cursors.json"))
         if options.log_file or options.journal:
             self._cursors.read()
         self._spool.load(self._cursors)
-        self._level = Level()
-        self._level.follow(self._config_document)
         self._reported: dict[str, Any] | None = None
         self._held_until = 0.0  # until then the server takes nothing
         self._answered = 0.0  # when the server last acknowledged something, or until when it said that it will not
-        self._wanted: dict[str, Any] | None = None  # the newest configuration that was not looked at yet
-        self._wanted_changed = asyncio.Event()
         self._report = asyncio.Event()
         self._dropped = 0
         self._token_is_kept = bool(self._token) and not options.token
@@ -2600,7 +2651,7 @@ class Agent:
         """Until the recording is delivered, or for ever. AgentError when the server refuses the device."""
         source = self._replay.run() if self._replay else self._observe()
         log_sources = log_steps(self._options, self._spool, self._level, self._cursors)
-        steps = {"source": source, "link": self._stay_connected(), "configure": self._apply_configs(), **log_sources}
+        steps = {"source": source, "link": self._stay_connected(), "configure": self._configurations.run(), **log_sources}
         if self._ledger is not None:
             steps["spool"] = self._ledger.keep(self._spool.size, functools.partial(self._spool.records, self._cursors))
         tasks = [asyncio.create_task(step, name=name) for name, step in steps.items()]
@@ -2629,51 +2680,12 @@ class Agent:
 
     async def _report_state(self) -> None:
         """What this machine is, whole at the first time, then what changed."""
-        state = {**describe_machine(), "config_version": self._config_version}
+        state = {**describe_machine(), "config_version": self._configurations.version}
         if self._reported is None:
             await self._spool.put({"type": "state", "mode": "replace", "reported": state})
         elif changed := merge_difference(self._reported, state):
             await self._spool.put({"type": "state", "reported": changed})
         self._reported = state
-
-    async def _apply_configs(self) -> None:
-        """Apply the newest configuration that came, answer, then report the state that follows from it."""
-        while True:
-            await self._wanted_changed.wait()
-            self._wanted_changed.clear()
-            wanted, self._wanted = self._wanted, None
-            if wanted is not None:
-                await self._apply_config(wanted["version"], wanted["document"])
-
-    async def _apply_config(self, version: int, document: object) -> None:
-        status, message, errors = "applied", "", config_errors(document)
-        known = version == self._config_version and same(document, self._config_document)
-        if errors:
-            status, message = "rejected", f"{errors[0]['path']} {errors[0]['message']}"
-        elif self._options.on_config and not known:
-            await self._spool.put({"type": "config_status", "version": version, "status": "in_progress"})
-            status, message = await run_on_config(self._options.on_config, document)
-        if status == "applied":
-            try:
-                self._applied.write(version, document)
-            except OSError as error:
-                status, message = "rejected", f"cannot keep it: {error.strerror}"
-        log.info("configuration %d %s %s", version, status, message)
-        verdict: dict[str, Any] = {"type": "config_status", "version": version, "status": status}
-        if message:
-            verdict["message"] = message
-        if errors:
-            verdict["errors"] = errors
-        await self._spool.put(verdict)
-        if status == "applied":
-            self._config_version, self._config_document = version, document
-            self._level.follow(document)
-            await self._report_state()
-
-    def _want(self, config: dict[str, Any] | None) -> None:
-        if config is not None:
-            self._wanted = config
-            self._wanted_changed.set()
 
     async def _stay_connected(self) -> None:
         attempt = 0
@@ -2712,7 +2724,7 @@ class Agent:
             self._done(await self._spool.resume(welcome["seq"]))
             if self._replay is not None and not self._replay.latest.done():
                 self._replay.latest.set_result(moment + DAY)
-            self._want(welcome.get("config"))
+            self._configurations.want(welcome.get("config"))
             if self._spool.dropped != self._dropped:  # a report may have been among it
                 log.warning("the spool was full: %d frames are lost", self._spool.dropped - self._dropped)
                 self._dropped, self._reported = self._spool.dropped, None
@@ -2837,7 +2849,7 @@ class Agent:
         elif frame["type"] == "error":
             await self._refusals.take(self._spool.refuse(frame["seq"]), frame)
         elif frame["type"] == "config":
-            self._want(frame)
+            self._configurations.want(frame)
         elif frame["type"] == "throttled":
             await self._wait_for_quota(frame["limit"], frame["retry_after"])
         elif frame["type"] == "report":

@@ -24,7 +24,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def applied(device: agent.Agent, version: int) -> None:
-    await until(lambda: device._config_version == version)
+    await until(lambda: device._configurations.version == version)
 
 
 def line(number: int, level: str = "info", message: str = "") -> dict[str, Any]:
