@@ -817,6 +817,8 @@ class Recording:
 # ==== Machine ====
 # Owns: this machine's own readings, and what it is. Must not know: where they go.
 
+BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+
 
 def read_numbers(path: str) -> list[int]:
     """The first line's numbers of a file of /proc or /sys; none where the system has no such file."""
@@ -896,6 +898,14 @@ def network_addresses() -> dict[str, list[str]]:
     return addresses
 
 
+def present_boot() -> str:
+    """The boot of this machine, as the journal names it; empty where that is not known."""
+    try:
+        return BOOT.read_text().strip().replace("-", "")
+    except (OSError, ValueError):
+        return ""
+
+
 def describe_machine() -> dict[str, Any]:
     """What this machine is."""
     return {
@@ -935,6 +945,19 @@ def write_whole(path: Path, text: str, mode: int) -> None:
         os.fsync(file.fileno())
     new.replace(path)
     sync_folder(path.parent)
+
+
+def lock_of(path: Path) -> IO[bytes]:
+    """Take a file for this agent alone, until what is returned is closed: two would spoil it. OSError; AgentError when another
+    agent has it."""
+    guard = path.with_name(path.name + ".lock").open("ab")
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            guard.close()
+            raise AgentError(f"another agent uses {path}") from error
+    return guard
 
 
 class TokenFile:
@@ -1179,7 +1202,7 @@ class SpoolFile:
     def open(self) -> Iterator[dict[str, Any]]:
         """Its records. What is torn at its end is cut off. AgentError when it cannot be used."""
         try:
-            self._take_lock()
+            self._guard = lock_of(self._path)
             if not self._path.exists() or self._is_blank():
                 self.rewrite([])
                 return
@@ -1242,16 +1265,6 @@ class SpoolFile:
                     return False
         log.warning("%s is empty or holds nothing but zeros, as after a power cut: it is begun anew", self._path)
         return True
-
-    def _take_lock(self) -> None:
-        """AgentError when another agent has the file; two would spoil it."""
-        if sys.platform != "win32":
-            self._guard = self._path.with_name(self._path.name + ".lock").open("ab")
-            try:
-                fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._guard.close()
-                raise AgentError(f"another agent uses {self._path}") from error
 
 
 class Ledger:
@@ -2124,16 +2137,7 @@ class LogFile:
                 await asyncio.sleep(LOG_SECONDS)
 
 
-BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 PLACE: Final = re.compile(r"(?:^|;)b=([0-9a-f]{32});m=([0-9a-f]{1,16});t=([0-9a-f]{1,16})(?:;|$)")
-
-
-def present_boot() -> str:
-    """The boot of this machine, as the journal names it; empty where that is not known."""
-    try:
-        return BOOT.read_text().strip().replace("-", "")
-    except (OSError, ValueError):
-        return ""
 
 
 @dataclass(frozen=True)
