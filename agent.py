@@ -18,7 +18,9 @@ contract in README.md and by nothing else. The file reads bottom-up: a section u
     Spool file           frames on the disk: records, and when they are written
     Spool                frames until the server has them on disk, and how many of them are under way
     Logs                 lines of logs, gathered into frames
-    Link                 one connection: whether it lives, and how it ended
+    Commands             programs that are run for the operator
+    Link                 one connection: whether it lives, how much waits on it, and how it ended
+    Tunnels              bytes between programs of this machine and the server
     Agent                the session with the server, and coming back to it
     Command line         python agent.py …
 """
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import csv
 import functools
 import hashlib
@@ -37,6 +40,7 @@ import platform as host
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -48,7 +52,7 @@ import time
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from itertools import chain
@@ -58,7 +62,16 @@ from types import MappingProxyType
 from typing import IO, Any, Final, NoReturn, cast
 from zoneinfo import ZoneInfo
 
-from aiohttp import ClientError, ClientSession, ClientTimeout, ClientWebSocketResponse, ClientWSTimeout, WSMsgType
+from aiohttp import (
+    ClientError,
+    ClientSession,
+    ClientTimeout,
+    ClientWebSocketResponse,
+    ClientWSTimeout,
+    TraceConfig,
+    TraceRequestEndParams,
+    WSMsgType,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -125,6 +138,25 @@ SYNC_GATHER_SECONDS: Final = 0.01  # a frame is numbered just after it is made; 
 SYNC_PATIENCE: Final = 30.0  # for a disk that hangs; then frames are sent all the same
 SPOOL_RETRY_SECONDS: Final = 10.0  # after a write that failed
 
+# Commands.
+COMMANDS_MOST: Final = 16  # that run at the same time
+COMMANDS_KNOWN: Final = 1_000  # that run, or whose results the server does not have
+COMMANDS_SECONDS: Final = 0.2  # between two writes that only leave out what is done with
+OUTPUT_BYTES: Final = 16 * 1024  # of output in one frame
+OUTPUT_SECONDS: Final = 0.1  # what comes within this time goes into one frame
+OUTPUT_PIECES: Final = 64  # in this time at most, where a command writes to both of its streams in turn
+TERM_SECONDS: Final = 2.0  # between SIGTERM and SIGKILL
+KILL_SECONDS: Final = 1.0  # after SIGKILL, for what still holds the pipes
+GONE_SECONDS: Final = 0.05  # between two looks whether all processes have ended
+
+# Tunnels.
+TUNNELS_MOST: Final = 64
+TUNNEL_BYTES: Final = 32 * 1024  # in one frame
+TUNNEL_WINDOW: Final = 256 * 1024  # that the server may send before the program at the port has taken any
+CONNECT_SECONDS: Final = 10.0
+CLEAR_SECONDS: Final = 0.001  # between two looks whether the link is clear, at first
+CLEAR_MOST: Final = 0.02  # and at most
+
 # Bytes under way: see Window.
 WINDOW_FIRST: Final = 16 * 1024
 WINDOW_LEAST: Final = 2 * 1024
@@ -150,6 +182,7 @@ MESSAGE_CHARACTERS: Final = 1000  # of what the command says, in the verdict
 
 CLOSED: Final = frozenset((WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR))
 SECRET: Final = re.compile(r"(iiot_(?:dev|op|prov|log)_[0-9a-f]{16}_)[A-Za-z0-9_-]+")
+PORTS: Final = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 OFFSET: Final = re.compile(r"([+-])([0-9]{2}):?([0-9]{2})")
 
 
@@ -211,6 +244,22 @@ def is_zone(text: str) -> bool:
         return False
 
 
+def parse_ports(text: str) -> tuple[range, ...]:
+    """The ports of a text such as 22,8000-8010. ValueError."""
+    found = [PORTS.fullmatch(part.strip()) for part in text.split(",")] if text else []
+    ports = tuple(range(int(part[1]), int(part[2] or part[1]) + 1) for part in found if part is not None)
+    if len(ports) < len(found) or not all(one and one[0] >= 1 and one[-1] <= 65_535 for one in ports):
+        raise ValueError(f"{text} is no list of ports")
+    return ports
+
+
+def is_ports(text: str) -> bool:
+    try:
+        return parse_ports(text) is not None
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class Options:
     """What `python agent.py` is told. One of `key` and `token` is needed until the token file is there."""
@@ -247,6 +296,16 @@ class Options:
     journal: bool = setting(False, "send the lines of the system's journal, as journalctl tells them, from the first start on")
     own_log: bool = setting(False, "send what the agent itself logs")
     cursor_file: str = setting("", "where the agent keeps how far it has sent the logs (NAME.cursors.json in this folder)")
+    allow_commands: bool = setting(False, "run the commands that the server sends, as the user of this agent and without a shell")
+    commands_file: str = setting(
+        "", "where the agent keeps which commands it began, so that none runs twice (NAME.commands.json in this folder)"
+    )
+    allow_tunnel: str = setting(
+        "",
+        "TCP ports of this device that the server may connect to: ports and ranges, such as 22,8000-8010",
+        is_ports,
+        "ports and ranges of ports from 1 to 65535, such as 22,8000-8010",
+    )
     replay: str = setting("", "send a recorded CSV instead: first column a time, the rest metrics; comma, semicolon or tab")
     speed: float = setting(
         0.0,
@@ -1347,6 +1406,9 @@ class Ledger:
 # Must not know: sockets.
 
 
+DROPPED_LATE: Final[Mapping[str, int]] = MappingProxyType({"output": 1, "started": 2, "result": 3})  # and in this order
+
+
 @dataclass(eq=False)
 class Outgoing:
     """A frame on its way. `lines` are those of a recorded file, one for each sample; `rows` is how many of the file's rows are
@@ -1535,6 +1597,7 @@ class Spool:
         self._seq = 0
         self._changed = asyncio.Condition()
         self.dropped = 0
+        self.settled: Callable[[dict[str, Any]], None] = lambda _: None  # told of every frame that the server has stored or refused
 
     def __len__(self) -> int:
         return len(self._sent) + len(self._waiting)
@@ -1570,6 +1633,10 @@ class Spool:
         """Bytes of all frames, as far as they are counted."""
         return self._bytes
 
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """What the frames of one kind say."""
+        return [frame.content for frame in chain(self._sent, self._waiting) if frame.kind == kind]
+
     def records(self, cursors: Cursors) -> list[Mapping[str, Any]]:
         """What the file holds when it is written anew."""
         records: list[Mapping[str, Any]] = [{"cursors": dict(cursors.reached)}]
@@ -1585,9 +1652,9 @@ class Spool:
         frame = Outgoing(content, lines, len(lines), cursor=cursor)
         async with self._changed:
             self._enter([frame])
-            while len(self) and self._is_full():
-                self._drop()
             self._waiting.append(frame)
+            while len(self) > 1 and self._is_full():
+                self._drop()
             self._changed.notify_all()
 
     async def put_first(self, frames: list[Outgoing], instead: Outgoing) -> None:
@@ -1687,8 +1754,8 @@ class Spool:
             await self._changed.wait_for(lambda: len(self) <= frames)
 
     def _is_full(self) -> bool:
-        """Whether there is no room for one frame that is counted already."""
-        return len(self) >= self.most if self._ledger is None else self._bytes > self._ledger.room
+        """Whether there is more than there is room for."""
+        return len(self) > self.most if self._ledger is None else self._bytes > self._ledger.room
 
     def _has_room_for_lines(self) -> bool:
         if self._holds_lines():
@@ -1707,14 +1774,14 @@ class Spool:
         return self._waiting[0] if self._waiting else None
 
     def _drop(self) -> None:
-        """Let go of the oldest readings; where there are none, of the oldest frame."""
+        """Let go of the oldest readings; where there are none, of the oldest frame, and of those of commands at last."""
         oldest = next((frame for frame in chain(self._sent, self._waiting) if frame.kind == "telemetry"), None)
-        frame = oldest or (self._sent or self._waiting)[0]
+        frame = oldest or min(chain(self._sent, self._waiting), key=lambda frame: DROPPED_LATE.get(frame.kind, 0))
         if frame in self._sent:
             self._remove_sent(frame)
         else:
             self._waiting.remove(frame)
-        self._leave(frame)
+        self._leave(frame, settled=False)
         self.dropped += 1
 
     def _number_more(self) -> bool:
@@ -1779,11 +1846,13 @@ class Spool:
                 record["cursor"] = [frames[0].cursor.source, frames[0].cursor.position]
             self._ledger.note(record)
 
-    def _leave(self, frame: Outgoing) -> None:
+    def _leave(self, frame: Outgoing, *, settled: bool = True) -> None:
         self._bytes -= frame.size
         self._line_bytes -= frame.size if frame.kind == "log" else 0
         if frame.cursor is not None:
             frame.cursor.release()
+        if settled:
+            self.settled(frame.content)
         if self._ledger is not None:
             self._ledger.note({"done": [frame.key]}, soon=False)
 
@@ -2336,8 +2405,536 @@ def log_steps(options: Options, spool: Spool, level: Level, cursors: Cursors) ->
     return steps
 
 
+# ==== Commands ====
+# Owns: programs that are run for the operator: what they write, how they end, and that none runs twice. Must not know: sockets.
+
+MARK: Final = "AGENT_COMMAND"  # variable of the environment by which the processes of a command are known
+NOT_BEGUN: Final = "it was not begun"
+LOST: Final = "the agent was started again while the command ran"
+SIGNALS: Final[Mapping[int, str]] = MappingProxyType({one.value: one.name for one in signal.Signals})
+
+
+@dataclass(frozen=True)
+class ProcessStat:
+    """What the system tells of a process: its group, its session, and its start in ticks since the boot."""
+
+    group: int
+    session: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessStat | None:
+        """None where there is no such process, or the system does not tell: proc(5)."""
+        try:
+            words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            return cls(int(words[2]), int(words[3]), int(words[19]))
+        except (OSError, IndexError, ValueError):
+            return None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a command: a group and a session of their own, both with the number of the first process. The number is
+    given to no other process while one of them is there; afterwards it can be."""
+
+    command: int
+    leader: int
+    start: int = 0  # of the leader; 0 where it is not known
+    boot: str = ""
+
+    @classmethod
+    def led_by(cls, pid: int, command: int) -> Group:
+        stat = ProcessStat.of(pid)
+        return cls(command, pid, stat.start if stat is not None else 0, present_boot())
+
+    def is_there(self) -> bool:
+        """Whether processes with this number are certainly those of the command."""
+        if not self.boot or self.boot != present_boot():
+            return False
+        stat = ProcessStat.of(self.leader)
+        if stat is not None and self.start and stat.start == self.start:
+            return True
+        return any(self._has(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit())
+
+    def signal(self, number: int) -> bool:
+        """Send a signal to all of them; whether there is any."""
+        try:
+            os.killpg(self.leader, number)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # they are another user's by now
+            return True
+        return True
+
+    def _has(self, pid: int) -> bool:
+        stat = ProcessStat.of(pid)
+        if stat is None or stat.group != self.leader or stat.session != self.leader or stat.start < self.start:
+            return False
+        with suppress(OSError):
+            return f"{MARK}={self.command}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return False
+
+
+@dataclass(eq=False)
+class Known:
+    """A command that the server may send again: until the server has its result."""
+
+    number: int
+    group: Group | None = None
+    result: dict[str, Any] | None = None  # the frame that says it
+    kept: bool = True  # in the file
+    given: bool = False  # the result was put into the spool
+
+    @classmethod
+    def read(cls, number: int, content: Mapping[str, Any]) -> Known:
+        """As the file has it. ValueError and the like where it is no such content."""
+        group = Group(number, int(content["leader"]), int(content["start"]), str(content["boot"])) if "leader" in content else None
+        return cls(number, group, {**content["result"]} if "result" in content else None)
+
+    def content(self) -> dict[str, Any]:
+        """As the file has it."""
+        if self.result is not None:
+            return {"result": self.result}
+        return {"leader": self.group.leader, "start": self.group.start, "boot": self.group.boot} if self.group is not None else {}
+
+
+class CommandsFile:
+    """Which commands were begun, and the results that the server may not have. It is written before a command is begun, so that
+    none is begun twice, and before a result is sent, so that each has one result; whenever the agent is killed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._guard: IO[bytes] | None = None
+        self._turn = asyncio.Lock()
+        self._writing = threading.Lock()
+        self._wanted = 0  # how often it was to be written
+        self._written = 0
+
+    def open(self, *, make: bool) -> dict[int, Known]:
+        """What it holds. AgentError when it cannot be used. Without `make` nothing is made beside a file that is not there."""
+        try:
+            if not make and not self.path.exists():
+                return {}
+            self._guard = lock_of(self.path)
+            kept = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+            return {int(number): Known.read(int(number), content) for number, content in kept.items()}
+        except OSError as error:
+            raise AgentError(f"cannot use {self.path}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("it is not known which commands were begun: cannot use %s: %s", self.path, error)
+            return {}
+
+    async def write(self, commands: Mapping[int, Known]) -> None:
+        """Write what is so by now; once for all who wait. OSError."""
+        self._wanted += 1
+        wanted = self._wanted
+        async with self._turn:
+            if self._written < wanted:
+                await asyncio.to_thread(self._write, self._wanted, self._text(commands))
+
+    def write_now(self, commands: Mapping[int, Known]) -> None:
+        """Write it while nothing else can go on. OSError."""
+        self._wanted += 1
+        self._write(self._wanted, self._text(commands))
+
+    def close(self) -> None:
+        if self._guard is not None:
+            self._guard.close()
+
+    def _text(self, commands: Mapping[int, Known]) -> str:
+        return json.dumps({known.number: known.content() for known in commands.values() if known.kept}, indent=2) + "\n"
+
+    def _write(self, number: int, text: str) -> None:
+        with self._writing:  # an agent that ends does not wait for a thread
+            if number > self._written:
+                write_whole(self.path, text, 0o600)
+                self._written = number
+
+
+def begun_character(data: bytes) -> int:
+    """How many bytes at the end are the begin of a character of UTF-8 whose other bytes are missing."""
+    for count in range(1, min(3, len(data)) + 1):
+        byte = data[-count]
+        if byte & 0xC0 != 0x80:  # the first byte of a character says how long it is
+            length = 1 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4 if byte < 0xF8 else 1
+            return count if length > count else 0
+    return 0
+
+
+def output_data(data: bytes) -> dict[str, str]:
+    """What a frame says of bytes: text, or base64 where they are none that the server can keep."""
+    with suppress(UnicodeDecodeError):
+        text = data.decode()
+        if "\0" not in text:
+            return {"data": text}
+    return {"data": base64.b64encode(data).decode(), "encoding": "base64"}
+
+
+class PipeEnd(asyncio.Protocol):
+    """Where a stream of a command is read."""
+
+    def __init__(self, take: Callable[[bytes], None], end: Callable[[], None]) -> None:
+        self._take = take
+        self._end = end
+
+    def data_received(self, data: bytes) -> None:
+        self._take(data)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._end()
+
+
+class Output:
+    """What a command writes to its two streams, as frames, in the order in which it is read. What lies beyond the limit is counted.
+
+    What comes within a moment goes into one frame, as far as it is of one stream. While much waits, the pipes are not read: a program
+    that writes to both in turn makes no more than so many frames in a second."""
+
+    def __init__(self, command: int, most: int, spool: Spool) -> None:
+        self.total = 0  # bytes, sent or not
+        self._command = command
+        self._left = most
+        self._spool = spool
+        self._pieces: list[tuple[str, bytes]] = []  # nothing is the end of a stream
+        self._waiting = 0  # bytes of them
+        self._held: dict[str, bytes] = {}  # the begin of a character, by stream
+        self._pipes: dict[str, asyncio.ReadTransport] = {}
+        self._came = asyncio.Event()
+        self._full = asyncio.Event()
+
+    async def open(self, stream: str, pipe: IO[bytes]) -> None:
+        """Read a stream from this pipe from now on."""
+        end = PipeEnd(functools.partial(self.take, stream), functools.partial(self.end, stream))
+        self._pipes[stream], _ = await asyncio.get_running_loop().connect_read_pipe(lambda: end, pipe)
+
+    def close(self) -> None:
+        """Read no more, whoever may still hold the other ends."""
+        for pipe in self._pipes.values():
+            pipe.close()
+
+    def take(self, stream: str, data: bytes) -> None:
+        self.total += len(data)
+        data = data[: self._left]
+        self._left -= len(data)
+        if data:
+            self._add(stream, data)
+
+    def end(self, stream: str) -> None:
+        del self._pipes[stream]
+        self._add(stream, b"")
+        if not self._pipes:
+            self._full.set()
+
+    async def send(self) -> None:
+        """Until both streams have ended, and all is put into the spool."""
+        while self._pipes or self._pieces:
+            await self._came.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(OUTPUT_SECONDS):
+                    await self._full.wait()
+            pieces, self._pieces, self._waiting = self._pieces, [], 0
+            self._came.clear()
+            if self._pipes:
+                self._full.clear()
+            for stream, data in pieces:
+                await self._put(stream, data)
+            for pipe in self._pipes.values():
+                pipe.resume_reading()
+
+    def _add(self, stream: str, data: bytes) -> None:
+        if data and self._pieces and self._pieces[-1][0] == stream:
+            data = self._pieces.pop()[1] + data
+        self._pieces.append((stream, data))
+        self._waiting += len(data)
+        self._came.set()
+        if self._waiting >= OUTPUT_BYTES:
+            self._full.set()
+        if self._waiting >= OUTPUT_BYTES or len(self._pieces) >= OUTPUT_PIECES:
+            for pipe in self._pipes.values():
+                pipe.pause_reading()
+
+    async def _put(self, stream: str, data: bytes) -> None:
+        """Make frames of what was read at once. A character that is cut waits for its other bytes."""
+        rest = self._held.pop(stream, b"") + data
+        while rest:
+            part = rest[:OUTPUT_BYTES]
+            if data or len(rest) > len(part):
+                part = part[: len(part) - begun_character(part)]
+            if not part:
+                self._held[stream] = rest
+                return
+            rest = rest[len(part) :]
+            await self._spool.put({"type": "output", "command": self._command, "stream": stream, **output_data(part)})
+
+
+def why_not_started(program: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"no such file: {program}"
+    words = str(getattr(error, "strerror", None) or error)
+    return f"{words[:1].lower()}{words[1:]}: {program}"
+
+
+class Run:
+    """One command while it runs. It is over when its process has ended and nobody can write to its two streams any more."""
+
+    def __init__(self, frame: Mapping[str, Any], spool: Spool) -> None:
+        self._number: int = frame["command"]
+        self._argv: list[str] = frame["argv"]
+        self._seconds = float(frame["timeout"])
+        self._output = Output(self._number, int(frame["output_bytes"]), spool)
+        self._cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def cancel(self) -> None:
+        if not self._cancelled.done():
+            self._cancelled.set_result(None)
+
+    async def perform(self, begun: Callable[[Group], Awaitable[None]]) -> dict[str, Any]:
+        """Run it, and what its result says. `begun` is told when it runs, before anything of its output is sent."""
+        with closing(self._output):
+            said = await self._run(begun)
+        return {**said, "output_bytes": self._output.total}
+
+    async def _run(self, begun: Callable[[Group], Awaitable[None]]) -> dict[str, Any]:
+        if self._cancelled.done():
+            return {"status": "cancelled", "message": NOT_BEGUN}
+        until = time.monotonic() + self._seconds
+        try:
+            process = await self._start()
+        except (OSError, ValueError) as error:
+            return {"status": "failed", "message": shortened(why_not_started(self._argv[0], error), MESSAGE_CHARACTERS)}
+        group = Group.led_by(process.pid, self._number)
+        over = asyncio.create_task(self._follow(process, functools.partial(begun, group)), name=f"command {self._number}")
+        try:
+            await asyncio.wait((over, self._cancelled), timeout=until - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+            status = "done" if over.done() else "cancelled" if self._cancelled.done() else "timed_out"
+            if status != "done":
+                await self._end(process, group, over)
+        finally:  # the agent may end just now
+            await self._leave(process, group, over)
+        return self._outcome(status, process.returncode)
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        """OSError or ValueError where it cannot be started."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("IIOT_")}
+        with ExitStack() as ends:
+            theirs = []
+            for stream in ("stdout", "stderr"):
+                ours, end = os.pipe()
+                ends.callback(os.close, end)
+                theirs.append(end)
+                await self._output.open(stream, os.fdopen(ours, "rb", buffering=0))
+            return await asyncio.create_subprocess_exec(
+                *self._argv, stdin=asyncio.subprocess.DEVNULL, stdout=theirs[0], stderr=theirs[1], start_new_session=True,
+                env={**environment, MARK: str(self._number)},
+            )  # fmt: skip
+
+    async def _follow(self, process: asyncio.subprocess.Process, begun: Callable[[], Awaitable[None]]) -> None:
+        """Until it is over."""
+        await begun()
+        await self._output.send()
+        await process.wait()
+
+    async def _end(self, process: asyncio.subprocess.Process, group: Group, over: asyncio.Task[None]) -> None:
+        """End all of its processes, gently first. One that left the group may hold the pipes for ever; then they are closed."""
+        self._signal(process, group, signal.SIGTERM)
+        for _ in range(round(TERM_SECONDS / GONE_SECONDS)):
+            if over.done() and not group.signal(0):
+                break
+            await asyncio.sleep(GONE_SECONDS)
+        self._signal(process, group, signal.SIGKILL)
+        await asyncio.wait((over,), timeout=KILL_SECONDS)
+        self._output.close()
+        await asyncio.wait((over,), timeout=KILL_SECONDS)
+
+    async def _leave(self, process: asyncio.subprocess.Process, group: Group, over: asyncio.Task[None]) -> None:
+        """Leave nothing behind of a command that is not over."""
+        if not over.done():
+            self._signal(process, group, signal.SIGKILL)
+            self._output.close()
+            await asyncio.wait((over,), timeout=KILL_SECONDS)
+        over.cancel()
+        for outcome in await asyncio.gather(over, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    def _signal(self, process: asyncio.subprocess.Process, group: Group, number: int) -> None:
+        """Until the first process is waited for, its number is certainly that of the group; afterwards it may be another one's."""
+        if process.returncode is None or sys.platform != "linux" or group.is_there():
+            group.signal(number)
+
+    def _outcome(self, status: str, code: int | None) -> dict[str, Any]:
+        if status == "done" and code is not None and code >= 0:
+            return {"status": status, "exit_code": code}
+        if status == "done" and code is not None:
+            name = f" ({SIGNALS[-code]})" if -code in SIGNALS else ""
+            return {"status": status, "exit_code": 128 - code, "message": f"killed by signal {-code}{name}"}
+        words = f"killed after {self._seconds:g} s" if status == "timed_out" else "killed because it was cancelled"
+        return {"status": status, "message": words if code is not None else f"{words}, but it did not end"}
+
+
+def why_no_commands(options: Options) -> str:
+    """Why this device runs no commands; empty where it does."""
+    if not options.allow_commands:
+        return "this device runs no commands: its agent was started without --allow-commands"
+    return "" if os.name == "posix" else "this device runs no commands: its system is none of POSIX"
+
+
+class Commands:
+    """Runs commands, as many at the same time as the server sends. Each has one result, and is known until the server has it."""
+
+    def __init__(self, file: CommandsFile, spool: Spool, refusal: str) -> None:
+        self._file = file
+        self._spool = spool
+        self._refusal = refusal  # why none is run; empty where they are
+        self._known: dict[int, Known] = {}
+        self._done: deque[int] = deque(maxlen=COMMANDS_KNOWN)  # one of these may be on its way once more
+        self._running: dict[int, Run] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._changed = asyncio.Event()
+        self._failed = False
+
+    async def run(self) -> None:
+        """Say what became of the commands of the last start, then run those that come. Those that run at the end are killed, and
+        are lost at the next start."""
+        try:
+            self._known = self._file.open(make=not self._refusal)
+            self._look_back()
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                try:
+                    await self._give_back()
+                    await self._keep()
+                finally:
+                    self._tasks = None
+        finally:
+            with suppress(OSError):
+                if self._changed.is_set():
+                    self._file.write_now(self._known)
+            self._file.close()
+
+    async def take(self, frame: Mapping[str, Any]) -> None:
+        """A command. The server sends one again when it does not know whether the agent has it."""
+        number = frame["command"]
+        if number in self._known or number in self._done:
+            return
+        if len(self._known) >= COMMANDS_KNOWN:
+            log.warning("command %s is left out: the server has not acknowledged the results of %d others", number, COMMANDS_KNOWN)
+            return
+        if reason := self._refuses(frame["argv"]):
+            known = self._known[number] = Known(number, kept=False)
+            await self._give(known, {"status": "refused", "message": reason, "output_bytes": 0})
+        elif self._tasks is not None:  # else the agent ends
+            known, run = Known(number), Run(frame, self._spool)
+            self._known[number], self._running[number] = known, run
+            log.info("command %d: %s", number, redacted(frame["argv"][0]))
+            self._tasks.create_task(self._perform(known, run))
+
+    async def cancel(self, number: int) -> None:
+        """The server wants a command no more. Where it is not known here, it is to stay so, whatever comes later."""
+        if number in self._running:
+            self._running[number].cancel()
+        elif number not in self._known and number not in self._done and len(self._known) < COMMANDS_KNOWN:
+            known = self._known[number] = Known(number, kept=not self._refusal)
+            result = {"status": "cancelled", "message": NOT_BEGUN, "output_bytes": 0}
+            if self._tasks is None:
+                await self._give(known, result)
+            else:
+                self._tasks.create_task(self._give(known, result))
+
+    async def give_again(self) -> None:
+        """Results that the spool had no room for."""
+        held = {content["command"] for content in self._spool.of("result")}
+        for known in [*self._known.values()]:
+            if known.given and known.number not in held and known.result is not None:
+                await self._spool.put(known.result)
+
+    def settle(self, content: Mapping[str, Any]) -> None:
+        """The server has stored a frame, or does not take it. With its result a command is done with."""
+        if content.get("type") == "result":
+            self._done.append(content["command"])
+            known = self._known.pop(content["command"], None)
+            if known is not None and known.kept:
+                self._changed.set()
+
+    def _refuses(self, argv: object) -> str:
+        if self._refusal:
+            return self._refusal
+        if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
+            return "argv is no list of texts"
+        if len(self._running) >= COMMANDS_MOST:
+            return f"this device runs {COMMANDS_MOST} commands already, and no more at once"
+        return ""
+
+    async def _perform(self, known: Known, run: Run) -> None:
+        try:
+            await self._file.write(self._known)
+        except OSError as error:
+            known.kept = False
+            reason = f"it is not begun: that cannot be noted in {self._file.path}: {error.strerror}"
+            result: dict[str, Any] = {"status": "refused", "message": shortened(reason, MESSAGE_CHARACTERS), "output_bytes": 0}
+        else:
+            result = await run.perform(functools.partial(self._begun, known))
+        finally:
+            del self._running[known.number]
+        await self._give(known, result)
+
+    async def _begun(self, known: Known, group: Group) -> None:
+        known.group = group
+        await self._write()
+        await self._spool.put({"type": "started", "command": known.number})
+
+    async def _give(self, known: Known, result: dict[str, Any]) -> None:
+        """The result of a command. From here on it has no other one."""
+        known.result = {"type": "result", "command": known.number, **result}
+        log.info("command %d: %s %s", known.number, result["status"], result.get("message", ""))
+        if known.kept:
+            await self._write()
+        await self._spool.put(known.result)
+        known.given = True
+
+    def _look_back(self) -> None:
+        """The spool's file may have results that the server does not have; and the processes of an agent that was killed may be there."""
+        for content in self._spool.of("result"):
+            known = self._known.setdefault(content["command"], Known(content["command"], kept=False))
+            known.result, known.given = content, True
+        for known in self._known.values():
+            if known.result is None and known.group is not None and known.group.is_there():
+                known.group.signal(signal.SIGKILL)
+                log.info("command %d was running when the agent ended: its processes are killed", known.number)
+
+    async def _give_back(self) -> None:
+        """The results of the last start that the spool's file does not have."""
+        for known in [*self._known.values()]:
+            if known.result is None:
+                await self._give(known, {"status": "lost", "message": LOST, "output_bytes": 0})
+            elif not known.given:
+                await self._spool.put(known.result)
+                known.given = True
+
+    async def _keep(self) -> None:
+        """Write the file when the server has results, but not too often."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await self._write()
+            await asyncio.sleep(SPOOL_RETRY_SECONDS if self._failed else COMMANDS_SECONDS)
+
+    async def _write(self) -> None:
+        """Write the file. What could not be written is written later."""
+        try:
+            await self._file.write(self._known)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                log.warning("cannot keep what became of commands in %s: %s", self._file.path, error.strerror)
+            self._failed = True
+            self._changed.set()
+
+
 # ==== Link ====
-# Owns: one connection: whether it lives, and how it ended. Must not know: what the frames say.
+# Owns: one connection: whether it lives, how much waits on it, and how it ended. Must not know: what the frames say.
+
+NOTSENT_LOWAT: Final = 25  # TCP_NOTSENT_LOWAT of <linux/tcp.h>
 
 
 class SessionEnded(Exception):  # noqa: N818 - it is no error: the agent comes back
@@ -2359,14 +2956,32 @@ async def time_limit(seconds: float, text: str) -> AsyncIterator[None]:
         raise SessionEnded(f"{text} within {seconds:.0f} s") from error
 
 
+class Transports:
+    """Knows the transport of the newest connection, because aiohttp tells it to whoever traces requests."""
+
+    def __init__(self) -> None:
+        self.newest: asyncio.Transport | None = None
+
+    def tracing(self) -> TraceConfig:
+        config = TraceConfig()
+        config.on_request_end.append(self._note)
+        return config
+
+    async def _note(self, _: ClientSession, __: object, told: TraceRequestEndParams) -> None:
+        self.newest = told.response.connection.transport if told.response.connection is not None else None
+
+
 @asynccontextmanager
-async def closing_link(link: ClientWebSocketResponse) -> AsyncIterator[None]:
+async def closing_link(link: ClientWebSocketResponse, transport: asyncio.Transport | None) -> AsyncIterator[None]:
+    """Close it at the end. What a dead link does not take would keep it open for many minutes."""
     try:
         yield
     finally:
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await link.close()
+        if transport is not None:
+            transport.abort()
 
 
 class Movement:
@@ -2416,6 +3031,259 @@ async def watch_link(link: ClientWebSocketResponse, movement: Movement) -> None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await link.ping()
+
+
+class Outlet:
+    """Lets frames of bytes out: one at a time, in turn, and only while nothing else waits on the link. So another frame never waits
+    behind more than one or two of them: one in the connection's own buffer, and what the system was given and has not sent."""
+
+    def __init__(self, link: ClientWebSocketResponse, transport: asyncio.Transport | None) -> None:
+        self._link = link
+        self._transport = transport
+        self._turn = asyncio.Lock()  # first come, first served
+        self._poll = None
+        wire = link.get_extra_info("socket")
+        if sys.platform == "linux" and wire is not None:
+            with suppress(OSError):
+                wire.setsockopt(socket.IPPROTO_TCP, NOTSENT_LOWAT, TUNNEL_BYTES)
+        if sys.platform != "win32" and wire is not None:
+            self._poll = select.poll()
+            self._poll.register(wire.fileno(), select.POLLOUT)
+
+    async def send(self, frame: bytes) -> None:
+        async with self._turn:
+            pause = CLEAR_SECONDS
+            while not self._is_clear():
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, CLEAR_MOST)
+            await self._link.send_frame(frame, WSMsgType.BINARY)
+
+    def _is_clear(self) -> bool:
+        """Whether what is sent now goes to the system at once. With TLS the connection has a buffer that cannot be seen; it is not
+        empty for longer than the system takes more."""
+        if self._transport is not None and self._transport.get_write_buffer_size():
+            return False
+        return self._poll is None or bool(self._poll.poll(0))
+
+
+# ==== Tunnels ====
+# Owns: bytes between programs that listen on this machine and the server, within one session; how many each side may send.
+# Must not know: the spool.
+
+TUNNEL: Final = struct.Struct(">I")  # before the bytes of a tunnel: its number
+
+
+class TunnelBroken(Exception):  # noqa: N818 - it is no error of the agent: one tunnel is over
+    """A tunnel cannot go on; the text says why."""
+
+
+@contextmanager
+def local_side() -> Iterator[None]:
+    """TunnelBroken when the program at the port breaks the connection."""
+    try:
+        yield
+    except OSError as error:
+        raise TunnelBroken(f"the program at the port broke the connection: {error.strerror or error}") from error
+
+
+async def connect_to(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
+    """OSError."""
+    local = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        local.setblocking(False)
+        local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await asyncio.get_running_loop().sock_connect(local, (address, port))
+    except BaseException:
+        local.close()
+        raise
+    return local
+
+
+async def connect_locally(port: int) -> socket.socket:
+    """A connection to the program that listens at a port. TunnelBroken when there is none."""
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            try:
+                return await connect_to(socket.AF_INET, "127.0.0.1", port)
+            except ConnectionRefusedError:
+                with suppress(OSError):
+                    return await connect_to(socket.AF_INET6, "::1", port)
+                raise
+    except ConnectionRefusedError:
+        raise TunnelBroken(f"nothing listens at port {port} of this device") from None
+    except TimeoutError:
+        raise TunnelBroken(f"nothing answers at port {port} of this device within {CONNECT_SECONDS:.0f} s") from None
+    except OSError as error:
+        raise TunnelBroken(f"no connection to port {port} of this device: {error.strerror or error}") from error
+
+
+async def say_of_tunnel(link: ClientWebSocketResponse, number: int, state: str, **fields: Any) -> None:
+    await link.send_frame(encode({"type": "tunnel", "tunnel": number, "state": state, **fields}), WSMsgType.TEXT)
+
+
+class Tunnel:
+    """One connection to a program of this machine, carried over the link. Each side sends no more than the other one has room for, so
+    a program that does not read stops nobody else."""
+
+    def __init__(self, number: int, port: int, credit: int, say: Callable[..., Awaitable[None]], outlet: Outlet) -> None:
+        self._number = number
+        self._port = port
+        self._say = say
+        self._outlet = outlet
+        self._credit = credit  # bytes that the device may send
+        self._credited = asyncio.Event()
+        self._granted = 0  # bytes that the server may send
+        self._taken = 0  # bytes that the program took, and the server does not know of
+        self._unwritten = bytearray()
+        self._ended = False  # the server sends no more
+        self._came = asyncio.Event()
+
+    async def run(self) -> None:
+        """From its opening until both sides have ended, or one breaks it."""
+        try:
+            local = await connect_locally(self._port)
+        except TunnelBroken as broken:
+            await self._say("refused", message=str(broken))
+            return
+        with closing(local):
+            self._granted = TUNNEL_WINDOW
+            await self._say("open", credit=TUNNEL_WINDOW)
+            try:
+                async with asyncio.TaskGroup() as directions:
+                    directions.create_task(self._read(local))
+                    directions.create_task(self._write(local))
+            except* TunnelBroken as broken:
+                await self._say("closed", message=str(broken.exceptions[0]))
+
+    def grant(self, credit: int) -> None:
+        """The server has room for more."""
+        self._credit += credit
+        self._credited.set()
+
+    def end(self) -> None:
+        """The server sends no more."""
+        self._ended = True
+        self._came.set()
+
+    def take(self, data: bytes) -> None:
+        """Bytes for the program. TunnelBroken when the server may not send them."""
+        if self._ended:
+            raise TunnelBroken("the server sent bytes after it had said that it sends no more")
+        if len(data) > self._granted:
+            raise TunnelBroken(f"the server sent {len(data)} bytes where it may send {self._granted}")
+        self._granted -= len(data)
+        self._unwritten += data
+        self._came.set()
+
+    async def _read(self, local: socket.socket) -> None:
+        """Carry what the program writes, until it writes no more."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while not self._credit:
+                self._credited.clear()
+                await self._credited.wait()
+            with local_side():
+                data = await loop.sock_recv(local, min(self._credit, TUNNEL_BYTES))
+            if not data:
+                break
+            self._credit -= len(data)
+            await self._outlet.send(TUNNEL.pack(self._number) + data)
+        await self._say("end")
+
+    async def _write(self, local: socket.socket) -> None:
+        """Give the program what the server sends, until it sends no more."""
+        loop = asyncio.get_running_loop()
+        while self._unwritten or not self._ended:
+            await self._came.wait()
+            self._came.clear()
+            while self._unwritten:
+                piece = bytes(self._unwritten[:TUNNEL_BYTES])
+                del self._unwritten[:TUNNEL_BYTES]
+                with local_side():
+                    await loop.sock_sendall(local, piece)
+                await self._make_room(len(piece))
+        with local_side():
+            local.shutdown(socket.SHUT_WR)
+
+    async def _make_room(self, size: int) -> None:
+        """The program took so much; the server learns of it when it is half of the window."""
+        self._taken += size
+        if self._taken >= TUNNEL_WINDOW // 2 and not self._ended:
+            room, self._taken = self._taken, 0
+            self._granted += room
+            await self._say("credit", credit=room)
+
+
+class Tunnels:
+    """The tunnels of one session. They end with it."""
+
+    def __init__(self, ports: tuple[range, ...], link: ClientWebSocketResponse, transport: asyncio.Transport | None) -> None:
+        self._ports = ports
+        self._link = link
+        self._transport = transport
+        self._outlet: Outlet | None = None
+        self._open: dict[int, tuple[Tunnel, asyncio.Task[None]]] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Until the session ends."""
+        async with asyncio.TaskGroup() as self._tasks:
+            await asyncio.get_running_loop().create_future()
+
+    async def take(self, frame: Mapping[str, Any]) -> None:
+        """A frame of the server. One for a tunnel that is over was sent before the server knew."""
+        number, state = frame["tunnel"], frame["state"]
+        if state == "open":
+            await self._begin(number, frame["port"], frame["credit"])
+        elif number in self._open:
+            if state == "credit":
+                self._open[number][0].grant(frame["credit"])
+            elif state == "end":
+                self._open[number][0].end()
+            elif state == "closed":
+                self._forget(number)
+
+    async def take_bytes(self, data: bytes) -> None:
+        """Bytes of the server, for one of the tunnels."""
+        if len(data) > TUNNEL.size and (number := TUNNEL.unpack_from(data)[0]) in self._open:
+            try:
+                self._open[number][0].take(data[TUNNEL.size :])
+            except TunnelBroken as broken:
+                await self._break(number, str(broken))
+
+    async def _begin(self, number: int, port: int, credit: int) -> None:
+        if number in self._open:
+            await self._break(number, "the server opened it twice")
+        elif reason := self._refuses(port):
+            await say_of_tunnel(self._link, number, "refused", message=reason)
+        elif self._tasks is not None:
+            if self._outlet is None:
+                self._outlet = Outlet(self._link, self._transport)
+            tunnel = Tunnel(number, port, credit, functools.partial(say_of_tunnel, self._link, number), self._outlet)
+            log.info("tunnel %d to port %d", number, port)
+            self._open[number] = tunnel, self._tasks.create_task(self._hold(number, tunnel))
+
+    def _refuses(self, port: int) -> str:
+        if not any(port in ports for ports in self._ports):
+            return f"this device does not open port {port}: its agent was started without it in --allow-tunnel"
+        return f"this device has {TUNNELS_MOST} tunnels already, and no more at once" if len(self._open) >= TUNNELS_MOST else ""
+
+    async def _hold(self, number: int, tunnel: Tunnel) -> None:
+        try:
+            await tunnel.run()
+        except* (ClientError, OSError):
+            log.debug("tunnel %d ends with the link", number)  # the session sees by itself that it is broken
+        finally:
+            if number in self._open and self._open[number][0] is tunnel:
+                del self._open[number]
+
+    async def _break(self, number: int, why: str) -> None:
+        self._forget(number)
+        await say_of_tunnel(self._link, number, "closed", message=why)
+
+    def _forget(self, number: int) -> None:
+        _, task = self._open.pop(number)
+        task.cancel()
 
 
 # ==== Agent ====
@@ -2625,7 +3493,7 @@ class Agent:
         applied = AppliedConfig(Path(options.config_file or f"{self._name}.config.json"))
         self._ledger = Ledger(SpoolFile(Path(options.spool_file)), options.spool_bytes) if options.spool_file else None
         self._spool = Spool(options.spool, self._ledger)
-        for name in ("log_file", "journal", "own_log", "spool_file"):
+        for name in ("log_file", "journal", "own_log", "spool_file", "allow_commands", "allow_tunnel"):
             if options.replay and getattr(options, name):
                 raise AgentError(f"--replay sends a recording alone; leave out --{name.replace('_', '-')}")
         self._replay = Replay(options, self._spool) if options.replay else None
@@ -2636,6 +3504,11 @@ class Agent:
         if options.log_file or options.journal:
             self._cursors.read()
         self._spool.load(self._cursors)
+        commands_file = CommandsFile(Path(options.commands_file or f"{self._name}.commands.json"))
+        self._commands = Commands(commands_file, self._spool, why_no_commands(options))
+        self._spool.settled = self._commands.settle
+        self._ports = parse_ports(options.allow_tunnel)
+        self._transports = Transports()
         self._reported: dict[str, Any] | None = None
         self._held_until = 0.0  # until then the server takes nothing
         self._answered = 0.0  # when the server last acknowledged something, or until when it said that it will not
@@ -2655,7 +3528,8 @@ class Agent:
         """Until the recording is delivered, or for ever. AgentError when the server refuses the device."""
         source = self._replay.run() if self._replay else self._observe()
         log_sources = log_steps(self._options, self._spool, self._level, self._cursors)
-        steps = {"source": source, "link": self._stay_connected(), "configure": self._configurations.run(), **log_sources}
+        steps = {"source": source} if self._replay else {"source": source, "commands": self._commands.run()}
+        steps |= {"link": self._stay_connected(), "configure": self._configurations.run(), **log_sources}
         if self._ledger is not None:
             steps["spool"] = self._ledger.keep(self._spool.size, functools.partial(self._spool.records, self._cursors))
         tasks = [asyncio.create_task(step, name=name) for name, step in steps.items()]
@@ -2693,7 +3567,8 @@ class Agent:
 
     async def _stay_connected(self) -> None:
         attempt = 0
-        async with ClientSession(timeout=ClientTimeout(total=None, sock_connect=10)) as client:
+        timeout, traces = ClientTimeout(total=None, sock_connect=10), [self._transports.tracing()]
+        async with ClientSession(timeout=timeout, trace_configs=traces) as client:
             while True:
                 started, least, at_once = time.monotonic(), 0.0, False
                 try:
@@ -2716,7 +3591,7 @@ class Agent:
             link = await client.ws_connect(
                 url, protocols=("iiot.v1",), autoping=False, max_msg_size=4 * FRAME_BYTES, timeout=ClientWSTimeout(ws_close=CLOSE_SECONDS)
             )
-        async with closing_link(link):
+        async with closing_link(link, self._transports.newest):
             if not self._token:
                 await self._provision(link)
             await link.send_json({"type": "hello", "token": self._token, "agent": f"iiot-agent/{VERSION}", "time": now_ms()})
@@ -2728,6 +3603,7 @@ class Agent:
             self._done(await self._spool.resume(welcome["seq"]))
             if self._replay is not None and not self._replay.latest.done():
                 self._replay.latest.set_result(moment + DAY)
+            await self._commands.give_again()
             self._configurations.want(welcome.get("config"))
             if self._spool.dropped != self._dropped:  # a report may have been among it
                 log.warning("the spool was full: %d frames are lost", self._spool.dropped - self._dropped)
@@ -2736,10 +3612,10 @@ class Agent:
 
     async def _converse(self, link: ClientWebSocketResponse) -> None:
         """Send and receive until the session ends. What the server said last weighs more than that a send failed."""
-        movement = Movement(link)
-        receiver = asyncio.create_task(self._receive(link, movement), name="receiver")
-        steps = self._send(link), watch_link(link, movement), self._watch_answers()
+        movement, tunnels = Movement(link), Tunnels(self._ports, link, self._transports.newest)
+        steps = self._send(link), watch_link(link, movement), self._watch_answers(), tunnels.run()
         others = [asyncio.create_task(step) for step in steps]
+        receiver = asyncio.create_task(self._receive(link, movement, tunnels), name="receiver")
         try:
             await asyncio.wait((receiver, *others), return_when=asyncio.FIRST_COMPLETED)
             if others[0].done():
@@ -2823,25 +3699,32 @@ class Agent:
             if since is not None and time.monotonic() - max(since, self._answered) > ANSWER_SECONDS:
                 raise SessionEnded(f"the server has acknowledged nothing for {ANSWER_SECONDS:.0f} s")
 
-    async def _receive(self, link: ClientWebSocketResponse, movement: Movement) -> None:
+    async def _receive(self, link: ClientWebSocketResponse, movement: Movement, tunnels: Tunnels) -> None:
         unnamed: dict[str, Any] = {}  # an error that names no frame: the reason of the close that follows it
+        verdict: float | None = None  # when it must have come
         while True:
             try:
-                async with asyncio.timeout(VERDICT_SECONDS if unnamed else None):
+                async with asyncio.timeout_at(verdict):
                     message = await link.receive()
             except TimeoutError:
                 await self._refusals.find(unnamed)
-                unnamed = {}
+                unnamed, verdict = {}, None
                 continue
             movement.note()
             if message.type in CLOSED:
                 raise await self._ending(link, unnamed, str(message.extra or ""), welcomed=True)
             if message.type == WSMsgType.PING:
                 await link.pong(message.data)
-            elif message.type == WSMsgType.TEXT and not unnamed:  # an acknowledgement may cover the frame in question
+            elif message.type == WSMsgType.BINARY:
+                await tunnels.take_bytes(message.data)
+            elif message.type == WSMsgType.TEXT:
                 frame = json.loads(message.data)
+                if unnamed and frame["type"] in ("ack", "error"):  # an acknowledgement may cover the frame in question
+                    continue
                 if frame["type"] == "error" and not frame.get("seq"):
-                    unnamed = frame
+                    unnamed, verdict = frame, asyncio.get_running_loop().time() + VERDICT_SECONDS
+                elif frame["type"] == "tunnel":
+                    await tunnels.take(frame)
                 else:
                     await self._take(frame)
 
@@ -2856,6 +3739,10 @@ class Agent:
             self._configurations.want(frame)
         elif frame["type"] == "throttled":
             await self._wait_for_quota(frame["limit"], frame["retry_after"])
+        elif frame["type"] == "command":
+            await self._commands.take(frame)
+        elif frame["type"] == "cancel":
+            await self._commands.cancel(frame["command"])
         elif frame["type"] == "report":
             self._reported = None  # state is sent whole
             self._report.set()

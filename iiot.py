@@ -31,11 +31,13 @@ schema.sql the whole database.
     Logs                  SQL about lines of logs, their words and how long they are kept
     Alerts                SQL about rules, alerts and silences
     Notifications         SQL about receivers, what they are to be told, and what is sent to them
+    Commands              SQL about what devices are to run, and what they write
     Removal               what is left of removed things, deleted little by little
     Writer                what waits to be stored, and the one task that stores it
     Store                 the open database
     Identity              tokens, roles, principals
     Connections           sockets from their accept to their end, and who makes room
+    Tunnels               byte streams between operators and ports of a device
     Registry              the live sessions, their heartbeat
     Delivery              who is told of alerts and when, and how that arrives
     Sessions              one device's WebSocket from hello to close
@@ -46,8 +48,11 @@ schema.sql the whole database.
     HTTP readings         the handlers of readings and logs
     HTTP alerts           the handlers of rules, alerts and silences
     HTTP notifications    the handlers of receivers and of what they were sent
+    HTTP commands         the handlers of commands, and of those for many devices
+    HTTP tunnels          an operator's side of a tunnel
     HTTP API              the other handlers, and the route table
     Application           how the parts are put together, started and stopped
+    Tunnel client         python iiot.py tunnel
     Command line          python iiot.py …
 """
 
@@ -58,6 +63,7 @@ import asyncio
 import base64
 import binascii
 import bisect
+import codecs
 import contextvars
 import errno
 import functools
@@ -83,12 +89,14 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import sys
 import sysconfig
 import threading
 import time
 import unicodedata
+import weakref
 from asyncio import sslproto
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sized
@@ -110,7 +118,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NewType, NoReturn, Protocol, TypeVar, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import aiosmtplib
 import aiosqlite
@@ -121,14 +129,19 @@ from aiohttp import (
     ClientConnectorDNSError,
     ClientConnectorError,
     ClientError,
+    ClientRequest,
+    ClientResponse,
     ClientSession,
     ClientSSLError,
     ClientTimeout,
+    ClientWebSocketResponse,
+    ClientWSTimeout,
     DummyCookieJar,
     EofStream,
     HttpVersion11,
     TCPConnector,
     WebSocketError,
+    WSCloseCode,
     WSMessage,
     WSMsgType,
     hdrs,
@@ -305,6 +318,9 @@ class Settings:
         lambda text: not text or MAIL_ADDRESS.fullmatch(text),
         "an address such as iiot@example.com",
     )
+    tunnel_idle: float = setting(
+        28_800.0, "seconds without a byte in either direction after which a tunnel is closed", positive, "above 0"
+    )
     metrics_public: bool = setting(False, "answer GET /metrics to everybody, without a token")
     log_level: str = setting(
         "info",
@@ -333,7 +349,37 @@ def with_defaults(own: Mapping[str, int | None], defaults: Mapping[str, int]) ->
 
 
 @attrs.frozen
-class Limits:
+class ReachLimits:
+    """The bounds of commands and tunnels, which are among those of the server."""
+
+    # Commands of a device that are not over, and commands for many devices of a tenant; what is kept of the output of each, and for how
+    # long; how long one may run at most.
+    commands_open: int = 100
+    batches_open: int = 20
+    command_bytes: int = 1024 * 1024
+    command_days: int = 30
+    command_seconds_most: float = 86_400.0
+    # A device ends a command at its time-out by itself, and tells so; for so long it is waited for, and for one that is away and may
+    # come back with the result. One without `ttl` is sent again only within so many seconds: nobody expects it later.
+    command_grace_seconds: float = 30.0
+    command_away_seconds: float = 3_600.0
+    command_again_seconds: float = 60.0
+    # Clocks of commands are looked at so often; so many devices are given theirs in one transaction, some 20 ms.
+    command_clock_seconds: float = 0.5
+    command_devices: int = 500
+    # Of the output of each command in a list so many bytes are shown.
+    output_shown: int = 4_096
+    # Tunnels of a device; bytes that each side may send before the other has handed them on, and in one frame, which all others wait
+    # for; how long a device may take to open a port; how often the operator's side is pinged.
+    tunnels: int = 64
+    tunnel_window: int = 256 * 1024
+    tunnel_bytes: int = 32 * 1024
+    tunnel_open_seconds: float = 15.0
+    tunnel_ping_seconds: float = 30.0
+
+
+@attrs.frozen
+class Limits(ReachLimits):
     """The bounds of the server, each with its reason. Tests lower them; an installation has no need to."""
 
     # The handshake: a peer that has not proved who it is may cost little time. It has so long for the handshake of TLS, so long for
@@ -653,6 +699,7 @@ FAULTS: Final = fault_table(
     ("bad_query",            400, 4400, "A query parameter is not valid."),
     ("bad_request",          400, 4400, "The request is not valid HTTP."),
     ("connection_lost",      400, 1006, "The connection broke."),
+    ("command_over",         409, 4400, "The command is over."),
     ("closed_by_device",     400, 1000, "The device closed the connection."),
     ("crashed",              500, 1011, "The server stopped without closing the session."),
     ("credentials_revoked",  403, 4403, "The device's token was revoked."),
@@ -665,6 +712,7 @@ FAULTS: Final = fault_table(
     ("frame_too_big",        413, 1009, "The frame is too big."),
     ("handshake_timeout",    408, 4408, "No hello came in time."),
     ("invalid",              422, 4400, "The content is not valid."),
+    ("key_reused",           422, 4400, "The Idempotency-Key was used for another command."),
     ("last_token",           409, 4400, "This is the last token that can manage tokens. Make another token first."),
     ("method_not_allowed",   405, 4400, "The resource has no such method."),
     ("not_an_object",        400, 4400, "The content is not a JSON object."),
@@ -688,6 +736,7 @@ FAULTS: Final = fault_table(
     ("too_large",            413, 1009, "The body is too large."),
     ("too_many_attempts",    429, 4429, "Too many wrong tokens or keys came from this address."),
     ("too_many_bad_frames",  429, 4400, "Too many bad frames."),
+    ("too_many_commands",    429, 4429, "Too many commands wait or run already."),
     ("too_many_connected",   403, 4429, "The tenant has reached its limit of connected devices."),
     ("too_many_connections", 503, 4429, "The server has reached its limit of connections."),
     ("too_many_devices",     403, 4429, "The tenant has reached its limit of devices."),
@@ -697,11 +746,16 @@ FAULTS: Final = fault_table(
     ("too_many_series",      422, 4400, "The device has reached its limit of metrics."),
     ("too_many_sessions",    429, 4429, "The device opens sessions too often. Wait, then try again."),
     ("too_many_silences",    409, 4429, "The tenant has reached its limit of silences."),
+    ("too_many_tunnels",     429, 4429, "The device has reached its limit of tunnels."),
     ("too_many_webhooks",    403, 4429, "The tenant has reached its limit of receivers."),
     ("too_slow",             408, 1013, "The client did not read what the server sent."),
+    ("tunnel_refused",       502, 4400, "The device did not open the port."),
+    ("tunnel_timeout",       504, 4400, "The device did not say in time whether it opens the port."),
     ("unauthorized",         401, 4401, "A valid token is needed."),
+    ("unknown_command",      404, 4400, "No such command was sent to the device."),
     ("unknown_type",         400, 4400, "There is no frame of this type."),
     ("unknown_version",      404, 4400, "No configuration of this version was sent to the device."),
+    ("upgrade_required",     426, 4400, "This resource is a WebSocket."),
     ("unresponsive",         408, 1006, "The device did not answer a ping."),
 )  # fmt: skip
 
@@ -773,6 +827,14 @@ TextLabels = NewType("TextLabels", dict[str, str])
 Severity = NewType("Severity", str)
 WebhookForm = NewType("WebhookForm", str)
 Grouping = NewType("Grouping", str)
+Argv = NewType("Argv", tuple[str, ...])
+Period = NewType("Period", int)
+Stream = NewType("Stream", str)
+Encoding = NewType("Encoding", str)
+End = NewType("End", str)
+OutputText = NewType("OutputText", str)
+MessageText = NewType("MessageText", str)
+TunnelState = NewType("TunnelState", str)
 
 DEVICE_NAME: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 MAC_ADDRESS: Final = re.compile(r"[0-9A-Fa-f]{2}([:.-]?[0-9A-Fa-f]{2}){5}([:.-]?[0-9A-Fa-f]{2}){0,2}")
@@ -874,10 +936,57 @@ class Log:
     entries: tuple[LogEntry, ...]
 
 
-Frame = Provision | Hello | Telemetry | State | ConfigStatus | Log
+@attrs.frozen
+class Started:
+    """A command runs now."""
+
+    seq: Seq
+    command: Seq
+
+
+@attrs.frozen
+class Output:
+    """What a command wrote, text; or bytes that are no text, in base64."""
+
+    seq: Seq
+    command: Seq
+    stream: Stream
+    data: OutputText
+    encoding: Encoding = Encoding("text")
+
+
+@attrs.frozen
+class Result:
+    """What became of a command; `output_bytes` is all that it wrote, sent or not."""
+
+    seq: Seq
+    command: Seq
+    status: End
+    exit_code: int | None = None
+    message: MessageText | None = None
+    output_bytes: Count | None = None
+
+
+@attrs.frozen
+class TunnelNews:
+    """What a device says of a tunnel: that it is open or refused, that there is room for `credit` bytes more, that no more come, or that
+    it is over. It has no number: it is for the session alone."""
+
+    tunnel: Count
+    state: TunnelState
+    credit: Count | None = None
+    message: MessageText | None = None
+
+
+OfCommand = Started | Output | Result
+Numbered = Telemetry | State | ConfigStatus | Log | OfCommand
+Frame = Provision | Hello | TunnelNews | Numbered
 FRAMES: Final[Mapping[str, type[Frame]]] = MappingProxyType(
-    {"provision": Provision, "hello": Hello, "telemetry": Telemetry, "state": State, "config_status": ConfigStatus, "log": Log},
-)
+    {
+        "provision": Provision, "hello": Hello, "telemetry": Telemetry, "state": State, "config_status": ConfigStatus, "log": Log,
+        "started": Started, "output": Output, "result": Result, "tunnel": TunnelNews,
+    },
+)  # fmt: skip
 
 
 @attrs.frozen
@@ -1098,6 +1207,27 @@ class NewWebhookSecret:
 
 
 @attrs.frozen
+class NewCommand:
+    """Body of POST /iiot/{device}/commands: what to run, how long it may take, and how long it may wait for the device; without `ttl`
+    it is for the session that is open now. Times in milliseconds."""
+
+    argv: Argv
+    timeout: Period = Period(30_000)
+    ttl: Period | None = None
+    parallel: bool = False
+
+
+@attrs.frozen
+class NewCommandBatch(NewCommand):
+    """Body of POST /commands: the same for all devices whose name matches, how many are given it in a minute, and after how many that
+    did not end well it goes to no other."""
+
+    match: str = ""
+    per_minute: Seq | None = None
+    stop_after_failures: Seq | None = None
+
+
+@attrs.frozen
 class Retention:
     """Body of PUT /retention."""
 
@@ -1214,16 +1344,23 @@ def check_boolean(value: object, _: object = None) -> bool:
     return value
 
 
-def check_device_name(value: object, _: object = None) -> DeviceName:
+def check_name(value: object) -> str:
     if type(value) is not str or DEVICE_NAME.fullmatch(value) is None:
         raise Invalid("must have 1 to 64 letters, digits or . _ : -")
     if value in (".", ".."):  # clients take them out of a path, so nobody could reach the device
         raise Invalid("is not allowed as a name")
-    return DeviceName(value)
+    return value
+
+
+def check_device_name(value: object, _: object = None) -> DeviceName:
+    name = check_name(value)
+    if name.startswith("-"):
+        raise Invalid("begins with -, and command lines such as that of ssh take it for an option")
+    return DeviceName(name)
 
 
 def check_tenant_name(value: object, _: object = None) -> TenantName:
-    return TenantName(check_device_name(value))
+    return TenantName(check_name(value))
 
 
 def check_device_secret(value: object, _: object = None) -> DeviceSecret:
@@ -1267,6 +1404,60 @@ def check_span(value: object, _: object = None) -> Span:
     if milliseconds > SPAN_MOST:
         raise Invalid("is longer than 30d")
     return Span(milliseconds)
+
+
+def check_period(value: object, _: object = None) -> Period:
+    """Seconds, or a duration with its unit."""
+    if type(value) is str:
+        milliseconds = parse_duration(value)
+    elif type(value) in (int, float) and abs(cast("float", value)) <= SPAN_MOST:
+        milliseconds = round(cast("float", value) * 1000)
+    else:
+        raise Invalid("is neither a number of seconds nor a duration such as 60s, 5m, 1h or 1d")
+    if not 0 < milliseconds <= SPAN_MOST:
+        raise Invalid("is not above 0, or longer than 30d")
+    return Period(milliseconds)
+
+
+ARGV_BYTES: Final = 64 * 1024  # a device's system takes 128 KiB of one argument
+ARGV_WORDS: Final = 1_000
+KEY_CHARACTERS: Final = 128  # of an Idempotency-Key
+
+
+def check_argv(value: object, _: object = None) -> Argv:
+    if type(value) is not list or not 0 < len(value) <= ARGV_WORDS:
+        raise Invalid(f"is not a list of 1 to {ARGV_WORDS} texts: a program and its arguments")
+    for index, word in enumerate(value):
+        if type(word) is not str or "\0" in word:
+            raise Invalid("is not a text, or has a zero character", f"[{index}]")
+    if not value[0]:
+        raise Invalid("is empty: it is the program", "[0]")
+    if sum(len(word.encode(errors="surrogatepass")) + 1 for word in value) > ARGV_BYTES:
+        raise Invalid(f"is longer than {ARGV_BYTES} bytes")
+    return Argv(tuple(value))
+
+
+def check_output(value: object, _: object = None) -> OutputText:
+    if type(value) is not str:
+        raise Invalid("is not a text")
+    return OutputText(value)
+
+
+MESSAGE_CHARACTERS: Final = 1_000  # that a device may tell of why a command ended
+
+
+def check_message(value: object, _: object = None) -> MessageText:
+    if type(value) is not str or len(value) > MESSAGE_CHARACTERS or "\0" in value:
+        raise Invalid(f"is not a text of at most {MESSAGE_CHARACTERS} characters without zero characters")
+    return MessageText(value)
+
+
+def output_bytes(frame: Output) -> bytes:
+    """Refusal: invalid."""
+    try:
+        return base64.b64decode(frame.data, validate=True) if frame.encoding == "base64" else frame.data.encode()
+    except ValueError as error:
+        raise Refusal("invalid", FieldError("data", "is not base64")) from error
 
 
 def check_grouping(value: object, _: object = None) -> Grouping:
@@ -1495,6 +1686,14 @@ HOOKS: Final[tuple[tuple[Any, Callable[[Any, Any], Any]], ...]] = (
     (float, check_number),
     (WebhookForm, one_of(*WEBHOOK_FORMS)),
     (Grouping, check_grouping),
+    (Argv, check_argv),
+    (Period, check_period),
+    (Stream, one_of("stdout", "stderr")),
+    (Encoding, one_of("text", "base64")),
+    (End, one_of("done", "refused", "failed", "timed_out", "cancelled", "lost")),
+    (OutputText, check_output),
+    (MessageText, check_message),
+    (TunnelState, one_of("open", "refused", "credit", "end", "closed")),
     (Mode, one_of("merge", "replace")),
     (Verdict, one_of("applied", "rejected", "in_progress")),
 )
@@ -5000,7 +5199,7 @@ class Counts:
 # know: what the rows mean. Rows go in as one JSON text a statement and answers come out as one, because sqlite3 takes the
 # interpreter lock at every row.
 
-SCHEMA_VERSION: Final = 8
+SCHEMA_VERSION: Final = 9
 APPLICATION_ID: Final = 0x49496F54  # "IIoT"
 # A step for each version after the first: MIGRATIONS[n] leads from version n + 1 to n + 2.
 MIGRATIONS: Final[tuple[str, ...]] = (
@@ -5427,6 +5626,78 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     begin
         insert or ignore into changed values ('device', new.device_id);
     end;
+    """,
+    """
+    create table command_batch (
+        id             integer primary key autoincrement,
+        tenant_id      integer not null references tenant on delete cascade,
+        match          text not null,
+        argv           text not null check (json_valid(argv)),
+        timeout        integer not null,
+        ttl            integer,
+        parallel       integer not null check (parallel in (0, 1)),
+        per_minute     integer,
+        failures_most  integer,
+        actor          text not null check (json_valid(actor)),
+        key            text,
+        at             integer not null,
+        devices        integer not null,
+        newest         integer not null,
+        done           text not null default '',
+        next_at        integer,
+        stopped        text
+    ) strict;
+    create index command_batch_by_tenant on command_batch (tenant_id, id);
+    create unique index command_batch_by_key on command_batch (tenant_id, key) where key is not null;
+    create index command_batch_due on command_batch (next_at) where next_at is not null;
+    create index command_batch_open on command_batch (tenant_id) where next_at is not null;
+    create index command_batch_over on command_batch (at) where next_at is null;
+    create table command (
+        id             integer primary key autoincrement,
+        device_id      integer not null references device on delete cascade,
+        batch_id       integer,
+        argv           text not null check (json_valid(argv)),
+        timeout        integer not null,
+        ttl            integer,
+        parallel       integer not null check (parallel in (0, 1)),
+        actor          text not null check (json_valid(actor)),
+        key            text,
+        status         text not null check (status in
+            ('queued', 'sent', 'running', 'done', 'failed', 'refused', 'timed_out', 'cancelled', 'expired', 'lost')),
+        at             integer not null,
+        sent_at        integer,
+        started_at     integer,
+        cancelled_at   integer,
+        ended_at       integer,
+        due_at         integer,
+        exit_code      integer,
+        message        text,
+        stored_bytes   integer not null default 0,
+        output_bytes   integer not null default 0
+    ) strict;
+    create index command_by_device on command (device_id, id);
+    create index command_open on command (device_id, id) where ended_at is null;
+    create index command_due on command (due_at) where due_at is not null;
+    create index command_ended on command (ended_at) where ended_at is not null;
+    create index command_by_batch on command (batch_id, id) where batch_id is not null;
+    create index command_by_status on command (batch_id, status, exit_code) where batch_id is not null;
+    create unique index command_by_key on command (device_id, key) where key is not null;
+    create table command_output (
+        command_id  integer not null references command on delete cascade,
+        start       integer not null,
+        stream      text not null check (stream in ('stdout', 'stderr')),
+        at          integer not null,
+        data        blob not null,
+        primary key (command_id, start)
+    ) strict;
+    create table tunnel (
+        id         integer primary key autoincrement,
+        device_id  integer not null references device on delete cascade,
+        port       integer not null,
+        actor      text not null check (json_valid(actor)),
+        at         integer not null
+    ) strict;
+    create index tunnel_by_device on tunnel (device_id);
     """,
 )
 
@@ -5966,10 +6237,10 @@ class Bell:
 
 
 class TenantBells:
-    """Wakes those who listen for something of one tenant."""
+    """Wakes those who listen for something of one tenant. A ring is forgotten with the last who holds it: it may never come."""
 
     def __init__(self) -> None:
-        self._rings: dict[int, asyncio.Future[None]] = {}
+        self._rings = weakref.WeakValueDictionary[int, asyncio.Future[None]]()
 
     def next(self, tenant_id: int) -> asyncio.Future[None]:
         """Done at the next ring. Whoever looks for something takes it before the look."""
@@ -5980,8 +6251,8 @@ class TenantBells:
         return bool(self._rings)
 
     def ring(self, tenant_id: int) -> None:
-        if tenant_id in self._rings:
-            self._rings.pop(tenant_id).set_result(None)
+        if (ring := self._rings.pop(tenant_id, None)) is not None:
+            ring.set_result(None)
 
     def ring_all(self) -> None:
         for tenant_id in list(self._rings):
@@ -6520,6 +6791,68 @@ def settle_alerts(connection: sqlite3.Connection, which: str, reason: str, **par
     )
 
 
+def account_for_commands(connection: sqlite3.Connection, commands: str, action: str, detail: str) -> None:
+    """Entries of the audit in the names of those who answer for commands; `commands` are numbers, a JSON text, `detail` SQL for JSON."""
+    connection.execute(
+        f"""insert into audit (tenant_id, at, token, name, role, action, target, device, address, outcome, detail)
+            select device.tenant_id, :now, actor ->> 'token_id', actor ->> 'name', actor ->> 'role', :action, cast(command.id as text),
+                device.name, actor ->> 'address', 'ok', {detail}
+            from json_each(:commands) wanted cross join command on command.id = wanted.value cross join device on device.id = device_id
+            cross join tenant on tenant.id = device.tenant_id where tenant.name is not null order by wanted.key""",
+        {"commands": commands, "now": now_ms(), "action": action},
+    )
+
+
+def tell_of_commands(connection: sqlite3.Connection, commands: str) -> None:
+    """Where commands stand now, in the timelines of their devices; their arguments are not for everybody who sees these."""
+    add_events(
+        connection,
+        """select device_id, coalesce(ended_at, at) at, 'command' kind, wanted.key position, json_patch('{}', json_object(
+               'command', command.id, 'status', status, 'exit_code', exit_code, 'message', message, 'by', actor ->> 'name')) detail
+           from json_each(:commands) wanted cross join command on command.id = wanted.value""",
+        {"commands": commands},
+    )
+
+
+def account_for_ends(connection: sqlite3.Connection, commands: str) -> None:
+    seconds = "(ended_at - coalesce(started_at, ended_at)) / 1000.0"
+    detail = f"json_object('status', status, 'exit_code', exit_code, 'seconds', {seconds}, 'output_bytes', output_bytes)"
+    account_for_commands(connection, commands, "command.end", detail)
+
+
+def tell_of_ends(connection: sqlite3.Connection, commands: str) -> None:
+    """Commands are over."""
+    tell_of_commands(connection, commands)
+    account_for_ends(connection, commands)
+
+
+def end_commands(connection: sqlite3.Connection, which: str, status: str, message: str, **parameters: object) -> list[tuple[int, int]]:
+    """Commands are over without a word of their device; each as its number and its device's."""
+    (rows,) = connection.execute(
+        f"select json_group_array(json_array(id, device_id)) from command where ended_at is null and {which}", parameters
+    ).fetchone()
+    ended = sorted((number, device_id) for number, device_id in orjson.loads(rows))
+    if ended:
+        (numbers,) = bind([number for number, _ in ended])
+        connection.execute(
+            """update command set status = :status, message = :message, ended_at = :now, due_at = null
+               where id in (select value from json_each(:numbers))""",
+            {"status": status, "message": message, "now": now_ms(), "numbers": numbers},
+        )
+        tell_of_ends(connection, numbers)
+    return ended
+
+
+def end_unsendable(connection: sqlite3.Connection, devices: str) -> list[tuple[int, int]]:
+    """Commands that were for sessions that are over; `devices` are numbers, a JSON text."""
+    return end_commands(
+        connection,
+        """status = 'queued' and ttl is null and device_id in (select value from json_each(:devices))
+           and exists (select 1 from presence where presence.device_id = command.device_id and connected = 0)""",
+        "expired", "the device was disconnected before it was sent", devices=devices,
+    )  # fmt: skip
+
+
 def insert_device_token(
     connection: sqlite3.Connection, device_id: int, new: NewSecret, *, pending: bool, key_id: str | None = None
 ) -> None:
@@ -6691,13 +7024,14 @@ def use_device_token(connection: sqlite3.Connection, device_id: int, token_id: s
 @attrs.frozen
 class SessionRow:
     """A session as the database has it: its number, the highest frame number on disk, the last time given to a sample
-    without one, the configuration that the device is owed, the known series by metric, and of those that have points ahead of the
-    clock the newest time."""
+    without one, the configuration that the device is owed, whether it has commands that are not over, the known series by metric,
+    and of those that have points ahead of the clock the newest time."""
 
     session: int
     seq: int
     stamp: int
     config: Config | None
+    has_commands: bool
     series: dict[str, str]
     ahead: dict[str, int]
 
@@ -6734,7 +7068,8 @@ def open_session(connection: sqlite3.Connection, device_id: int, token_id: str, 
         (device_id,),
     ).fetchone()
     config = None if owed is None else Config(owed[0], orjson.loads(owed[1]))
-    return SessionRow(session, seq, stamp, config, orjson.loads(series), times_ahead(connection, device_id, now, stamp))
+    has_commands = connection.execute("select 1 from command where device_id = ? and ended_at is null", (device_id,)).fetchone() is not None
+    return SessionRow(session, seq, stamp, config, has_commands, orjson.loads(series), times_ahead(connection, device_id, now, stamp))
 
 
 def set_seq(connection: sqlite3.Connection, device_id: int, seq: int) -> None:
@@ -6758,6 +7093,7 @@ def remove_device(connection: sqlite3.Connection, tenant_id: int, name: str, by:
     connection.execute("delete from log_token where device_id = ?", (device_id,))
     connection.execute("delete from syslog_source where device_id = ?", (device_id,))
     settle_alerts(connection, "device_id = :id", "the device was removed", id=device_id)
+    end_commands(connection, "device_id = :id", "cancelled", "the device was removed", id=device_id)
     connection.execute("delete from late_reading where device_id = ?", (device_id,))
     connection.execute("update device set old_name = name, name = null, removed_at = ? where id = ?", (now, device_id))
     return device_id
@@ -6771,9 +7107,12 @@ def close_crashed_sessions(connection: sqlite3.Connection) -> int:
                   json_object('session', session, 'reason', 'crashed', 'address', address) detail, device_id position
            from presence where connected""",
     )
-    return connection.execute(
+    (devices,) = connection.execute("select json_group_array(device_id) from presence where connected").fetchone()
+    closed = connection.execute(
         "update presence set connected = 0, disconnected_at = coalesce(seen_at, connected_at) where connected"
     ).rowcount
+    end_unsendable(connection, devices)
+    return closed
 
 
 STATE_COLUMNS: Final = "device_id, version, at, session, document, changes"
@@ -8800,6 +9139,627 @@ class NotificationReads(Queries):
         return [Undelivered(Receiver(*columns), *row) for *row, columns in rows], next_at
 
 
+# ==== Commands ====
+# Owns: every line of SQL about commands, those for many devices, and what they write. Must not know: HTTP, sockets, the shape of frames.
+
+MOVABLE: Final = ("sent", "running")  # by what the device says
+
+
+FAILED_SQL: Final = "(status in ('failed', 'refused', 'timed_out', 'lost') or status = 'done' and exit_code <> 0)"
+OPEN_SQL: Final = "status in ('queued', 'sent', 'running')"
+
+
+def end_parts_of_batches(connection: sqlite3.Connection, batches: str, most: int) -> list[tuple[int, int]]:
+    """Take stopped commands for many back from so many devices; they are over when no other waits."""
+    waiting = "select id from command where batch_id in (select value from json_each(:batches)) and status = 'queued' limit :most"
+    ended = end_commands(
+        connection, f"id in ({waiting})", "cancelled", "the command for many devices was stopped", batches=batches, most=most
+    )
+    if len(ended) < most:
+        connection.execute("update command_batch set next_at = null where id in (select value from json_each(?))", (batches,))
+    return ended
+
+
+def stop_batches(connection: sqlite3.Connection, batches: str, why: str, most: int) -> list[tuple[int, int]]:
+    """Give commands for many to no more devices, and take them back from those that have not been sent theirs; `batches` are numbers, a
+    JSON text. Those that this ends, each as its number and its device's."""
+    connection.execute(
+        "update command_batch set next_at = :now, stopped = :why where id in (select value from json_each(:batches))",
+        {"batches": batches, "now": now_ms(), "why": why},
+    )
+    return end_parts_of_batches(connection, batches, most)
+
+
+def stop_failing_batches(connection: sqlite3.Connection, commands: str, most: int) -> list[tuple[int, int]]:
+    """Commands are over, their numbers a JSON text: those for many are stopped of which too many did not end well. Those that this ends,
+    each as its number and its device's."""
+    (batches,) = connection.execute(
+        f"""select json_group_array(id) from command_batch batch
+            where id in (
+                select batch_id from json_each(:commands) wanted cross join command on command.id = wanted.value where {FAILED_SQL})
+            and stopped is null and (next_at is not null or exists (select 1 from command where batch_id = batch.id and {OPEN_SQL}))
+            and failures_most <= (select count(*) from command where batch_id = batch.id and {FAILED_SQL})""",
+        {"commands": commands},
+    ).fetchone()
+    return [] if batches == "[]" else stop_batches(connection, batches, "failures", most)
+
+
+@attrs.frozen
+class CommandReport:
+    """What a device says of a command, on its way to the disk: that it runs, without `stream` and `status`; what it wrote; or what became
+    of it."""
+
+    owner: Committed
+    device_id: int
+    seq: int
+    at: int
+    command: int
+    stream: str | None = None
+    data: bytes = b""
+    status: str | None = None
+    exit_code: int | None = None
+    message: str | None = None
+    output_bytes: int = 0
+
+
+@attrs.define
+class CommandProgress:
+    """Where a command stands, while reports of it are taken."""
+
+    id: int
+    device_id: int
+    status: str
+    started_at: int | None
+    stored: int
+    written: int
+    ended_at: int | None = None
+    exit_code: int | None = None
+    message: str | None = None
+
+    def take(self, report: CommandReport, most: int) -> str | None:
+        """Move on by what the device says; the code of the refusal, where it may not. `most`: bytes of output that are kept."""
+        if self.device_id != report.device_id or self.status == "queued":
+            return "unknown_command"
+        if self.status not in MOVABLE:  # the end is told again where its confirmation was lost
+            return None if report.status == self.status else "command_over"
+        if report.status is None:
+            self.status, self.started_at = "running", self.started_at or report.at
+            self.stored, self.written = min(most, self.stored + len(report.data)), self.written + len(report.data)
+        else:
+            self.status, self.ended_at, self.exit_code, self.message = report.status, report.at, report.exit_code, report.message
+            self.written = max(self.written, report.output_bytes)
+        return None
+
+    @property
+    def row(self) -> tuple[object, ...]:
+        written = min(self.written, INTEGERS - 1)
+        return self.id, self.status, self.started_at, self.ended_at, self.exit_code, self.message, self.stored, written
+
+
+@attrs.frozen
+class CommandOutcome:
+    """What reports have changed: which were refused, as (owner, code, seq), which commands have something new, and devices of which one
+    is over."""
+
+    refused: list[tuple[Committed, str, int]] = attrs.field(factory=list)
+    changed: list[int] = attrs.field(factory=list)
+    over: list[int] = attrs.field(factory=list)
+
+
+def commands_in_progress(connection: sqlite3.Connection, numbers: Iterable[int]) -> dict[int, CommandProgress]:
+    (rows,) = connection.execute(
+        """select json_group_array(json_array(id, device_id, status, started_at, stored_bytes, output_bytes))
+           from command where id in (select value from json_each(?))""",
+        bind(list(numbers)),
+    ).fetchone()
+    return {row[0]: CommandProgress(*row) for row in orjson.loads(rows)}
+
+
+def insert_output(connection: sqlite3.Connection, pieces: list[tuple[object, ...]], data: bytes) -> None:
+    """Each piece as (command, start, stream, at, place in `data`, length)."""
+    connection.execute(
+        """insert into command_output (command_id, start, stream, at, data)
+           select value ->> 0, value ->> 1, value ->> 2, value ->> 3, substr(:data, (value ->> 4) + 1, value ->> 5)
+           from json_each(:pieces)""",
+        {"pieces": bind(pieces)[0], "data": data},
+    )
+
+
+def update_commands(connection: sqlite3.Connection, commands: Iterable[CommandProgress]) -> None:
+    connection.execute(
+        """update command set status = value ->> 1, started_at = value ->> 2, ended_at = value ->> 3, exit_code = value ->> 4,
+               message = value ->> 5, stored_bytes = value ->> 6, output_bytes = value ->> 7,
+               due_at = case when value ->> 3 is null then due_at end
+           from json_each(?) where command.id = value ->> 0""",
+        bind([command.row for command in commands]),
+    )
+
+
+def write_command_reports(connection: sqlite3.Connection, reports: list[CommandReport], limits: Limits) -> CommandOutcome:
+    """What devices say of their commands, in order of arrival."""
+    known = commands_in_progress(connection, {report.command for report in reports})
+    refused, changed, over = list[tuple[Committed, str, int]](), dict[int, CommandProgress](), list[CommandProgress]()
+    pieces, data = list[tuple[object, ...]](), bytearray()
+    for report in reports:
+        command = known.get(report.command)
+        was_over, start = command is None or command.status not in MOVABLE, 0 if command is None else command.stored
+        code = "unknown_command" if command is None else command.take(report, limits.command_bytes)
+        if command is None or code is not None:
+            refused.append((report.owner, code or "", report.seq))
+        elif not was_over:
+            changed[command.id] = command
+            if room := command.stored - start:
+                pieces.append((command.id, start, report.stream, report.at, len(data), room))
+                data += report.data[:room]
+            if command.ended_at is not None:
+                over.append(command)
+    if pieces:
+        insert_output(connection, pieces, bytes(data))
+    if changed:
+        update_commands(connection, changed.values())
+    stopped = list[tuple[int, int]]()
+    if over:
+        (numbers,) = bind([command.id for command in over])
+        tell_of_ends(connection, numbers)
+        stopped = stop_failing_batches(connection, numbers, limits.command_devices)
+    return CommandOutcome(
+        refused, [*changed, *(number for number, _ in stopped)], [command.device_id for command in over] + [device for _, device in stopped]
+    )
+
+
+@attrs.frozen
+class WantedCommand:
+    """What is to be run: the JSON text of its words, times in milliseconds, and the key by which its request is known again."""
+
+    argv: str
+    timeout: int
+    ttl: int | None
+    parallel: bool
+    key: str | None = None
+
+
+def known_by_key(row: tuple[Any, ...] | None, wanted: tuple[object, ...]) -> int | None:
+    """The number of what a request has made before, in a row of that and of what it asked for. Refusal: key_reused, for another one."""
+    if row is not None and row[1:] != wanted:
+        raise Refusal("key_reused")
+    return None if row is None else int(row[0])
+
+
+def insert_command(
+    connection: sqlite3.Connection, actor: Actor, device: str, wanted: WantedCommand, most: int
+) -> tuple[int, int, bool]:
+    """A command for a device: its number, the device's, and whether it is new. Refusal: not_found, device_offline, too_many_commands,
+    key_reused."""
+    device_id, _ = device_row(connection, cast(int, actor.tenant_id), device)
+    made = connection.execute(
+        "select id, argv, timeout, ttl, parallel from command where device_id = ? and key = ?", (device_id, wanted.key)
+    ).fetchone()
+    if (known := known_by_key(made, (wanted.argv, wanted.timeout, wanted.ttl, int(wanted.parallel)))) is not None:
+        return known, device_id, False
+    connected, waiting = connection.execute(
+        "select connected, (select count(*) from command where device_id = :id and ended_at is null) from presence where device_id = :id",
+        {"id": device_id},
+    ).fetchone()
+    if not connected and wanted.ttl is None:
+        raise Refusal("device_offline")
+    if waiting >= most:
+        raise Refusal("too_many_commands", retry_after=1)
+    now = now_ms()
+    (number,) = connection.execute(
+        """insert into command (device_id, argv, timeout, ttl, parallel, actor, key, status, at, due_at)
+           values (:device, :argv, :timeout, :ttl, :parallel, :actor, :key, 'queued', :now, :now + :ttl) returning id""",
+        {"device": device_id, "now": now, "actor": orjson.dumps(attrs.asdict(actor)).decode(), **attrs.asdict(wanted)},
+    ).fetchone()
+    tell_of_commands(connection, f"[{number}]")
+    return number, device_id, True
+
+
+def cancel_command(connection: sqlite3.Connection, tenant_id: int, device: str, number: int, grace: int) -> tuple[int, bool]:
+    """Take a command back; the number of its device, and whether that is to be told. For so many milliseconds it is waited for then.
+    Refusal: not_found, command_over."""
+    device_id, _ = device_row(connection, tenant_id, device)
+    row = connection.execute("select status, ended_at from command where id = ? and device_id = ?", (number, device_id)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    if row[1] is not None:
+        raise Refusal("command_over")
+    if row[0] == "queued":
+        end_commands(connection, "id = :id", "cancelled", "it was taken back before it was sent", id=number)
+        return device_id, False
+    connection.execute(
+        "update command set cancelled_at = coalesce(cancelled_at, :now), due_at = min(due_at, :now + :grace) where id = :id",
+        {"now": now_ms(), "grace": grace, "id": number},
+    )
+    return device_id, True
+
+
+@attrs.frozen
+class WantedBatch(WantedCommand):
+    """What is to be run by all devices whose name matches, and how."""
+
+    match: str = ""
+    per_minute: int | None = None
+    failures_most: int | None = None
+
+
+def insert_batch(connection: sqlite3.Connection, actor: Actor, wanted: WantedBatch, most: int) -> tuple[int, bool]:
+    """A command for many: its number, and whether it is new; `make_parts_of_batches` gives it to them. Refusal: too_many_commands,
+    key_reused."""
+    tenant = cast(int, actor.tenant_id)
+    made = connection.execute(
+        """select id, match, per_minute, failures_most, argv, timeout, ttl, parallel from command_batch
+           where tenant_id = ? and key = ?""",
+        (tenant, wanted.key),
+    ).fetchone()
+    same = (wanted.match, wanted.per_minute, wanted.failures_most, wanted.argv, wanted.timeout, wanted.ttl, int(wanted.parallel))
+    if (known := known_by_key(made, same)) is not None:
+        return known, False
+    (waiting,) = connection.execute(
+        "select count(*) from command_batch where next_at is not null and tenant_id = ?", (tenant,)
+    ).fetchone()
+    if waiting >= most:
+        raise Refusal("too_many_commands", retry_after=1)
+    (number,) = connection.execute(
+        """insert into command_batch (tenant_id, match, argv, timeout, ttl, parallel, per_minute, failures_most, actor, key, at, next_at,
+               devices, newest)
+           select :tenant, :match, :argv, :timeout, :ttl, :parallel, :per_minute, :failures_most, :actor, :key, :now, :now,
+               (select count(*) from device where tenant_id = :tenant and name glob :match), coalesce(max(id), 0) from device
+           returning id""",
+        {"tenant": tenant, "now": now_ms(), "actor": orjson.dumps(attrs.asdict(actor)).decode(), **attrs.asdict(wanted)},
+    ).fetchone()
+    return int(number), True
+
+
+def cancel_batch(connection: sqlite3.Connection, tenant_id: int, number: int, most: int) -> list[tuple[int, int]]:
+    """As `stop_batches`. Refusal: not_found, command_over when it went to all."""
+    row = connection.execute("select stopped, next_at from command_batch where id = ? and tenant_id = ?", (number, tenant_id)).fetchone()
+    if row is None:
+        raise Refusal("not_found")
+    waits = connection.execute("select 1 from command where batch_id = ? and status = 'queued'", (number,)).fetchone()
+    if row[0] is not None or (row[1] is None and waits is None):
+        raise Refusal("command_over")
+    return stop_batches(connection, f"[{number}]", "cancelled", most)
+
+
+def give_part_of_batch(connection: sqlite3.Connection, number: int, devices: list[int], now: int) -> list[int]:
+    """A command of a batch for each of some devices, which are those that it is told of; for those that cannot be reached in time it is
+    over at once."""
+    if not devices:
+        return []
+    (newest,) = connection.execute("select coalesce(max(id), 0) from command where batch_id = ?", (number,)).fetchone()
+    connection.execute(
+        """insert into command (device_id, batch_id, argv, timeout, ttl, parallel, actor, status, at, due_at, ended_at, message)
+           select device_id, batch.id, argv, timeout, ttl, parallel, actor, case when reachable then 'queued' else 'expired' end, :now,
+               case when reachable then :now + ttl end, case when reachable then null else :now end,
+               case when reachable then null else 'the device is not connected' end
+           from (select wanted.key place, device_id, batch.*, connected = 1 or batch.ttl is not null reachable
+                 from json_each(:devices) wanted cross join command_batch batch on batch.id = :batch
+                 cross join presence on presence.device_id = wanted.value) batch order by place""",
+        {"batch": number, "devices": bind(devices)[0], "now": now},
+    )
+    numbers, over = connection.execute(
+        """select json_group_array(id), json_group_array(id) filter (where ended_at is not null)
+           from (select id, ended_at from command where batch_id = ? and id > ? order by id)""",
+        (number, newest),
+    ).fetchone()
+    account_for_commands(connection, numbers, "command.run", "json_object('batch', batch_id)")
+    tell_of_commands(connection, numbers)
+    account_for_ends(connection, over)
+    return devices
+
+
+def make_parts_of_batches(connection: sqlite3.Connection, now: int, most: int) -> list[int]:
+    """Give the commands for many that are due to so many more devices each, or as many as they may in a second; which these are."""
+    given = list[int]()
+    for number, tenant_id, match, per_minute, newest, done in connection.execute(
+        "select id, tenant_id, match, per_minute, newest, done from command_batch where next_at <= ? and stopped is null", (now,)
+    ).fetchall():
+        count = most if per_minute is None else min(most, max(1, per_minute // 60))
+        (found,) = connection.execute(
+            """select json_group_array(json_array(name, id)) from (
+                   select name, id from device where tenant_id = ? and name > ? and name glob ? and id <= ? order by name limit ?)""",
+            (tenant_id, done, match, newest, count),
+        ).fetchone()
+        devices = orjson.loads(found)
+        next_at = None if len(devices) < count else now if per_minute is None else now + count * 60_000 // per_minute
+        connection.execute(
+            "update command_batch set done = ?, next_at = ? where id = ?", (devices[-1][0] if devices else done, next_at, number)
+        )
+        given += give_part_of_batch(connection, number, [device_id for _, device_id in devices], now)
+    return given
+
+
+def end_late_commands(connection: sqlite3.Connection, now: int, limits: Limits) -> list[tuple[int, int]]:
+    """Commands whose time is over, each as its number and its device's. A device that is away may come back with the result, and one that
+    has just come back is about to tell it."""
+    (late,) = connection.execute(
+        "select json_group_array(id) from (select id from command where due_at <= ? order by due_at limit ?)", (now, limits.command_devices)
+    ).fetchone()
+    if late == "[]":
+        return []
+    connection.execute(
+        """update command set due_at = :now + :grace from presence
+           where id in (select value from json_each(:late)) and status in ('sent', 'running') and presence.device_id = command.device_id
+           and case when connected then connected_at > :now - :grace else :now < sent_at + timeout + :away end""",
+        {
+            "late": late, "now": now, "grace": round(limits.command_grace_seconds * 1000),
+            "away": round(limits.command_away_seconds * 1000),
+        },
+    )  # fmt: skip
+    due, times = "id in (select value from json_each(:late)) and due_at <= :now", {"late": late, "now": now}
+    expired = end_commands(connection, f"{due} and status = 'queued'", "expired", "its turn did not come within its ttl", **times)
+    return expired + end_commands(connection, due, "timed_out", "the device did not tell its end in time", **times)
+
+
+def command_frames(connection: sqlite3.Connection, numbers: str, limits: Limits) -> list[tuple[int, str]]:
+    """Frames that give commands to their devices, each as device and text."""
+    (rows,) = connection.execute(
+        """select json_group_array(json_array(device_id, frame)) from (
+               select device_id, json_object('type', 'command', 'command', id, 'argv', json(argv), 'timeout', timeout / 1000.0,
+                   'output_bytes', :bytes) frame
+               from command where id in (select value from json_each(:numbers)) order by id)""",
+        {"numbers": numbers, "bytes": limits.command_bytes},
+    ).fetchone()
+    return [(device_id, frame) for device_id, frame in orjson.loads(rows)]
+
+
+def send_commands(connection: sqlite3.Connection, devices: list[int], now: int, limits: Limits) -> list[tuple[int, str]]:
+    """Commands whose turn it is on these devices, as device and frame: those that may run beside others, and the first of the others.
+    They count as sent before they are: otherwise a crash between the two would send them twice."""
+    (numbers,) = connection.execute(
+        """select json_group_array(id) from (
+               select command.id id from json_each(?) wanted
+               cross join presence on presence.device_id = wanted.value and connected = 1
+               cross join command on command.device_id = wanted.value and ended_at is null
+               where status = 'queued' and (parallel = 1 or not exists (
+                   select 1 from command earlier where earlier.device_id = command.device_id and earlier.ended_at is null
+                   and earlier.parallel = 0 and earlier.id < command.id))
+               and not exists (select 1 from command_batch batch where batch.id = batch_id and stopped is not null) order by command.id)""",
+        bind(devices),
+    ).fetchone()
+    if numbers == "[]":
+        return []
+    times = {"numbers": numbers, "now": now, "grace": round(limits.command_grace_seconds * 1000)}
+    connection.execute(
+        """update command set status = 'sent', sent_at = :now, due_at = :now + timeout + :grace
+           where id in (select value from json_each(:numbers))""",
+        times,
+    )
+    return command_frames(connection, numbers, limits)
+
+
+def cancel_frame(number: int) -> str:
+    return f'{{"type":"cancel","command":{number}}}'
+
+
+def send_commands_again(connection: sqlite3.Connection, devices: list[int], now: int, limits: Limits) -> list[tuple[int, str]]:
+    """To devices that have come back: what may not have reached them. What they know already they leave out."""
+    (ids,) = bind(devices)
+    (numbers,) = connection.execute(
+        """select json_group_array(id) from command
+           where device_id in (select value from json_each(:devices)) and ended_at is null and status = 'sent' and cancelled_at is null
+           and :now < case when ttl is null then sent_at + :again else at + ttl end""",
+        {"devices": ids, "now": now, "again": round(limits.command_again_seconds * 1000)},
+    ).fetchone()
+    frames = command_frames(connection, numbers, limits)
+    (cancelled,) = connection.execute(
+        """select json_group_array(json_array(device_id, id)) from command
+           where device_id in (select value from json_each(?)) and ended_at is null and cancelled_at is not null""",
+        (ids,),
+    ).fetchone()
+    return frames + [(device_id, cancel_frame(number)) for device_id, number in orjson.loads(cancelled)]
+
+
+@attrs.frozen
+class CommandStep:
+    """What a look at all commands has changed: frames to send, as device and text; and commands that are over, as number and device."""
+
+    frames: list[tuple[int, str]]
+    ended: list[tuple[int, int]]
+
+
+def go_on_with_commands(connection: sqlite3.Connection, devices: list[int], back: list[int], limits: Limits) -> CommandStep:
+    """End what is late, give commands for many to more devices, and send what may be sent: to devices that are named, because one of
+    their commands is over, say; `back` are those with a new session."""
+    now = now_ms()
+    ended = end_late_commands(connection, now, limits)
+    if ended:
+        ended += stop_failing_batches(connection, *bind([number for number, _ in ended]), limits.command_devices)
+    (stopped,) = connection.execute(
+        "select json_group_array(id) from command_batch where next_at <= ? and stopped is not null", (now,)
+    ).fetchone()
+    if stopped != "[]":
+        ended += end_parts_of_batches(connection, stopped, limits.command_devices)
+    given = make_parts_of_batches(connection, now, limits.command_devices)
+    again = send_commands_again(connection, back, now, limits) if back else []
+    wanted = list({*devices, *back, *given, *(device_id for _, device_id in ended)})
+    return CommandStep(again + send_commands(connection, wanted, now, limits), ended)
+
+
+def insert_tunnel(connection: sqlite3.Connection, actor: Actor, device_id: int, port: int) -> int:
+    """A tunnel is about to be opened; its number."""
+    now = now_ms()
+    (number,) = connection.execute(
+        "insert into tunnel (device_id, port, actor, at) values (?, ?, ?, ?) returning id",
+        (device_id, port, orjson.dumps(attrs.asdict(actor)).decode(), now),
+    ).fetchone()
+    add_event(connection, device_id, now, "tunnel", {"tunnel": number, "port": port, "status": "opened", "by": actor.name})
+    return int(number)
+
+
+def end_tunnels(
+    connection: sqlite3.Connection, which: str, reason: str, from_device: int | None, to_device: int | None, **parameters: object
+) -> None:
+    """Tunnels are over: for the timelines and the audit; bytes None where they are not known."""
+    told = {**parameters, "now": now_ms(), "reason": reason, "from_device": from_device, "to_device": to_device}
+    add_events(
+        connection,
+        f"""select device_id, :now at, 'tunnel' kind, json_object('tunnel', id, 'port', port, 'status', 'closed', 'reason', :reason,
+                'by', actor ->> 'name') detail, id position from tunnel where {which}""",
+        told,
+    )
+    connection.execute(
+        f"""insert into audit (tenant_id, at, token, name, role, action, target, device, address, outcome, detail)
+            select device.tenant_id, :now, actor ->> 'token_id', actor ->> 'name', actor ->> 'role', 'tunnel.end', cast(port as text),
+                coalesce(device.name, device.old_name), actor ->> 'address', 'ok', json_object('reason', :reason,
+                'seconds', (:now - tunnel.at) / 1000.0, 'from_device', :from_device, 'to_device', :to_device)
+            from (select * from tunnel where {which}) tunnel cross join device on device.id = device_id
+            cross join tenant on tenant.id = device.tenant_id where tenant.name is not null order by tunnel.id""",
+        told,
+    )
+    connection.execute(f"delete from tunnel where {which}", parameters)
+
+
+def delete_commands(connection: sqlite3.Connection, which: str, limits: Limits, **parameters: object) -> int:
+    """Some commands with what they wrote, not more than is quick; how many."""
+    return connection.execute(
+        f"""delete from command where id in (
+                select id from (select id, row_number() over () number, sum(stored_bytes) over (
+                                    rows between unbounded preceding and current row) size
+                                from (select id, stored_bytes from command where {which} limit :most))
+                where number = 1 or size <= :bytes)""",
+        {**parameters, "most": limits.removed_rows, "bytes": limits.removed_bytes},
+    ).rowcount
+
+
+# Commands for many of which none is left.
+OLD_BATCHES: Final = """select id from command_batch batch
+    where at < :before and next_at is null and not exists (select 1 from command where batch_id = batch.id)"""
+
+
+def delete_old_commands(connection: sqlite3.Connection, before: int, limits: Limits) -> bool:
+    """Those that ended before a time, and commands for many, some of them; whether there may be more."""
+    if delete_commands(connection, "ended_at < :before", limits, before=before):
+        return True
+    some = f"delete from command_batch where id in ({OLD_BATCHES} limit :most)"
+    return connection.execute(some, {"before": before, "most": limits.removed_documents}).rowcount > 0
+
+
+COMMAND_JSON: Final = f"""json_object(
+    'id', command.id, 'device', device.name, 'argv', json(argv), 'status', status, 'exit_code', exit_code, 'message', message,
+    'timeout', timeout / 1000.0, 'parallel', json(case when parallel then 'true' else 'false' end), 'batch', batch_id,
+    'at', {time_sql("at")}, 'by', actor ->> 'name', 'expires_at', {time_sql("at + ttl")}, 'sent_at', {time_sql("sent_at")},
+    'started_at', {time_sql("started_at")}, 'ended_at', {time_sql("ended_at")}, 'output_bytes', output_bytes,
+    'output_cut', json(case when output_bytes > stored_bytes then 'true' else 'false' end))"""
+BATCH_JSON: Final = f"""json_object(
+    'id', batch.id, 'match', match, 'argv', json(argv), 'timeout', timeout / 1000.0,
+    'parallel', json(case when parallel then 'true' else 'false' end), 'per_minute', per_minute, 'stop_after_failures', failures_most,
+    'at', {time_sql("at")}, 'by', actor ->> 'name', 'devices', devices,
+    'status', case when stopped is not null then 'stopped' when next_at is not null
+        or exists (select 1 from command where batch_id = batch.id and {OPEN_SQL}) then 'running' else 'done' end,
+    'stopped', stopped,
+    'counts', (select json_group_object(status, number) from (
+        select status, count(*) number from command where batch_id = batch.id group by status)),
+    'not_begun', case when next_at is not null or stopped is not null
+        then max(0, devices - (select count(*) from command where batch_id = batch.id)) else 0 end)"""
+# What is kept of a command's output from a place on: [start, stream, when it came, its bytes in hexadecimal digits]. So many parts at one
+# time: a device may send each byte by itself, and then all of them take seconds of the event loop.
+OUTPUT_PIECES: Final = 1_000
+PIECES_SQL: Final = f"""(select json_group_array(json_array(start, stream, at, bytes)) from (
+    select start, stream, command_output.at at, hex(substr(data, 1, :most - start)) bytes from command_output
+    where command_id = command.id and start >= :start and start < :most order by start limit {OUTPUT_PIECES}))"""
+
+
+@attrs.frozen
+class OutputPiece:
+    """A part of what a command wrote: how many bytes of both streams were before it, when it came in milliseconds, and its bytes."""
+
+    start: int
+    stream: str
+    at: int
+    data: bytes
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.data)
+
+    @classmethod
+    def of(cls, rows: Iterable[list[Any]]) -> list[OutputPiece]:
+        return [cls(start, stream, at, bytes.fromhex(digits)) for start, stream, at, digits in rows]
+
+
+class OutputDecoder:
+    """What a command wrote as text, part by part: bytes that are no UTF-8 as replacement characters, and a character that is cut
+    between two parts whole."""
+
+    def __init__(self) -> None:
+        self._decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in ("stdout", "stderr")}
+
+    def take(self, pieces: Iterable[OutputPiece]) -> str:
+        return "".join(self._decoders[piece.stream].decode(piece.data) for piece in pieces)
+
+    def end(self) -> str:
+        return "".join(decoder.decode(b"", final=True) for decoder in self._decoders.values())
+
+
+OUTPUT_END: Final = 2**31 - 1  # SQLite counts the bytes of a text with 32 bits; no output has so many
+
+
+class CommandReads(Queries):
+    """Queries over commands, those for many, and what they wrote."""
+
+    async def is_due(self) -> bool:
+        """Whether the clock has something to do, for any tenant."""
+        row = await self._readers.row(
+            """select exists (select 1 from command where due_at <= :now)
+                   or exists (select 1 from command_batch where next_at <= :now)""",
+            {"now": now_ms()},
+        )
+        return bool(row and row[0])
+
+    async def has_old(self, before: int) -> bool:
+        row = await self._readers.row(
+            f"select exists (select 1 from command where ended_at < :before) or exists ({OLD_BATCHES})", {"before": before}
+        )
+        return bool(row and row[0])
+
+    async def commands(self, tenant: int, device: str, statuses: tuple[str, ...], limit: int, after: int) -> str | None:
+        """Of one device, newest first; None without such a device."""
+        found = "select 1 from device where tenant_id = :tenant and name = :device"
+        if await self._readers.row(found, {"tenant": tenant, "device": device}) is None:
+            return None
+        return await self._list(
+            f"""select command.id position, {COMMAND_JSON} item from device cross join command on device_id = device.id
+                where tenant_id = :tenant and name = :device and command.id < :after
+                and (:statuses = '[]' or status in (select value from json_each(:statuses))) order by command.id desc""",
+            limit, tenant=tenant, device=device, after=after, statuses=bind(statuses)[0],
+        )  # fmt: skip
+
+    async def command(
+        self, tenant: int, device: str, number: int, start: int = 0, most: int = OUTPUT_END
+    ) -> tuple[dict[str, Any], list[OutputPiece]] | None:
+        """A command, and what it wrote from a place on up to another one, `OUTPUT_PIECES` of it; None where there is none."""
+        row = await self._readers.row(
+            f"""select {COMMAND_JSON}, {PIECES_SQL} from device cross join command on device_id = device.id
+                where tenant_id = :tenant and name = :device and command.id = :id""",
+            {"tenant": tenant, "device": device, "id": number, "start": start, "most": most},
+        )
+        return None if row is None else (orjson.loads(row[0]), OutputPiece.of(orjson.loads(row[1])))
+
+    async def batches(self, tenant: int, limit: int, after: int) -> str:
+        return await self._list(
+            f"""select batch.id position, {BATCH_JSON} item from command_batch batch
+                where tenant_id = :tenant and batch.id < :after order by batch.id desc""",
+            limit, tenant=tenant, after=after,
+        )  # fmt: skip
+
+    async def batch(self, tenant: int, number: int, limit: int, after: int, most: int) -> dict[str, Any] | None:
+        """A command for many, and a page of its commands in the order in which they were given, each with the first bytes that it wrote."""
+        of_it = "from command_batch batch where tenant_id = :tenant and batch.id = :id"
+        row = await self._readers.row(f"select {BATCH_JSON} {of_it}", {"tenant": tenant, "id": number})
+        if row is None:
+            return None
+        page = await self._list(
+            f"""select command.id position, json_array({COMMAND_JSON}, {PIECES_SQL}) item
+                from (select batch.id batch {of_it}) cross join command on batch_id = batch cross join device on device.id = device_id
+                where command.id > :after order by command.id""",
+            limit, tenant=tenant, id=number, after=after, start=0, most=most,
+        )  # fmt: skip
+        shown = orjson.loads(page)
+        items = [{**item, "output": OutputDecoder().take(OutputPiece.of(pieces))} for item, pieces in shown["items"]]
+        return {**orjson.loads(row[0]), "items": items, "next": shown["next"]}
+
+
 # ==== Removal ====
 # Owns: what is left of removed devices, tenants and readings, and its deletion little by little. Must not know: HTTP, sockets.
 
@@ -8897,6 +9857,8 @@ def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], l
     if deleted:
         delete_unused_documents(connection, [document_id for (document_id,) in deleted])
         return
+    if delete_commands(connection, "device_id in (select value from json_each(:ids))", limits, ids=ids[0]):
+        return
     if delete_lines_of(connection, " OR ".join(f'"d{device}"' for device in devices), limits.removed_lines):
         return
     connection.execute(f"insert into removed_series select id from series where {of_them}", ids)
@@ -8913,10 +9875,13 @@ def delete_removed_devices(connection: sqlite3.Connection, devices: list[int], l
 
 
 def delete_removed_tenant(connection: sqlite3.Connection, tenant_id: int, limits: Limits) -> None:
-    """The audit and the words of its logs, then the tenant; its devices have gone before."""
-    deleted = connection.execute(
-        "delete from audit where id in (select id from audit where tenant_id = ? limit ?)", (tenant_id, limits.removed_rows)
-    ).rowcount
+    """The audit, the commands for many and the words of its logs, then the tenant; its devices have gone before."""
+    deleted = sum(
+        connection.execute(
+            f"delete from {table} where id in (select id from {table} where tenant_id = ? limit ?)", (tenant_id, most)
+        ).rowcount
+        for table, most in (("audit", limits.removed_rows), ("command_batch", limits.removed_documents))
+    )
     (words,) = connection.execute(
         "select json_group_array(id) from (select id from log_word where tenant_id = ? limit ?)", (tenant_id, limits.removed_rows)
     ).fetchone()
@@ -8992,11 +9957,13 @@ class Change:
 
 @attrs.frozen
 class Outcome:
-    """What became of a batch: the results of its changes, the frames that were refused, as (owner, code, seq), the configurations
-    that were sent, as `Awaited` takes them, what the watch over alerts is to know, and how many seconds it took without its commit."""
+    """What became of a batch: the results of its changes, the frames that were refused, as (owner, code, seq), what is new of commands, the
+    configurations that were sent, as `Awaited` takes them, what the watch over alerts is to know, and how many seconds it took without its
+    commit."""
 
     changes: list[object]
     refused: list[tuple[Committed, str, int]]
+    commands: CommandOutcome
     awaited: list[tuple[int, int, int]]
     news: AlertNews
     seconds: float
@@ -9056,6 +10023,7 @@ class Batch:
         self.configs_sent: list[tuple[int, int, int]] = []  # device, version, when
         self.states: list[tuple[int, StateReport]] = []
         self.verdicts: list[tuple[int, VerdictReport]] = []
+        self.command_reports: list[CommandReport] = []
         self.events: list[TimelineEntry] = []
         self.lines: list[LogLine] = []
         self.waiting: dict[Committed, tuple[int, int]] = {}
@@ -9073,7 +10041,7 @@ class Batch:
     @property
     def eventful(self) -> bool:
         """Whether it may add to somebody's timeline."""
-        return bool(self.changes or self.partings or self.states or self.verdicts or self.events)
+        return bool(self.changes or self.partings or self.states or self.verdicts or self.command_reports or self.events)
 
     def write(self, connection: sqlite3.Connection, limits: Limits, dictionary: Dictionary) -> Outcome:
         """The whole batch in one transaction. Rows first: a change may remove what they name."""
@@ -9090,6 +10058,7 @@ class Batch:
             events = self.events + [parting.event(arrival) for arrival, parting in self.partings]
             refused = write_states(connection, self.states, events, limits) + write_verdicts(connection, self.verdicts, events)
             insert_events(connection, events)
+            commands = self._write_commands(connection, limits)
             if self.lines:
                 insert_log_lines(connection, self.lines)
             if words:
@@ -9098,7 +10067,14 @@ class Batch:
                 insert_events(connection, write_alerts(connection, self.alerts, now_ms()))
             results = [self._attempt(connection, change) for change in self.changes]
             news = look_up_for_watch(connection, self.alerts, limits, eventful=self.eventful or self.alerts.is_asking)
-            return Outcome(results, refused, awaited, news, time.perf_counter() - began)
+            return Outcome(results, refused + commands.refused, commands, awaited, news, time.perf_counter() - began)
+
+    def _write_commands(self, connection: sqlite3.Connection, limits: Limits) -> CommandOutcome:
+        """What devices say of their commands; and those are over that were for sessions that have ended."""
+        told = write_command_reports(connection, self.command_reports, limits) if self.command_reports else CommandOutcome()
+        parted = [parting.device_id for _, parting in self.partings]
+        ended = end_unsendable(connection, *bind(parted)) if parted else []
+        return attrs.evolve(told, changed=told.changed + [number for number, _ in ended])
 
     def _write_rows(self, connection: sqlite3.Connection, limits: Limits) -> None:
         if self.series:
@@ -9192,6 +10168,39 @@ class Awaited:
         return late
 
 
+class CommandTurns:
+    """Devices that may be sent a command now: one of theirs is over, one is new, or they have come back."""
+
+    def __init__(self) -> None:
+        self._devices: dict[int, bool] = {}  # whether they have come back
+        self._missed: set[int] = set()
+        self.wanted = asyncio.Event()
+
+    def add(self, devices: Iterable[int], *, back: bool = False) -> None:
+        for device_id in devices:
+            self._devices[device_id] = back or self._devices.get(device_id, False)
+            self.wanted.set()
+
+    def miss(self, device_id: int) -> None:
+        """It had a turn before it was welcomed."""
+        self._missed.add(device_id)
+
+    def welcomed(self, device_id: int, *, has_commands: bool) -> None:
+        """A new session can be reached; whether there were commands when it was opened."""
+        if has_commands or device_id in self._missed:
+            self._missed.discard(device_id)
+            self.add([device_id], back=True)
+
+    def take(self, most: int) -> dict[int, bool]:
+        """So many of them; then they are forgotten here."""
+        taken = dict(islice(self._devices.items(), most))
+        for device_id in taken:
+            del self._devices[device_id]
+        if not self._devices:
+            self.wanted.clear()
+        return taken
+
+
 class Writer:
     """The only writer: takes all that is pending, commits it as one transaction, then tells those who wait.
 
@@ -9213,6 +10222,8 @@ class Writer:
         self.failing = False
         self.news = Bell()
         self.log_news = TenantBells()
+        self.command_news = TenantBells()  # by the number of a command
+        self.turns = CommandTurns()
         self.alert_news = Bell()  # alerts may have changed, or what is to be told of them
         self.point_feeds: set[PointFeed] = set()
         self.awaited = Awaited()
@@ -9282,6 +10293,10 @@ class Writer:
 
     def verdict_reported(self, report: VerdictReport) -> None:
         self._pending.verdicts.append((self._pending.arrival(), report))
+        self._work.set()
+
+    def command_reported(self, report: CommandReport) -> None:
+        self._pending.command_reports.append(report)
         self._work.set()
 
     def logged(self, lines: Iterable[LogLine]) -> None:
@@ -9436,6 +10451,9 @@ class Writer:
             self.alert_news.ring()
         for tenant_id in {line.tenant_id for line in batch.lines}:
             self.log_news.ring(tenant_id)
+        for command in outcome.commands.changed:
+            self.command_news.ring(command)
+        self.turns.add(outcome.commands.over)
 
     def _not_stored(self, batch: Batch, error: BaseException) -> None:
         """Nothing is acknowledged: sessions end with 1013, callers hear it, rows stay in the batch to be tried again."""
@@ -9471,6 +10489,7 @@ class Reads(Queries):
         self.logs = LogReads(readers, limits)
         self.alerts = AlertReads(readers, limits)
         self.notifications = NotificationReads(readers, limits)
+        self.commands = CommandReads(readers)
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
@@ -9719,6 +10738,7 @@ class Store:
     def _start(connection: sqlite3.Connection) -> tuple[int, list[tuple[int, int, int]]]:
         """How many sessions a crash left open, and the configurations whose verdict is awaited."""
         with transaction(connection):
+            end_tunnels(connection, "true", "the server stopped without closing it", None, None)
             return close_crashed_sessions(connection), orjson.loads(connection.execute(AWAITED_SQL).fetchone()[0])
 
 
@@ -10245,6 +11265,219 @@ class Door:
             error.__traceback__ = None
 
 
+# ==== Tunnels ====
+# Owns: byte streams between operators and ports of a device, beside each other on the device's link, and what each side may send. Must
+# not know: HTTP, SQL, sockets.
+
+
+class TunnelOver(Exception):  # noqa: N818 - it may be no error
+    """A tunnel is over, before both of its directions were; the text says why, for people."""
+
+
+class TunnelCarrier(Protocol):
+    """A device's link, as its tunnels use it."""
+
+    def send(self, payload: bytes) -> None: ...
+
+    async def send_patiently(self, payload: bytes) -> None:
+        """Send a binary frame, once nearly all before it is on its way."""
+
+
+def tunnel_frame(number: int, state: str, **more: object) -> bytes:
+    return orjson.dumps({"type": "tunnel", "tunnel": number, "state": state, **more})
+
+
+TUNNEL_ROOM_MOST: Final = 2**30  # bytes that a device may say it has room for
+
+
+@attrs.frozen
+class TunnelOwner:
+    """Who opened a tunnel, from where and when, and by which number it is listed."""
+
+    id: int
+    by: str
+    address: str
+    since: int
+
+
+class Tunnel:
+    """A stream of bytes each way between an operator and a port of a device. Each side sends only what the other one has room for, and
+    says so as it hands on what came (as in RFC 9113, section 5.2): a side that does not read holds up nobody else."""
+
+    def __init__(self, carrier: TunnelCarrier, number: int, port: int, owner: TunnelOwner, limits: Limits) -> None:
+        self.number, self.port, self.owner = number, port, owner
+        self.over: str | None = None  # why
+        self.from_device = self.to_device = 0  # bytes
+        self.moved = time.monotonic()
+        self.answered = asyncio.Event()
+        self._carrier = carrier
+        self._limits = limits
+        self._room = 0  # bytes that the device has room for
+        self._granted = limits.tunnel_window  # bytes that the device may still send
+        self._consumed = 0  # and those that are handed on, and not granted anew
+        self._pieces: deque[bytes] = deque()
+        self._is_open = self._device_ended = self._operator_ended = False
+        self._readable, self._writable = asyncio.Event(), asyncio.Event()
+
+    @property
+    def shown(self) -> dict[str, object]:
+        """As it is listed."""
+        owner = self.owner
+        return {
+            "id": owner.id, "port": self.port, "by": owner.by, "address": owner.address, "since": format_time(owner.since),
+            "open": self._is_open, "from_device": self.from_device, "to_device": self.to_device,
+        }  # fmt: skip
+
+    # What the device says.
+
+    def told(self, news: TunnelNews) -> None:
+        if news.state in ("refused", "closed"):
+            why = news.message or "the device gives no reason"
+            self.end(f"the device: {why}" if self._is_open else why)
+        elif not self._is_open and news.state != "open":
+            self.breach("the device said something else before it opened the port")
+        elif news.state == "end":
+            self._device_ended = True
+            self._readable.set()
+        elif self._room + (news.credit or 0) > TUNNEL_ROOM_MOST:
+            self.breach("the device has room for more than there is")
+        else:
+            self._room += news.credit or 0
+            self._is_open = self._is_open or news.state == "open"
+            self._writable.set()
+        self.answered.set()
+
+    def came(self, data: bytes) -> None:
+        """Bytes of the device."""
+        self._granted -= len(data)
+        if self._granted < 0:
+            self.breach("the device sent more than there was room for")
+        elif self._device_ended or not self._is_open:
+            self.breach("the device sent bytes before it opened the port, or after their end")
+        elif data:
+            self.from_device += len(data)
+            self.moved = time.monotonic()
+            self._pieces.append(data)
+            self._readable.set()
+
+    def breach(self, why: str) -> None:
+        self._carrier.send(tunnel_frame(self.number, "closed"))
+        self.end(why)
+
+    def end(self, why: str) -> None:
+        """It is over at once, for whoever reads or writes too."""
+        self.over = self.over or why
+        self._pieces.clear()
+        for event in (self.answered, self._readable, self._writable):
+            event.set()
+
+    # What the operator does.
+
+    async def read(self) -> bytes:
+        """What the device has sent, nothing at its end. TunnelOver."""
+        while not self._pieces and not self.over and not self._device_ended:
+            self._readable.clear()
+            await self._readable.wait()
+        if self.over:
+            raise TunnelOver(self.over)
+        return self._pieces.popleft() if self._pieces else b""
+
+    def consumed(self, size: int) -> None:
+        """So many bytes were handed on: there is room for as many again."""
+        self._consumed += size
+        if 2 * self._consumed >= self._limits.tunnel_window and not self.over and not self._device_ended:
+            self._carrier.send(tunnel_frame(self.number, "credit", credit=self._consumed))
+            self._granted, self._consumed = self._granted + self._consumed, 0
+
+    async def write(self, data: bytes) -> None:
+        """Send to the device, a piece at a time, as it has room. TunnelOver."""
+        start, header = 0, struct.pack("!I", self.number)
+        while start < len(data):
+            while not self._room and not self.over:
+                self._writable.clear()
+                await self._writable.wait()
+            piece = data[start : start + min(self._room, self._limits.tunnel_bytes)]
+            if not self.over:
+                self._room -= len(piece)
+                await self._carrier.send_patiently(header + piece)
+            if self.over:
+                raise TunnelOver(self.over)
+            start += len(piece)
+            self.to_device += len(piece)
+            self.moved = time.monotonic()
+
+    def finish(self) -> None:
+        """The operator sends no more."""
+        self._operator_ended = True
+        if not self.over:
+            self._carrier.send(tunnel_frame(self.number, "end"))
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all that the device sends was handed on, up to its end."""
+        return self._device_ended and not self._pieces and not self.over
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether both directions came to their end."""
+        return self.is_read and self._operator_ended
+
+
+class Tunnels:
+    """All tunnels of a session. A number is given out once: what is still under way to a tunnel that is over belongs to no other."""
+
+    __slots__ = ("_carrier", "_last", "_limits", "_open")
+
+    def __init__(self, carrier: TunnelCarrier, limits: Limits) -> None:
+        self._carrier = carrier
+        self._limits = limits
+        self._last = 0
+        self._open: dict[int, Tunnel] = {}
+
+    def shown(self) -> list[dict[str, object]]:
+        return [tunnel.shown for tunnel in self._open.values() if not tunnel.over]
+
+    def find(self, number: int) -> Tunnel | None:
+        """By the number by which it is listed."""
+        return next((tunnel for tunnel in self._open.values() if tunnel.owner.id == number and not tunnel.over), None)
+
+    def open(self, port: int, owner: TunnelOwner) -> Tunnel:
+        """Ask the device to open a port. Refusal: too_many_tunnels."""
+        if len(self._open) >= self._limits.tunnels:
+            raise Refusal("too_many_tunnels", retry_after=1)
+        self._last += 1
+        tunnel = self._open[self._last] = Tunnel(self._carrier, self._last, port, owner, self._limits)
+        self._carrier.send(tunnel_frame(tunnel.number, "open", port=port, credit=self._limits.tunnel_window))
+        return tunnel
+
+    def close(self, tunnel: Tunnel, why: str) -> None:
+        """The operator is done with it; the device is told, unless it knows."""
+        if self._open.pop(tunnel.number, None) is not None and not tunnel.over and not tunnel.is_whole:
+            self._carrier.send(tunnel_frame(tunnel.number, "closed"))
+            tunnel.end(why)
+
+    def told(self, news: TunnelNews) -> None:
+        """Refusal: not_binary, for a number that was never given out."""
+        if news.tunnel > self._last or not news.tunnel:
+            raise Refusal("not_binary")
+        if (tunnel := self._open.get(news.tunnel)) is not None and not tunnel.over:
+            tunnel.told(news)
+
+    def came(self, data: bytes) -> None:
+        """A binary frame. Refusal: not_binary."""
+        number = int.from_bytes(data[:4], "big")
+        if len(data) < 4 or number > self._last or not number:
+            raise Refusal("not_binary")
+        if (tunnel := self._open.get(number)) is not None and not tunnel.over:
+            tunnel.came(data[4:])
+
+    def end_all(self, why: str) -> None:
+        """The session is over."""
+        for tunnel in self._open.values():
+            tunnel.end(why)
+        self._open.clear()
+
+
 # ==== Registry ====
 # Owns: which sockets are open, which session speaks for which device, what every tenant uses, which requests are under way;
 # the heartbeat. Must not know: SQL.
@@ -10268,6 +11501,17 @@ class Phase(Protocol):
 
 
 HEADER_BYTES: Final = 14  # of a frame, at most
+NOTSENT_LOWAT: Final = MappingProxyType({"linux": 25, "darwin": 0x201})  # by system
+UNSENT_BYTES: Final = 64 * 1024  # of a connection with tunnels that the system may hold: what else is sent waits behind them
+
+
+def keep_little_unsent(transport: asyncio.Transport | None) -> None:
+    """Let the system take no more of a connection than it can soon send; otherwise megabytes would lie before what is urgent. Linux and
+    macOS know how (TCP_NOTSENT_LOWAT, https://lwn.net/Articles/560082/)."""
+    connection = transport.get_extra_info("socket") if transport is not None else None
+    if connection is not None and sys.platform in NOTSENT_LOWAT:
+        with suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, NOTSENT_LOWAT[sys.platform], UNSENT_BYTES)
 READ_BYTES: Final = 64 * 1024  # of messages that wait to be read from a link, before the connection is not read any more
 
 
@@ -10279,8 +11523,8 @@ class Link(BaseProtocol):
     """
 
     __slots__ = (
-        "_backlog", "_counted", "_is_served", "_limits", "_lost", "_queue", "_read", "_reader", "_received", "_stopping", "address",
-        "began", "ended", "heard", "peer", "phase", "pinged", "reading", "use",
+        "_backlog", "_counted", "_is_served", "_limits", "_lost", "_queue", "_read", "_reader", "_received", "_senders", "_stopping",
+        "address", "began", "ended", "heard", "peer", "phase", "pinged", "reading", "use",
     )  # fmt: skip
 
     def __init__(
@@ -10296,6 +11540,7 @@ class Link(BaseProtocol):
         self._limits = limits
         self._stopping = stopping
         self._lost: asyncio.Future[None] | None = None  # made when it is waited for
+        self._senders: list[asyncio.Future[None]] | None = None  # of those who send patiently; made when there is one
         self._is_served = False
         self._received = 0  # bytes that are not taken yet
         self._counted = 0  # if fewer than so many are left, some of those in the backlog were taken
@@ -10338,6 +11583,7 @@ class Link(BaseProtocol):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._reader.feed_eof()
         super().connection_lost(exc)
+        self._wake_senders()
         if self._backlog is not None:
             self._backlog.taken(self)
         if self._lost is not None:
@@ -10410,6 +11656,28 @@ class Link(BaseProtocol):
         """Send a text frame, or drop the peer that has not read the ones before it."""
         self.send_frame(WSMsgType.TEXT, payload)
 
+    async def send_patiently(self, payload: bytes) -> None:
+        """Send a binary frame, once nearly all before it is on its way. What else is sent meanwhile goes before it."""
+        if self._senders is None:
+            self._senders = []
+            keep_little_unsent(self.transport)
+        while self._paused and self.transport is not None and not self.ended:
+            turn = self._loop.create_future()
+            self._senders.append(turn)
+            await turn
+        self.send_frame(WSMsgType.BINARY, payload)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._wake_senders()
+
+    def _wake_senders(self) -> None:
+        """In the order in which they came; the first of them may fill the buffer again."""
+        senders, self._senders = self._senders or [], self._senders and []
+        for turn in senders:
+            if not turn.done():
+                turn.set_result(None)
+
     def ping(self) -> None:
         self.send_frame(WSMsgType.PING, b"")
 
@@ -10441,6 +11709,7 @@ class Link(BaseProtocol):
             phase, self.phase = self.phase, None
             if phase is not None:
                 phase.ended(code)
+            self._wake_senders()
 
     def _write(self, opcode: int, payload: bytes) -> None:
         transport = self.transport
@@ -10460,6 +11729,7 @@ class ReachableSession(Protocol):
     """A session that was welcomed, as the registry knows it."""
 
     link: Link
+    tunnels: Tunnels
 
     def send_config(self, version: int, document: bytes) -> bool: ...
     def wake(self) -> None: ...
@@ -10787,6 +12057,11 @@ class Registry:
 
     def is_live(self, device_id: int) -> bool:
         return device_id in self._live
+
+    def tunnels(self, device_id: int) -> Tunnels | None:
+        """Those of a device's session; None when it is not connected."""
+        session = self._live.get(device_id)
+        return None if session is None else session.tunnels
 
     def address_of(self, device_id: int) -> str | None:
         """From where the device's session comes, None without one."""
@@ -11121,6 +12396,10 @@ class Cleaner:
         more = await self._store.read.notifications.has_old(old)
         while more:
             more = await writer.change(lambda connection: delete_old_notifications(connection, old, limits.removed_rows))
+        ended = now_ms() - limits.command_days * DAY
+        more = await self._store.read.commands.has_old(ended)
+        while more:
+            more = await writer.change(lambda connection: delete_old_commands(connection, ended, limits))
         words, self._word = await logs.unused_words(self._word, limits.looked_words)
         if words:
             await writer.change(lambda connection: delete_unused_words(connection, writer.dictionary, words))
@@ -11174,6 +12453,47 @@ class Pusher:
         made = self._awaited.get(part.document_id)
         if part.last and made is not None and not made.done():
             made.set_result(None)
+
+
+class Commander:
+    """Gives devices their commands when it is their turn, one after the other, and minds the clocks of all commands. What it needs to
+    know stands in the database: it may begin anew at any time."""
+
+    def __init__(self, store: Store, registry: Registry, limits: Limits) -> None:
+        self._store = store
+        self._registry = registry
+        self._limits = limits
+
+    async def run(self) -> None:
+        turns, limits = self._store.writer.turns, self._limits
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(limits.command_clock_seconds):
+                    await turns.wanted.wait()
+            devices = turns.take(limits.command_devices)
+            try:
+                if devices or await self._store.read.commands.is_due():
+                    await self._go_on(devices)
+            except (Refusal, sqlite3.Error) as error:
+                log.warning("cannot go on with commands: %s", error)
+                for device_id, back in devices.items():
+                    turns.add([device_id], back=back)
+                await asyncio.sleep(limits.retry_seconds)
+
+    async def _go_on(self, devices: dict[int, bool]) -> None:
+        live = {device_id: back for device_id, back in devices.items() if self._registry.is_live(device_id)}
+        for device_id in devices.keys() - live.keys():
+            if self._registry.address_of(device_id) is not None:
+                self._store.writer.turns.miss(device_id)
+        step = functools.partial(
+            go_on_with_commands, devices=[device_id for device_id, back in live.items() if not back],
+            back=[device_id for device_id, back in live.items() if back], limits=self._limits,
+        )  # fmt: skip
+        done = await self._store.writer.change(step, weight=self._limits.removed_rows)
+        for device_id, frame in done.frames:
+            self._registry.send(device_id, frame.encode())
+        for command, _ in done.ended:
+            self._store.writer.command_news.ring(command)
 
 
 # ==== Delivery ====
@@ -11776,6 +13096,7 @@ class Stamps:
         return cast("list[int]", moments)
 
 
+TUNNEL_BYTES: Final = 64  # of a frame, within which it says that it is of a tunnel
 THROTTLE_SECONDS: Final = 60.0  # between two looks whether a tenant may store again
 
 
@@ -11783,6 +13104,7 @@ class Owner(Committed, Protocol):
     """The session whose frames an intake takes."""
 
     link: Link
+    tunnels: Tunnels
 
     def notice(self, kind: str, **detail: object) -> bool: ...
 
@@ -11928,9 +13250,19 @@ class Intake:
         """One text frame: for the writer, or behind those that are held back."""
         points = self._use.points
         if points.used >= points.most or (self._throttle is not None and self._throttle.size):
-            self._throttled().hold(data)
+            if self._is_of_tunnel(data):  # whoever looks for what is wrong is not held back
+                self._take(data)
+            else:
+                self._throttled().hold(data)
         elif used_up := self._take(data):
             self._throttled().hold(data, used_up)
+
+    def _is_of_tunnel(self, data: bytes) -> bool:
+        if b'"tunnel"' not in data[:TUNNEL_BYTES]:
+            return False
+        with suppress(Refusal):
+            return isinstance(self._codec.frame(data), TunnelNews)
+        return False
 
     def stored(self, mark: tuple[int, int]) -> None:
         """The writer has every frame up to `mark` on disk."""
@@ -11992,9 +13324,13 @@ class Intake:
         self._counts.frame_bytes += len(data)
 
     def _is_known(self, frame: Frame) -> bool:
-        """Whether it was taken before; then it is acknowledged again. Refusal: unknown_type, invalid."""
+        """Whether it was taken before; then it is acknowledged again. What is said of a tunnel has no number, and is done with here.
+        Refusal: unknown_type, invalid, not_binary."""
         if isinstance(frame, (Hello, Provision)):
             raise Refusal("unknown_type")
+        if isinstance(frame, TunnelNews):
+            self._owner.tunnels.told(frame)
+            return True
         if frame.seq <= self._taken:
             self._acknowledge_again(frame.seq)
             return True
@@ -12011,6 +13347,8 @@ class Intake:
             self._take_verdict(frame, size)
         elif isinstance(frame, Log):
             self._take_log(frame, size)
+        elif isinstance(frame, (Started, Output, Result)):
+            self._take_of_command(frame, size)
 
     def _take_telemetry(self, frame: Telemetry, size: int) -> None:
         """Hand the points to the writer. Refusal: too_many_series, invalid; then none of the frame is taken."""
@@ -12108,6 +13446,19 @@ class Intake:
         if used_up := self._logs.used_up(now):
             self._throttled().wait(used_up)
 
+    def _take_of_command(self, frame: OfCommand, size: int) -> None:
+        """Refusal: invalid."""
+        now = now_ms()
+        report = CommandReport(self._owner, self._device_id, frame.seq, now, frame.command)
+        if isinstance(frame, Output):
+            report = attrs.evolve(report, stream=frame.stream, data=output_bytes(frame))
+        elif isinstance(frame, Result):
+            report = attrs.evolve(
+                report, status=frame.status, exit_code=frame.exit_code, message=frame.message, output_bytes=frame.output_bytes or 0
+            )
+        self._writer.command_reported(report)
+        self._frame_taken(frame.seq, now, max(self._limits.verdict_points, size // self._limits.point_bytes))
+
     def _frame_taken(self, seq: int, now: int, weight: int) -> None:
         self._taken = seq
         self._duplicates = 0
@@ -12148,7 +13499,7 @@ def enter_notice(services: Services, device_id: int, kind: str, **detail: object
 class Session:
     """A device that was welcomed: from now on it can be reached, and what it sends is stored."""
 
-    __slots__ = ("_changed", "_config_sent", "_device_id", "_intake", "_number", "_services", "link")
+    __slots__ = ("_changed", "_config_sent", "_device_id", "_intake", "_number", "_services", "link", "tunnels")
 
     def __init__(self, services: Services, link: Link, token: DeviceToken, use: TenantUse, opened: SessionRow) -> None:
         self._services = services
@@ -12156,6 +13507,7 @@ class Session:
         self._device_id = token.device_id
         self._number = opened.session
         self._intake = Intake(services, self, token.device_id, use, opened)
+        self.tunnels = Tunnels(link, services.limits)
         self._config_sent = 0  # the highest version that went out in this session
         self._changed: asyncio.Future[None] | None = None  # made when it is waited for
 
@@ -12203,7 +13555,10 @@ class Session:
         elif message.type == WSMsgType.PING:
             self.link.send_frame(WSMsgType.PONG, message.data)
         elif message.type == WSMsgType.BINARY:
-            self._intake.refuse(Refusal("not_binary"), None)
+            try:
+                self.tunnels.came(cast(bytes, message.data))
+            except Refusal as refusal:
+                self._intake.refuse(refusal, None)
 
     async def _take_in_pieces(self, data: bytes) -> None:
         """Of the long frames of a tenant one after the other."""
@@ -12307,6 +13662,7 @@ class Session:
     def ended(self, code: str) -> None:
         self.tell_change()
         self._intake.stop()
+        self.tunnels.end_all(f"the device's session ended: {FAULTS[code].message}")
         self._services.counts.session_ends[code] += 1
         self._services.registry.leave(self._device_id, self.link)
         self._services.store.writer.session_ended(Parting(self._device_id, self._number, now_ms(), code, self.link.address))
@@ -12348,6 +13704,7 @@ class Opening:
         session.begin(
             Welcome(token.device, token.tenant, opened.session, opened.seq, format_time(now_ms()), heartbeat, opened.config)
         )
+        writer.turns.welcomed(token.device_id, has_commands=opened.has_commands)
         return session
 
     async def _take_over(self) -> None:
@@ -12704,6 +14061,8 @@ Names = NewType("Names", tuple[str, ...])
 Aggregates = NewType("Aggregates", tuple[str, ...])
 AlertStatuses = NewType("AlertStatuses", tuple[str, ...])
 NotificationStatus = NewType("NotificationStatus", str)
+CommandStatuses = NewType("CommandStatuses", tuple[str, ...])
+OutputFormat = NewType("OutputFormat", str)
 FUTURE: Final = Moment(LATEST)
 AGGREGATES_MOST: Final = 8  # values of a bucket: an answer grows with them
 
@@ -12785,6 +14144,31 @@ class PushQuery:
 
     timeout: Duration | None = None
     wait: Duration | None = None
+
+
+@attrs.frozen
+class CommandQuery:
+    """A command that is made or taken back; `wait` for how long the answer waits for its end."""
+
+    wait: Duration | None = None
+
+
+@attrs.frozen
+class CommandListQuery:
+    """GET /iiot/{device}/commands; `after` is the number of the last one seen."""
+
+    status: CommandStatuses | None = None
+    limit: int | None = None
+    after: int | None = None
+
+
+@attrs.frozen
+class OutputQuery:
+    """GET /iiot/{device}/commands/{id}/output."""
+
+    format: OutputFormat = OutputFormat("text")
+    stream: Stream | None = None
+    follow: bool = False
 
 
 @attrs.frozen
@@ -12942,6 +14326,15 @@ def query_statuses(values: object, _: object) -> AlertStatuses:
     return AlertStatuses(tuple(map(one_of("pending", "firing", "resolved"), query_names(values, None))))
 
 
+COMMAND_STATUSES: Final = (
+    "queued", "sent", "running", "done", "failed", "refused", "timed_out", "cancelled", "expired", "lost",
+)  # fmt: skip
+
+
+def query_command_statuses(values: object, _: object) -> CommandStatuses:
+    return CommandStatuses(tuple(map(one_of(*COMMAND_STATUSES), query_names(values, None))))
+
+
 def query_duration(values: object, _: object) -> Duration:
     milliseconds = parse_duration(one_value(values))
     if not 0 < milliseconds <= 3_660 * DAY:
@@ -12962,6 +14355,9 @@ def make_query_converter() -> Converter:
     converter.register_structure_hook(Severity, lambda values, _: Severity(one_of(*SEVERITIES)(one_value(values), None)))
     converter.register_structure_hook(Aggregates, query_aggregates)
     converter.register_structure_hook(AlertStatuses, query_statuses)
+    converter.register_structure_hook(CommandStatuses, query_command_statuses)
+    converter.register_structure_hook(OutputFormat, lambda values, _: OutputFormat(one_of("text", "raw", "ndjson")(one_value(values))))
+    converter.register_structure_hook(Stream, lambda values, _: Stream(one_of("stdout", "stderr")(one_value(values))))
     is_status = one_of("waiting", "delivered", "given_up")
     converter.register_structure_hook(NotificationStatus, lambda values, _: NotificationStatus(is_status(one_value(values))))
 
@@ -13026,9 +14422,9 @@ class Call:
 
     @property
     def affected(self) -> Affected:
-        """What the address of the request names, or its body (`subject`)."""
+        """What the address of the request names last, or its body (`subject`)."""
         names = self.request.match_info
-        return Affected(self.subject or next(iter(names.values()), None), names.get("device"))
+        return Affected(self.subject or next(reversed(names.values()), None), names.get("device"))
 
     def require(self, tag: str | None, *, exists: bool = True) -> None:
         """Refusal: precondition_failed, unless the conditions of the request hold for what has this entity tag."""
@@ -13061,8 +14457,8 @@ class Call:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A push that is to wait for its verdict counts while it does. Refusal: too_many_requests."""
-        if not isinstance(self.query, PushQuery) or self.query.wait is None:
+        """A request that is to wait for a device counts while it does. Refusal: too_many_requests."""
+        if not isinstance(self.query, (PushQuery, CommandQuery)) or self.query.wait is None:
             yield
             return
         share = self.services.store.allowances.shares.of(self.tenant)
@@ -13101,6 +14497,22 @@ class Call:
 
     async def body(self, cls: type[T]) -> T:
         return self.services.codec.body(await self.content(), cls)
+
+
+def wait_seconds(call: Call) -> float:
+    """For how long an answer waits for what is asked for. Refusal: bad_query."""
+    seconds, most = (0.0 if call.query.wait is None else cast(int, call.query.wait) / 1000), call.services.limits.wait_seconds_most
+    if seconds > most:
+        raise Refusal("bad_query", FieldError("wait", f"is longer than {most:.0f}s"))
+    return seconds
+
+
+def number_in(call: Call) -> int:
+    """The number in the address of a request. Refusal: not_found, for what is none."""
+    text = call.request.match_info["id"]
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise Refusal("not_found")
+    return int(text)
 
 
 def json_response(text: str | bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -14017,14 +15429,6 @@ def check_future(moment: int | None, field: str = "until") -> None:
         raise Refusal("invalid", FieldError(field, "is in the past"))
 
 
-def number_in(call: Call) -> int:
-    """The number in the address of a request. Refusal: not_found, for what is none."""
-    text = call.request.match_info["id"]
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise Refusal("not_found")
-    return int(text)
-
-
 async def rule_in(call: Call) -> tuple[Rule, str]:
     """The rule in the body of a request, and its text as it is stored. Refusal: invalid."""
     content = await call.content()
@@ -14224,6 +15628,471 @@ async def list_notifications(call: Call) -> web.StreamResponse:
     return json_response(await read.notifications(call.tenant, query.webhook, query.status, call.page(), after))
 
 
+# ==== HTTP commands ====
+# Owns: the handlers of commands, and of those for many devices. Must not know: SQL.
+
+COMMAND_FINAL: Final = ("done", "failed", "refused", "timed_out", "cancelled", "expired", "lost")
+BINARY_TYPE: Final = "application/octet-stream"
+
+
+def idempotency_key(call: Call) -> str | None:
+    """By which a request that is sent again is known
+    (https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/). Refusal: invalid."""
+    key = call.request.headers.get("Idempotency-Key")
+    if key is not None and not (0 < len(key) <= KEY_CHARACTERS and key.isascii() and key.isprintable()):
+        raise Refusal("invalid", FieldError("Idempotency-Key", f"is not 1 to {KEY_CHARACTERS} printable characters of ASCII"))
+    return key
+
+
+def wanted_command(call: Call, body: NewCommand) -> WantedCommand:
+    """Refusal: invalid."""
+    most = call.services.limits.command_seconds_most
+    if body.timeout > most * 1000:
+        raise Refusal("invalid", FieldError("timeout", f"is longer than {most:.0f}s"))
+    return WantedCommand(orjson.dumps(body.argv).decode(), body.timeout, body.ttl, body.parallel, idempotency_key(call))
+
+
+async def shown_command(call: Call, number: int) -> dict[str, Any]:
+    """A command with all of its output that is kept, as text. Refusal: not_found."""
+    decoder, output, start = OutputDecoder(), "", 0
+    while found := await call.services.store.read.commands.command(call.tenant, call.device, number, start):
+        shown, pieces = found
+        output += decoder.take(pieces)
+        if len(pieces) < OUTPUT_PIECES:
+            return {**shown, "output": output + (decoder.end() if shown["status"] in COMMAND_FINAL else "")}
+        start = pieces[-1].stop
+        await wait_for_turn(call.services, call.tenant)
+    raise Refusal("not_found")
+
+
+async def answer_command(call: Call, number: int, seconds: float, status: int) -> web.StreamResponse:
+    """A command as it is when it is over, or when the time is. Refusal: not_found, when its device was removed meanwhile."""
+    commands, news = call.services.store.read.commands, call.services.store.writer.command_news
+
+    async def look() -> tuple[dict[str, Any], list[OutputPiece]] | None:
+        return await commands.command(call.tenant, call.device, number, most=0)
+
+    await look_until(
+        call.services, seconds, look, lambda found: found is None or found[0]["status"] in COMMAND_FINAL, lambda: news.next(number)
+    )
+    return answer(await shown_command(call, number), status)
+
+
+async def run_command(call: Call) -> web.StreamResponse:
+    """Let a device run a program."""
+    body, seconds = await call.body(NewCommand), wait_seconds(call)
+    wanted, actor, most = wanted_command(call, body), call.principal.actor(call.address), call.services.limits.commands_open
+
+    def told(made: tuple[int, int, bool]) -> list[Affected]:
+        number, _, is_new = made
+        detail = {"argv": body.argv, "timeout": body.timeout / 1000, "ttl": body.ttl and body.ttl / 1000}
+        return [Affected(str(number), call.device, detail)] if is_new else []
+
+    number, device_id, _ = await call.change(lambda connection: insert_command(connection, actor, call.device, wanted, most), told)
+    call.services.store.writer.turns.add([device_id])
+    return await answer_command(call, number, seconds, 202)
+
+
+async def list_commands(call: Call) -> web.StreamResponse:
+    statuses = call.query.status or ()
+    commands = call.services.store.read.commands
+    return required(await commands.commands(call.tenant, call.device, statuses, call.page(), call.version_after()))
+
+
+async def show_command(call: Call) -> web.StreamResponse:
+    return answer(await shown_command(call, number_in(call)))
+
+
+async def cancel_one(call: Call) -> web.StreamResponse:
+    """Take a command back: at once if it was not sent; otherwise the device is told, and says what became of it."""
+    number, services = number_in(call), call.services
+    grace = round(services.limits.command_grace_seconds * 1000)
+    device_id, is_sent = await call.change(lambda connection: cancel_command(connection, call.tenant, call.device, number, grace))
+    if is_sent:
+        services.registry.send(device_id, cancel_frame(number).encode())
+    else:
+        services.store.writer.command_news.ring(number)
+        services.store.writer.turns.add([device_id])
+    return await answer_command(call, number, wait_seconds(call), 202)
+
+
+class OutputForm(Protocol):
+    """How what a command wrote is sent."""
+
+    content_type: str
+
+    def take(self, pieces: list[OutputPiece]) -> bytes: ...
+    def end(self) -> bytes: ...
+
+
+class RawOutput:
+    """The bytes as they are."""
+
+    content_type = BINARY_TYPE
+
+    def take(self, pieces: list[OutputPiece]) -> bytes:
+        return b"".join(piece.data for piece in pieces)
+
+    def end(self) -> bytes:
+        return b""
+
+
+class TextOutput:
+    """As text, whatever the bytes are."""
+
+    content_type = "text/plain; charset=utf-8"
+
+    def __init__(self) -> None:
+        self._decoder = OutputDecoder()
+
+    def take(self, pieces: list[OutputPiece]) -> bytes:
+        return self._decoder.take(pieces).encode()
+
+    def end(self) -> bytes:
+        return self._decoder.end().encode()
+
+
+class LinesOfOutput:
+    """A line of JSON for each part, with its stream and time."""
+
+    content_type = "application/x-ndjson"
+
+    def __init__(self) -> None:
+        self._decoder = OutputDecoder()
+
+    def take(self, pieces: list[OutputPiece]) -> bytes:
+        return b"".join(self._line(piece.stream, piece.at, self._decoder.take([piece])) for piece in pieces)
+
+    def end(self) -> bytes:
+        return b""
+
+    @staticmethod
+    def _line(stream: str, at: int, text: str) -> bytes:
+        return orjson.dumps({"at": format_time(at), "stream": stream, "data": text}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+OUTPUT_FORMS: Final[Mapping[str, Callable[[], OutputForm]]] = MappingProxyType(
+    {"text": TextOutput, "raw": RawOutput, "ndjson": LinesOfOutput}
+)
+
+
+async def output_pieces(call: Call, number: int, *, follow: bool) -> AsyncIterator[list[OutputPiece]]:
+    """What a command wrote, as it comes; up to its end, or that of the server."""
+    services, start = call.services, 0
+    commands, news = services.store.read.commands, services.store.writer.command_news
+    while True:
+        ring = news.next(number)
+        found = await commands.command(call.tenant, call.device, number, start)
+        if found is None:  # its device was removed
+            return
+        shown, pieces = found
+        if pieces:
+            start = pieces[-1].stop
+            yield pieces
+        if len(pieces) < OUTPUT_PIECES:
+            if not follow or shown["status"] in COMMAND_FINAL or services.registry.closing.is_set():
+                return
+            await Bell.heard(ring, services.limits.feed_seconds)
+        await wait_for_turn(services, call.tenant)
+
+
+async def show_output(call: Call) -> web.StreamResponse:
+    """What a command wrote; with `follow` also what it writes from now on, up to its end. Refusal: bad_query, not_found, too_many_feeds."""
+    query, services, number = cast(OutputQuery, call.query), call.services, number_in(call)
+    form = OUTPUT_FORMS[query.format]()
+    if await services.store.read.commands.command(call.tenant, call.device, number, most=0) is None:
+        raise Refusal("not_found")
+    follower = services.registry.follower(call.tenant, "output", services.limits.feeds) if query.follow else nullcontext()
+    with follower, services.registry.feed(call.request.transport):
+        async with streaming(call, form.content_type) as response:
+            async for pieces in output_pieces(call, number, follow=query.follow):
+                wanted = [piece for piece in pieces if query.stream in (None, piece.stream)]
+                if text := form.take(wanted):
+                    async with asyncio.timeout(services.limits.stall_seconds):
+                        await response.write(text)
+            await response.write(form.end())
+    return response
+
+
+async def batch_of(call: Call, number: int, most: int, after: int = 0) -> dict[str, Any]:
+    """A command for many, with so many of its commands. Refusal: not_found."""
+    found = await call.services.store.read.commands.batch(call.tenant, number, most, after, call.services.limits.output_shown)
+    if found is None:
+        raise Refusal("not_found")
+    return found
+
+
+async def run_command_on_many(call: Call) -> web.StreamResponse:
+    """Let all devices whose name matches run a program."""
+    body = await call.body(NewCommandBatch)
+    if not body.match:
+        raise Refusal("invalid", FieldError("match", "is missing or empty; * is every device"))
+    call.subject = body.match
+    one, actor, most = wanted_command(call, body), call.principal.actor(call.address), call.services.limits.batches_open
+    wanted = WantedBatch(**attrs.asdict(one), match=body.match, per_minute=body.per_minute, failures_most=body.stop_after_failures)
+
+    def told(made: tuple[int, bool]) -> list[Affected]:
+        number, is_new = made
+        detail = {"batch": number, "argv": body.argv, "timeout": body.timeout / 1000, "ttl": body.ttl and body.ttl / 1000}
+        return [Affected(body.match, None, detail)] if is_new else []
+
+    number, _ = await call.change(lambda connection: insert_batch(connection, actor, wanted, most), told)
+    call.services.store.writer.turns.wanted.set()
+    return answer(await batch_of(call, number, call.services.limits.page), 202)
+
+
+async def list_batches(call: Call) -> web.StreamResponse:
+    return json_response(await call.services.store.read.commands.batches(call.tenant, call.page(), call.version_after()))
+
+
+async def show_batch(call: Call) -> web.StreamResponse:
+    return answer(await batch_of(call, number_in(call), call.page(), call.query.after or 0))
+
+
+async def cancel_many(call: Call) -> web.StreamResponse:
+    """Give a command for many to no more of them; those that have it go on."""
+    number, services = number_in(call), call.services
+    ended = await call.change(lambda connection: cancel_batch(connection, call.tenant, number, services.limits.command_devices))
+    for command, _ in ended:
+        services.store.writer.command_news.ring(command)
+    services.store.writer.turns.add(device_id for _, device_id in ended)
+    return answer(await batch_of(call, number, call.services.limits.page), 202)
+
+
+# ==== HTTP tunnels ====
+# Owns: an operator's side of a tunnel. Must not know: SQL.
+
+
+OPERATOR_GONE: Final = "the operator's connection broke"
+OPERATOR_BYTES: Final = 1024 * 1024  # of a message: it is in memory until the device has room for all of it
+BOTH_ENDED: Final = "both sides came to their end"
+
+
+def close_payload(code: int, why: str = "") -> bytes:
+    """Of a close frame: a reason has at most 123 bytes (RFC 6455, section 5.5)."""
+    return struct.pack("!H", code) + why.encode()[:123].decode(errors="ignore").encode()
+
+
+def confirmed_ago(connection: socket.socket | None) -> float:
+    """Seconds since the other side's system last confirmed anything, as Linux tells (struct tcp_info of <linux/tcp.h>); elsewhere for
+    ever."""
+    if connection is not None and sys.platform == "linux":
+        with suppress(OSError, struct.error):
+            return float(struct.unpack_from("I", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 56)[0]) / 1000
+    return math.inf
+
+
+class OperatorSocket(web.WebSocketResponse):
+    """A WebSocket that is closed by whoever uses it, with one close frame."""
+
+    def __init__(self) -> None:
+        super().__init__(autoping=False, autoclose=False, compress=False, decode_text=False, max_msg_size=OPERATOR_BYTES)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        self._eof_sent = True
+
+
+class OperatorLeg:
+    """An operator's WebSocket: the bytes of binary messages, one after the other, are those of the stream. That it is closed is the end
+    of what the operator sends; what the device sends goes on until its own end."""
+
+    def __init__(self, link: OperatorSocket, tunnel: Tunnel, limits: Limits, idle: float) -> None:
+        self._link = link
+        self._tunnel = tunnel
+        self._limits = limits
+        self._idle = idle
+        self._heard = time.monotonic()
+        self._is_writing = False
+
+    async def carry(self) -> None:
+        """Until both directions are at their end. TunnelOver."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                both = [group.create_task(self._to_operator()), group.create_task(self._to_device())]
+                watch = group.create_task(self._watch())
+                await asyncio.wait(both)
+                watch.cancel()
+        except* TunnelOver as over:
+            raise TunnelOver(str(over.exceptions[0])) from None
+        except* ConnectionError:
+            raise TunnelOver(OPERATOR_GONE) from None
+
+    async def _to_operator(self) -> None:
+        while data := await self._tunnel.read():
+            self._is_writing = True
+            await self._link.send_bytes(data)
+            self._is_writing = False
+            self._tunnel.consumed(len(data))
+        await self._link.send_frame(close_payload(WSCloseCode.OK), WSMsgType.CLOSE)
+
+    async def _to_device(self) -> None:
+        while True:
+            message = await self._link.receive()
+            self._heard = time.monotonic()
+            if message.type in (WSMsgType.BINARY, WSMsgType.TEXT):
+                await self._tunnel.write(message.data)
+            elif message.type == WSMsgType.PING:
+                await self._link.pong(message.data)
+            elif message.type == WSMsgType.CLOSE or self._tunnel.is_read:
+                self._tunnel.finish()
+                return
+            elif message.type != WSMsgType.PONG:
+                raise TunnelOver(OPERATOR_GONE)
+
+    async def _watch(self) -> None:
+        """Ping the operator, for what lies between forgets connections without bytes. Its program may stand still, stopped say, with much
+        that it has not read: it is gone when its system confirms nothing either."""
+        while True:
+            await asyncio.sleep(min(self._limits.tunnel_ping_seconds, self._idle / 4))
+            if time.monotonic() - self._tunnel.moved > self._idle:
+                raise TunnelOver(f"no bytes in either direction for {self._idle:g} s")
+            silent = min(time.monotonic() - self._heard, confirmed_ago(self._link.get_extra_info("socket")))
+            if silent > 2.5 * self._limits.tunnel_ping_seconds:
+                raise TunnelOver(OPERATOR_GONE)
+            if not self._is_writing:
+                await self._link.ping()
+
+    async def say_why(self, why: str) -> None:
+        """Close; an operator that does not read is not waited for."""
+        with suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(self._limits.stop_close_seconds):
+                await self._link.send_frame(close_payload(WSCloseCode.INTERNAL_ERROR, why), WSMsgType.CLOSE)
+
+    async def hang_up(self, seconds: float) -> None:
+        """Wait so long until the operator has closed too."""
+        with suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(seconds):
+                while (await self._link.receive()).type in (WSMsgType.BINARY, WSMsgType.TEXT, WSMsgType.PING, WSMsgType.PONG):
+                    pass
+
+
+def port_in(call: Call) -> int:
+    """The port in the address of a request. Refusal: not_found, for what is none."""
+    text = call.request.match_info["port"]
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and 0 < int(text) < 65_536):
+        raise Refusal("not_found")
+    return int(text)
+
+
+class CarriedTunnel:
+    """A tunnel from its opening to its entry in the audit."""
+
+    def __init__(self, call: Call, tunnels: Tunnels, owner: TunnelOwner) -> None:
+        self._call = call
+        self._tunnels = tunnels
+        self._owner = owner
+        self._tunnel: Tunnel | None = None
+        self._why = "the server failed"
+        self._accounted = False
+
+    async def carry(self, port: int) -> web.StreamResponse:
+        """Nothing is read from the operator before the device has opened the port. Refusal: too_many_tunnels, tunnel_refused,
+        tunnel_timeout."""
+        try:
+            tunnel = self._tunnel = self._tunnels.open(port, self._owner)
+            await self._wait_until_open(tunnel)
+        except Refusal as refusal:
+            self._why = refusal.errors[0].message if refusal.errors else refusal.fault.message
+            raise
+        services = self._call.services
+        link = OperatorSocket()
+        await link.prepare(self._call.request)
+        leg = OperatorLeg(link, tunnel, services.limits, services.settings.tunnel_idle)
+        try:
+            await leg.carry()
+            self._why = BOTH_ENDED
+        except TunnelOver as over:
+            self._why = str(over)
+            await leg.say_why(self._why)
+        except asyncio.CancelledError:
+            self._why = self._cancelled()
+            await leg.say_why(self._why)
+            raise
+        finally:
+            await self.account()
+            limits, closing = services.limits, services.registry.closing
+            await leg.hang_up(limits.stop_close_seconds if closing.is_set() else limits.close_seconds)
+        return link
+
+    async def _wait_until_open(self, tunnel: Tunnel) -> None:
+        try:
+            async with asyncio.timeout(self._call.services.limits.tunnel_open_seconds):
+                await tunnel.answered.wait()
+        except TimeoutError:
+            raise Refusal("tunnel_timeout") from None
+        if tunnel.over is not None:
+            raise Refusal("tunnel_refused", FieldError("port", tunnel.over))
+
+    def _cancelled(self) -> str:
+        """Why the request ended."""
+        if self._tunnel is not None and self._tunnel.is_read:
+            return BOTH_ENDED
+        if self._call.services.registry.closing.is_set():
+            return FAULTS["shutting_down"].message
+        running = self._call.running
+        return OPERATOR_GONE if running is not None and running.client_gone else "the operator's token is valid no more"
+
+    async def account(self) -> None:
+        """Enter the end in the audit, once; where that cannot be stored, the next start does."""
+        if self._accounted:
+            return
+        self._accounted = True
+        tunnel, read, written = self._tunnel, 0, 0
+        if tunnel is not None:
+            self._tunnels.close(tunnel, self._why)
+            read, written = tunnel.from_device, tunnel.to_device
+        try:
+            await self._call.services.store.writer.change(
+                lambda connection: end_tunnels(connection, "id = :id", self._why, read, written, id=self._owner.id)
+            )
+        except Refusal as refusal:
+            log.error("cannot enter the end of tunnel %d in the audit: %s", self._owner.id, refusal)
+
+
+async def open_tunnel(call: Call) -> web.StreamResponse:
+    """GET /iiot/{device}/tunnel/{port}: a WebSocket whose bytes go to that port of the device. It is entered in the audit before the
+    device hears of it."""
+    services, tenant, port = call.services, call.tenant, port_in(call)
+    if call.request.headers.get(hdrs.UPGRADE, "").lower() != "websocket":
+        raise Refusal("upgrade_required")
+    device_id = await services.store.read.device_id(tenant, call.device)
+    if device_id is None:
+        raise Refusal("not_found")
+    tunnels = services.registry.tunnels(device_id)
+    if tunnels is None:
+        raise Refusal("device_offline")
+    actor, since = call.principal.actor(call.address), now_ms()
+    number = await call.change(
+        lambda connection: insert_tunnel(connection, actor, device_id, port), lambda _: [Affected(str(port), call.device)]
+    )
+    carried = CarriedTunnel(call, tunnels, TunnelOwner(number, actor.name, call.address, since))
+    try:
+        return await carried.carry(port)
+    finally:
+        await carried.account()
+
+
+async def list_tunnels(call: Call) -> web.StreamResponse:
+    """Those that are open now."""
+    device_id = await call.services.store.read.device_id(call.tenant, call.device)
+    if device_id is None:
+        raise Refusal("not_found")
+    tunnels = call.services.registry.tunnels(device_id)
+    return answer({"items": [] if tunnels is None else tunnels.shown(), "next": None})
+
+
+async def close_tunnel(call: Call) -> web.StreamResponse:
+    device_id = await call.services.store.read.device_id(call.tenant, call.device)
+    tunnels = None if device_id is None else call.services.registry.tunnels(device_id)
+    tunnel = None if tunnels is None else tunnels.find(number_in(call))
+    if tunnel is None:
+        raise Refusal("not_found")
+    await call.change(lambda _: None)
+    if not tunnel.over:
+        tunnel.breach(f"closed by {call.principal.name}")
+    return web.Response(status=204)
+
+
 # ==== HTTP API ====
 # Owns: the route table and its handlers: a request in, JSON out. Must not know: SQL.
 
@@ -14286,6 +16155,7 @@ async def delete_device(call: Call) -> web.StreamResponse:
     device_id = await call.change(lambda connection: remove_device(connection, tenant, name, call.by))
     call.services.senders.forget()
     call.services.registry.end(device_id, "device_removed")
+    call.services.store.writer.command_news.ring_all()  # some may wait for one of its commands
     call.services.cleaner.wanted.set()
     return web.Response(status=204)
 
@@ -14351,14 +16221,6 @@ def new_config(call: Call, document: str) -> NewConfig:
     if timeout > limits.config_seconds_most * 1000:
         raise Refusal("bad_query", FieldError("timeout", f"is longer than {limits.config_seconds_most:.0f}s"))
     return NewConfig(document, call.principal.name, timeout)
-
-
-def wait_seconds(call: Call) -> float:
-    """For how long the answer to a push waits for the verdict. Refusal: bad_query."""
-    seconds, most = (0.0 if call.query.wait is None else cast(int, call.query.wait) / 1000), call.services.limits.wait_seconds_most
-    if seconds > most:
-        raise Refusal("bad_query", FieldError("wait", f"is longer than {most:.0f}s"))
-    return seconds
 
 
 async def answer_push(call: Call, pushed: list[Pushed], document: bytes, seconds: float, pause: float = 0.0) -> list[dict[str, Any]]:
@@ -14683,6 +16545,18 @@ ROUTES: Final = (
     Route("GET", "/iiot/{device}/telemetry", "viewer", show_telemetry, TelemetryQuery),
     Route("DELETE", "/iiot/{device}/telemetry", "admin", remove_telemetry, RangeQuery, "telemetry.remove"),
     Route("POST", "/iiot/{device}/report", "operator", ask_report, action="device.report"),
+    Route("POST", "/iiot/{device}/commands", "admin", run_command, CommandQuery, "command.run"),
+    Route("GET", "/iiot/{device}/commands", "admin", list_commands, CommandListQuery),
+    Route("GET", "/iiot/{device}/commands/{id}", "admin", show_command),
+    Route("DELETE", "/iiot/{device}/commands/{id}", "admin", cancel_one, CommandQuery, "command.cancel"),
+    Route("GET", "/iiot/{device}/commands/{id}/output", "admin", show_output, OutputQuery),
+    Route("GET", "/iiot/{device}/tunnel/{port}", "admin", open_tunnel, action="tunnel.open"),
+    Route("GET", "/iiot/{device}/tunnels", "admin", list_tunnels),
+    Route("DELETE", "/iiot/{device}/tunnels/{id}", "admin", close_tunnel, action="tunnel.close"),
+    Route("POST", "/commands", "admin", run_command_on_many, action="command.run"),
+    Route("GET", "/commands", "admin", list_batches, HistoryQuery),
+    Route("GET", "/commands/{id}", "admin", show_batch, HistoryQuery),
+    Route("DELETE", "/commands/{id}", "admin", cancel_many, action="command.cancel"),
     Route("POST", "/iiot/{device}/log-token", "admin", make_log_token, action="device.log_token"),
     Route("DELETE", "/iiot/{device}/log-token", "admin", revoke_log_tokens, action="device.log_token.revoke"),
     Route("GET", "/iiot/{device}/syslog-source", "viewer", show_syslog_source),
@@ -14943,6 +16817,7 @@ async def run_services(app: web.Application, settings: Settings, limits: Limits)
         supervisor.start("config clock", ConfigClock(store.writer, limits).run())
         supervisor.start("cleaner", cleaner.run())
         supervisor.start("pusher", pusher.run())
+        supervisor.start("commander", Commander(store, registry, limits).run())
         supervisor.start("news", news.run())
         supervisor.start("dispatcher of alerts", dispatcher.run())
         supervisor.start("courier of notifications", courier.run())
@@ -14980,6 +16855,7 @@ async def end_sessions(app: web.Application) -> None:
     app[SERVICES].store.writer.news.ring()
     app[SERVICES].news.wake_all()
     app[SERVICES].store.writer.log_news.ring_all()
+    app[SERVICES].store.writer.command_news.ring_all()
     for feed in app[SERVICES].store.writer.point_feeds:
         feed.ring.set()
     await app[SERVICES].registry.wait_until_left(STOP_SECONDS)
@@ -15168,6 +17044,125 @@ async def serving(
             raise StoreError("the server could not go on; its log says why")
 
 
+# ==== Tunnel client ====
+# Owns: `python iiot.py tunnel`: standard input and output, and the WebSocket that their bytes go through. Must not know: the server.
+
+STREAM_BYTES: Final = 64 * 1024  # that are read at once
+TERMINAL_BYTES: Final = 1_024  # that are written to a terminal at once: it says no more than that there is some room
+ANSWER_SECONDS: Final = 60.0  # for the server's answer; the device has some seconds of it
+
+
+class TunnelError(Exception):
+    """The tunnel cannot be opened, or broke; the text is for the person who opened it."""
+
+
+async def told_refusal(request: ClientRequest, handler: Callable[[ClientRequest], Awaitable[ClientResponse]]) -> ClientResponse:
+    """TunnelError with what the server says, where it refuses: of a handshake that fails aiohttp tells the status alone."""
+    response = await handler(request)
+    if response.status < 400:
+        return response
+    text = await response.text()
+    try:
+        error = orjson.loads(text)["error"]
+        details = "; ".join(str(field["message"]) for field in error.get("details", ()))
+        raise TunnelError(f"{error['message']} {details}".strip())
+    except (ValueError, KeyError, TypeError):
+        raise TunnelError(f"{request.url.host} answers {response.status}: it may be no server of this kind") from None
+
+
+class StandardStream:
+    """Standard input or output, without a thread that hangs in it: a terminal, a pipe, a socket or a file."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        mode = os.fstat(descriptor).st_mode
+        self._is_terminal = os.isatty(descriptor)
+        self._can_wait = self._is_terminal or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+        if self._can_wait and not self._is_terminal:  # a terminal's other users would meet it as it is left
+            os.set_blocking(descriptor, False)
+
+    async def read(self) -> bytes:
+        """What comes next, nothing at the end. OSError."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if self._is_terminal:
+                await self._ready(loop.add_reader, loop.remove_reader)
+            try:
+                return os.read(self._descriptor, STREAM_BYTES)
+            except BlockingIOError:
+                await self._ready(loop.add_reader, loop.remove_reader)
+
+    async def write(self, data: bytes) -> None:
+        """OSError."""
+        loop, rest = asyncio.get_running_loop(), memoryview(data)
+        while rest:
+            if self._is_terminal:
+                await self._ready(loop.add_writer, loop.remove_writer)
+            try:
+                rest = rest[os.write(self._descriptor, rest[:TERMINAL_BYTES] if self._is_terminal else rest) :]
+            except BlockingIOError:
+                await self._ready(loop.add_writer, loop.remove_writer)
+
+    async def _ready(self, add: Callable[..., None], remove: Callable[[int], bool]) -> None:
+        ready = asyncio.Event()
+        add(self._descriptor, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            remove(self._descriptor)
+
+
+def tunnel_url(url: str, device: str, port: int) -> str:
+    """`device` may stand in brackets, as ssh wants names with colons."""
+    name = device[1:-1] if device.startswith("[") and device.endswith("]") else device
+    return f"{re.sub('^http', 'ws', url.rstrip('/'))}/iiot/{quote(name, safe='')}/tunnel/{port}"
+
+
+async def send_input(link: ClientWebSocketResponse) -> None:
+    """All of standard input, then the end."""
+    source = StandardStream(sys.stdin.fileno())
+    while data := await source.read():
+        await link.send_bytes(data)
+    await link.send_frame(close_payload(WSCloseCode.OK), WSMsgType.CLOSE)
+
+
+async def receive_output(link: ClientWebSocketResponse) -> None:
+    """All that comes, up to its end. TunnelError."""
+    sink = StandardStream(sys.stdout.fileno())
+    while (message := await link.receive()).type == WSMsgType.BINARY:
+        await sink.write(message.data)
+    if message.type != WSMsgType.CLOSE:
+        raise TunnelError("the connection to the server broke")
+    if message.data != WSCloseCode.OK:
+        raise TunnelError(message.extra or f"the server closed the tunnel ({message.data})")
+
+
+async def carry_standard_streams(url: str, token: str) -> None:
+    """Until the device's side ends; what standard input still has then is of no use to anybody. TunnelError."""
+    limits = ClientTimeout(total=None, sock_connect=ANSWER_SECONDS, sock_read=ANSWER_SECONDS)
+    headers = {hdrs.AUTHORIZATION: f"Bearer {token}", hdrs.USER_AGENT: f"iiot-tunnel/{VERSION}"}
+    async with ClientSession(timeout=limits, headers=headers, middlewares=(told_refusal,)) as client:
+        try:
+            link = await client.ws_connect(url, autoclose=False, max_msg_size=0, timeout=ClientWSTimeout(ws_close=1.0))
+        except (ClientError, OSError, TimeoutError) as error:
+            raise TunnelError(f"no connection to the server: {error}") from error
+        sending = asyncio.create_task(send_input(link), name="standard input")
+        receiving = asyncio.create_task(receive_output(link), name="standard output")
+        try:
+            await asyncio.wait((sending, receiving), return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done():
+                sending.result()
+            await receiving
+            if not sending.done():
+                await link.send_frame(close_payload(WSCloseCode.OK), WSMsgType.CLOSE)
+        except (ClientError, ConnectionError) as error:
+            raise TunnelError("the connection to the server broke") from error
+        finally:
+            for task in (sending, receiving):
+                task.cancel()
+            await asyncio.gather(sending, receiving, return_exceptions=True)
+
+
 # ==== Command line ====
 # Owns: arguments, variables of the environment, what is printed where: results to standard output, the rest to standard error.
 
@@ -15219,6 +17214,12 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def port_number(text: str) -> int:
+    if whole_number(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port")
+    return int(text)
+
+
 def checked(check: Callable[[object], T], text: str) -> T:
     """An argument that must pass the check of a frame's field."""
     try:
@@ -15264,6 +17265,10 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (token, key):
         command.add_argument("--tenant", default="default", help="the tenant (default)")
         add_options(command, Settings, ("db",))
+    tunnel = commands.add_parser("tunnel", help="connect standard input and output to a port of a device; IIOT_TOKEN is an admin's token")
+    tunnel.add_argument("device", help="its name; with colons in it, in brackets")
+    tunnel.add_argument("port", type=port_number, help="a port that the device's agent allows")
+    tunnel.add_argument("--url", default=os.environ.get("IIOT_URL", "http://127.0.0.1:8080"), help="address of the server")
     add_tenant_commands(commands.add_parser("tenant", help="make, list and remove tenants, in the database file"))
     return parser
 
@@ -15433,6 +17438,14 @@ class RedactingFormatter(logging.Formatter):
         return redacted(super().format(record))
 
 
+def open_standard_streams(arguments: argparse.Namespace) -> None:
+    """TunnelError."""
+    token = os.environ.get("IIOT_TOKEN", "")
+    if not token:
+        raise TunnelError("set IIOT_TOKEN to the token of an admin")
+    asyncio.run(carry_standard_streams(tunnel_url(arguments.url, arguments.device, arguments.port), token))
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line; `python iiot.py` alone serves."""
     words = sys.argv[1:] if argv is None else argv
@@ -15454,11 +17467,13 @@ def main(argv: list[str] | None = None) -> None:
                 mint_key(arguments)
             case "tenant":
                 manage_tenants(arguments)
+            case "tunnel":
+                open_standard_streams(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
     except Refusal as refusal:
         sys.exit(f"iiot.py: {refusal.fault.message}")
-    except (StoreError, OSError, sqlite3.Error) as error:
+    except (StoreError, TunnelError, OSError, sqlite3.Error) as error:
         sys.exit(redacted(f"iiot.py: {error}"))
 
 

@@ -486,6 +486,84 @@ begin
     insert or ignore into changed values ('device', new.device_id);
 end;
 
+-- A command for many devices: it is given to some of them at a time, in the order of their names.
+create table command_batch (
+    id             integer primary key autoincrement,
+    tenant_id      integer not null references tenant on delete cascade,
+    match          text not null,                        -- glob of the names
+    argv           text not null check (json_valid(argv)),
+    timeout        integer not null,                     -- as the next two, of each of its commands
+    ttl            integer,
+    parallel       integer not null check (parallel in (0, 1)),
+    per_minute     integer,                              -- how many devices are given it in a minute; null: as many as there are
+    failures_most  integer,                              -- it is stopped after so many that did not end well; null: never
+    actor          text not null check (json_valid(actor)),  -- JSON: who answers for it, as the audit shows it
+    key            text,                                 -- by which a request that is sent again is known
+    at             integer not null,
+    devices        integer not null,                     -- how many were to be given it
+    newest         integer not null,                     -- the newest device of that time: later ones are not meant
+    done           text not null default '',             -- devices up to this name were given it
+    next_at        integer,                              -- when the next are given it, or it is taken back from them; null: it is over
+    stopped        text                                  -- why it was stopped: cancelled, or failures
+) strict;
+create index command_batch_by_tenant on command_batch (tenant_id, id);
+create unique index command_batch_by_key on command_batch (tenant_id, key) where key is not null;
+create index command_batch_due on command_batch (next_at) where next_at is not null;
+create index command_batch_open on command_batch (tenant_id) where next_at is not null;
+create index command_batch_over on command_batch (at) where next_at is null;
+
+-- A program that a device is to run, and what came of it. It moves on by what the device says, or by the clock; the end is final.
+create table command (
+    id             integer primary key autoincrement,
+    device_id      integer not null references device on delete cascade,
+    batch_id       integer,                              -- no foreign key: it would be looked up for every row
+    argv           text not null check (json_valid(argv)),
+    timeout        integer not null,                     -- milliseconds that it may run
+    ttl            integer,                              -- milliseconds that it may wait for the device; null: it is for the open session
+    parallel       integer not null check (parallel in (0, 1)),  -- it waits for no other command
+    actor          text not null check (json_valid(actor)),  -- JSON: who answers for it, as the audit shows it
+    key            text,                                 -- by which a request that is sent again is known
+    status         text not null check (status in
+        ('queued', 'sent', 'running', 'done', 'failed', 'refused', 'timed_out', 'cancelled', 'expired', 'lost')),
+    at             integer not null,
+    sent_at        integer,                              -- when it was first to go out on a socket
+    started_at     integer,                              -- when the device said that it runs
+    cancelled_at   integer,                              -- when the device was first to be told to end it
+    ended_at       integer,
+    due_at         integer,                              -- when the clock ends it, or looks again; null: it does not
+    exit_code      integer,
+    message        text,                                 -- why it ended as it did
+    stored_bytes   integer not null default 0,           -- of its output, those that are kept
+    output_bytes   integer not null default 0            -- all that it wrote, kept or not
+) strict;
+create index command_by_device on command (device_id, id);
+create index command_open on command (device_id, id) where ended_at is null;
+create index command_due on command (due_at) where due_at is not null;
+create index command_ended on command (ended_at) where ended_at is not null;
+create index command_by_batch on command (batch_id, id) where batch_id is not null;
+create index command_by_status on command (batch_id, status, exit_code) where batch_id is not null;
+create unique index command_by_key on command (device_id, key) where key is not null;
+
+-- What commands write, in the order in which their devices read it. A character may be cut between two parts.
+create table command_output (
+    command_id  integer not null references command on delete cascade,
+    start       integer not null,                        -- bytes of both streams before it
+    stream      text not null check (stream in ('stdout', 'stderr')),
+    at          integer not null,                        -- when it came
+    data        blob not null,
+    primary key (command_id, start)
+) strict;
+
+-- Tunnels that are open: what is left of them at a start ended with the server, and is entered in the audit then.
+create table tunnel (
+    id         integer primary key autoincrement,
+    device_id  integer not null references device on delete cascade,
+    port       integer not null,
+    actor      text not null check (json_valid(actor)),  -- JSON: who answers for it, as the audit shows it
+    at         integer not null
+) strict;
+create index tunnel_by_device on tunnel (device_id);
+
 -- A random text, new at every start and every five minutes. It stands in the file beside the database too, so that a write-ahead log
 -- is not replayed over a copy of another time.
 create table salt (

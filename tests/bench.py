@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -29,7 +30,18 @@ from threading import Thread
 from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from load import LEVELS, Worker, answer_configs, connect_and_wait, send_at_full_speed, send_logs_at_full_speed, send_steadily
+from load import (
+    LEVELS,
+    Worker,
+    answer_commands,
+    answer_configs,
+    connect_and_wait,
+    send_at_full_speed,
+    send_logs_at_full_speed,
+    send_steadily,
+)
+from plant import ROOT
+from sshd import Sshd
 
 import iiot
 
@@ -97,7 +109,7 @@ class Server(Program):
                 token = iiot.mint("dev")
                 iiot.insert_device(connection, tenant, f"device-{number:05}", token.stored, {})
                 self.tokens.append(token.text)
-        self._operator = operator.text
+        self.operator = operator.text
 
     def add_history(self, points: int) -> None:
         """A device with one long series, a point a second."""
@@ -113,7 +125,7 @@ class Server(Program):
 
     def get(self, path: str, body: object = None) -> bytes:
         """The answer to GET, or to POST where there is a body."""
-        headers, data = {"Authorization": f"Bearer {self._operator}"}, None if body is None else json.dumps(body).encode()
+        headers, data = {"Authorization": f"Bearer {self.operator}"}, None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://{self.host}:{self.port}{path}", data=data, headers=headers)
         with urllib.request.urlopen(request, timeout=120) as response:
             return bytes(response.read())
@@ -255,6 +267,31 @@ def configurations(devices: int) -> None:
     print(
         f"one configuration to {devices:,} live devices: {answered:.2f} s until the push is answered, "
         f"{seconds:.2f} s until {applied:,} applied verdicts are read back",
+        flush=True,
+    )
+
+
+def commands(devices: int) -> None:
+    """One command for all devices, live, until each one's result has been read back."""
+    with server(devices) as running:
+        worker = Worker(answer_commands, running.host, running.port, running.tokens)
+        worker.receive()
+        started = time.perf_counter()
+        number = json.loads(running.get("/commands", {"match": "*", "argv": ["uname", "-sr"]}))["id"]
+        worker.receive()
+        answered = time.perf_counter() - started
+        done, after = 0, 0
+        while after is not None:
+            page = json.loads(running.get(f"/commands/{number}?limit=1000&after={after}"))
+            done += sum((one["status"], one["output"]) == ("done", "Linux 6.1.0\n") for one in page["items"])
+            after = page["next"]
+        seconds = time.perf_counter() - started
+        assert (done, page["counts"]) == (devices, {"done": devices}), page["counts"]
+        worker.send()
+        worker.join()
+    print(
+        f"one command to {devices:,} live devices: {answered:.2f} s until the last result is stored, "
+        f"{seconds:.2f} s until {done:,} results with their output are read back",
         flush=True,
     )
 
@@ -486,12 +523,98 @@ def offline(devices: int) -> None:
     )
 
 
+TIMED_AGENT = """
+import json, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import agent
+times, acknowledged = [], agent.Window.acknowledged
+def timed(window, size, sent, now, under_way):
+    times.append((time.time(), now - sent))
+    acknowledged(window, size, sent, now, under_way)
+agent.Window.acknowledged = timed
+try:
+    agent.main(sys.argv[3:])
+finally:
+    open(sys.argv[2], "w").write(json.dumps(times))
+"""  # the agent, and how long each of its frames waited to be acknowledged
+
+
+class Copies:
+    """Copies of a file to a machine by scp, each with its digest compared, and how fast they were."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._folder = folder
+        self._size = size
+        self._digest = hashlib.sha256()
+        with (folder / "file").open("wb") as file:
+            for _ in range(size >> 20):
+                piece = os.urandom(1 << 20)
+                self._digest.update(piece)
+                file.write(piece)
+
+    def both_ways(self, host: str, options: list[str], environment: dict[str, str]) -> tuple[float, float]:
+        """MB in a second, there and back."""
+        rates = []
+        for source, target in ((str(self._folder / "file"), f"{host}:{self._folder}/there"), (f"{host}:{self._folder}/there", "back")):
+            began = time.perf_counter()
+            subprocess.run(["scp", "-q", *options, source, target], check=True, cwd=self._folder, env={**os.environ, **environment})
+            rates.append(self._size / 1e6 / (time.perf_counter() - began))
+        for name in ("there", "back"):
+            assert hashlib.sha256((self._folder / name).read_bytes()).digest() == self._digest.digest()
+            (self._folder / name).unlink()
+        return rates[0], rates[1]
+
+
+def tunnels(megabytes: int) -> None:
+    """A file by scp through a tunnel, beside the same copy without one, and through a second sshd (ssh -J); and what the device's own
+    readings notice of it."""
+    with server(1) as running, tempfile.TemporaryDirectory() as name:
+        folder, sshd = Path(name), Sshd(Path(name))
+        sshd.start()
+        words = ["--url", f"http://127.0.0.1:{running.port}", "--token", running.tokens[0], "--name", "device-00000"]
+        timed = [sys.executable, "-c", TIMED_AGENT, str(ROOT), str(folder / "times"), *words]
+        agent = subprocess.Popen([*timed, "--interval", "0.02", "--allow-tunnel", str(sshd.port)], cwd=folder, stderr=subprocess.DEVNULL)
+        options = [
+            "-F", "none", "-o", f"IdentityFile={folder}/user", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+            "-o", "LogLevel=ERROR", "-o", f"Port={sshd.port}",
+        ]  # fmt: skip
+        proxy = f"{sys.executable} {ROOT / 'iiot.py'} tunnel %n %p"
+        jump = f"ssh {' '.join(options)} -W %h:%p 127.0.0.1"
+        ways = {
+            "directly": ("127.0.0.1", options),
+            "by ssh -J": ("127.0.0.1", [*options, "-o", f"ProxyCommand={jump}"]),
+            "through a tunnel": ("device-00000", [*options, "-o", f"ProxyCommand={proxy}"]),
+        }
+        environment = {"IIOT_URL": f"http://127.0.0.1:{running.port}", "IIOT_TOKEN": running.operator}
+        copies = Copies(folder, megabytes << 20)
+        time.sleep(10)
+        began = time.time()
+        told = {way: copies.both_ways(host, more, environment) for way, (host, more) in list(ways.items())[:2]}
+        middle = time.time()
+        told["through a tunnel"] = copies.both_ways(*ways["through a tunnel"], environment)
+        agent.terminate()
+        agent.wait()
+        sshd.stop()
+        times = json.loads((folder / "times").read_text())
+    before = sorted(seconds for at, seconds in times if began - 9 < at < began)
+    copying = sorted(seconds for at, seconds in times if at > middle)
+    rates = ", ".join(f"{way} {there:.0f} and {back:.0f} MB/s" for way, (there, back) in told.items())
+    shown = [f"p50 {some[len(some) // 2] * 1000:.1f} ms, p99 {some[len(some) * 99 // 100] * 1000:.1f} ms" for some in (before, copying)]
+    print(
+        f"{megabytes} MiB by scp, there and back: {rates}; acks of the device's own readings: {shown[0]} without, {shown[1]} with the "
+        f"copy through its connection ({len(copying)} frames)",
+        flush=True,
+    )
+
+
 PARTS: dict[str, Callable[[float], None]] = {
     "ingest": ingest_in_both_sizes,
     "latency": lambda scale: latency(200, 5000.0, 10 * scale),
     "idle": lambda scale: idle_devices(int(10_000 * scale)),
     "size": size,
     "config": lambda scale: configurations(int(5000 * scale)),
+    "commands": lambda scale: commands(int(5000 * scale)),
+    "tunnels": lambda scale: tunnels(max(1, int(200 * scale))),
     "queries": lambda scale: queries(HISTORY_POINTS, 200, int(3000 * scale)),
     "logs": lambda scale: logs(int(5_000_000 * scale), 50),
     "alerts": alerts_in_both_sizes,

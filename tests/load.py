@@ -7,6 +7,7 @@ import base64
 import json
 import multiprocessing
 import os
+import re
 import selectors
 import socket
 import time
@@ -21,6 +22,13 @@ PATIENCE = 120.0
 
 
 LEVELS = ("debug", "info", "info", "info", "notice", "warning", "error")
+
+
+OF_COMMAND = (
+    b'{"type":"started","seq":1,"command":%b}',
+    b'{"type":"output","seq":2,"command":%b,"stream":"stdout","data":"Linux 6.1.0\\n"}',
+    b'{"type":"result","seq":3,"command":%b,"status":"done","exit_code":0,"output_bytes":12}',
+)
 
 
 def client_frame(payload: bytes, opcode: int = 1) -> bytes:
@@ -176,6 +184,26 @@ class Fleet:
                     left -= 1
                     poll.unregister(key.data.socket)
 
+    def answer_commands(self) -> None:
+        """Wait until every device has got a command, said that it began, what it wrote and that it is done, and been acknowledged."""
+        poll, read = selectors.DefaultSelector(), dict.fromkeys(self.devices, b"")
+        for device in self.devices:
+            poll.register(device.socket, selectors.EVENT_READ, device)
+        left = len(self.devices)
+        while left:
+            events = poll.select(PATIENCE)
+            if not events:
+                raise TimeoutError("the server sends no command")
+            for key, _ in events:
+                device = key.data
+                read[device] += device.socket.recv(CHUNK)
+                if found := re.search(rb'"type":"command","command":(\d+)', read[device]):
+                    read[device] = b""
+                    device.socket.send(b"".join(client_frame(frame % found[1]) for frame in OF_COMMAND))
+                elif b'"seq":3' in read[device]:
+                    left -= 1
+                    poll.unregister(device.socket)
+
     def close(self) -> None:
         for device in self.devices:
             device.socket.close()
@@ -264,6 +292,19 @@ def send_steadily(
         frames = [[telemetry_frame(n + 1, first_ts + n * samples * 100, samples, metrics) for n in range(turns)] for _ in tokens]
         fleet = Fleet(host, port, tokens)
         pipe.send(fleet.send_paced(frames, rate, seconds))
+        fleet.close()
+    except Exception as error:  # noqa: BLE001 - raised again where the answer is received
+        pipe.send(error)
+
+
+def answer_commands(pipe: Connection, host: str, port: int, tokens: list[str]) -> None:
+    """Answers when all are connected, and again when all have answered a command."""
+    try:
+        fleet = Fleet(host, port, tokens)
+        pipe.send("ready")
+        fleet.answer_commands()
+        pipe.send("answered")
+        pipe.recv()
         fleet.close()
     except Exception as error:  # noqa: BLE001 - raised again where the answer is received
         pipe.send(error)

@@ -107,6 +107,7 @@ class Plant:
         self.database = database
         self.tokens: dict[str, str] = {}
         self._devices: list[Device] = []  # kept: a socket that nobody holds is closed
+        self._tunnels: list[ClientWebSocketResponse] = []  # likewise
 
     async def ask(self, method: str, path: str, body: Any = None, token: str | None = None, data: bytes | None = None) -> tuple[int, Any]:
         """Status and parsed JSON of an answer (its text where it is none)."""
@@ -140,6 +141,16 @@ class Plant:
         """A device with an open session; registered if it is new."""
         token = self.tokens.get(name) or await self.register(name)
         return await (await self.connect()).hello(token, **hello)
+
+    async def tunnel(self, name: str, device: Device, token: str | None = None) -> str:
+        """A tunnel to a device, which opens it; its number."""
+        headers = {"Authorization": f"Bearer {token or self.token}"}
+        opening = asyncio.create_task(self.client.ws_connect(f"{self.url}/iiot/{name}/tunnel/22", headers=headers, autoclose=False))
+        asked = await device.expect("tunnel")
+        await device.send("tunnel", tunnel=asked["tunnel"], state="open", credit=1_000)
+        self._tunnels.append(await opening)
+        _, body = await self.ask("GET", f"/iiot/{name}/tunnels", token=token)
+        return str(body["items"][-1]["id"])
 
     async def points(self, name: str, metric: str, more: str = "") -> list[list[Any]]:
         """Every point of a metric that one page holds."""
@@ -180,8 +191,8 @@ async def certificate(folder: Path, name: str, *, passphrase: str = "") -> tuple
 
 
 def client() -> ClientSession:
-    """An HTTP client that takes every certificate."""
-    return ClientSession(connector=TCPConnector(ssl=False))
+    """An HTTP client that takes every certificate, and opens as many connections as it is asked for: devices keep theirs."""
+    return ClientSession(connector=TCPConnector(ssl=False, limit=0))
 
 
 @contextmanager

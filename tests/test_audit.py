@@ -27,7 +27,12 @@ import iiot
 Entry = dict[str, Any]
 Row = tuple[str | None, str | None, Any]  # target, device, detail
 ACCOUNTED = [route for route in iiot.ROUTES if route.action]
+TUNNEL = ("GET", "/iiot/{device}/tunnel/{port}")  # a WebSocket, which begins as a GET
 KILLS = 4
+
+
+def name_of(route: iiot.Route) -> str:
+    return f"{route.method} {route.path}"
 
 
 def id_of(text: str) -> str:
@@ -113,6 +118,7 @@ def no_entry_possible(database: Path) -> Iterator[None]:
 
 RULE = {"name": "hot", "metric": "level", "condition": {"above": 5}}
 WEBHOOK = {"name": "night shift", "url": "https://user:pa55@example.com/t0ken", "match": "pump-*"}
+COMMAND = {"argv": ["uname", "-a"], "timeout": "1h"}
 SILENCE = {"match": "pump-*", "until": "2099-01-01T00:00:00.000Z"}
 
 
@@ -125,7 +131,8 @@ class World:
         self.names: dict[str, str] = {}
 
     async def furnish(self) -> None:
-        """press-1 is connected, press-2 is not and has a configuration."""
+        """press-1 is connected, press-2 is not and has a configuration; valve-1 runs one command of its own and one of those for many,
+        which goes on to valve-2 in a minute, and has a tunnel."""
         plant, platform = self.plant, self.roles["platform"]
         device = await plant.device("press-1")
         await device.store({"values": {"level": 9}})
@@ -146,10 +153,24 @@ class World:
             status, answer = await plant.ask(method, path, body, token=token)
             assert status in (200, 201, 202), answer
             self.names[path] = str(answer.get("id", ""))
+        await self.run_commands()
         found = await plant.until("/alerts", lambda answer: answer["items"])
         self.names["/alerts"] = str(found["items"][0]["id"])
         # then there is one token that may manage tokens
         assert (await plant.ask("DELETE", f"/tokens/{id_of(plant.token)}", token=self.roles["admin"]))[0] == 204
+
+    async def run_commands(self) -> None:
+        device = await self.plant.device("valve-1")
+        await self.plant.register("valve-2")
+        many = {**COMMAND, "match": "valve-*", "per_minute": 1, "parallel": True}
+        for path, body in (("/iiot/valve-1/commands", COMMAND), ("/commands", many)):
+            status, answer = await self.plant.ask("POST", path, body, token=self.roles["admin"])
+            assert status == 202, answer
+            self.names[path] = str(answer["id"])
+            device.seq += 1
+            await device.send("started", seq=device.seq, command=(await device.expect("command"))["command"])
+        await device.acknowledged(device.seq)
+        self.names["/iiot/valve-1/tunnels"] = await self.plant.tunnel("valve-1", device, self.roles["admin"])
 
     def real(self, path: str) -> str:
         """A path with the ids of this world in place of [where they were made]."""
@@ -209,13 +230,15 @@ class Refused:
 
 @attrs.frozen
 class Case:
-    """An allowed call of a route, the entries that it leaves by its answer, and refused ones."""
+    """An allowed call of a route, the entries that it leaves by its answer, and refused ones; and the action of the entry that somewhat
+    later tells what the call led to."""
 
     path: str
     body: Any
     status: int
     leaves: Callable[[Any], list[Row]]
     refused: tuple[Refused, ...]
+    later: str | None = None
 
 
 def device_row(detail: Any = None, device: str = "press-1") -> Callable[[Any], list[Row]]:
@@ -378,6 +401,46 @@ CASES = {
         "/webhooks/[/webhooks]/test", None, 200, lambda _: [("[/webhooks]", None, None)],
         (Refused(404, "not_found", "/webhooks/999/test"), Refused(422, "invalid", body={"url": "https://example.com"})),
     ),
+    ("POST", "/iiot/{device}/commands"): Case(
+        "/iiot/valve-1/commands", {"argv": ["echo", "a b"], "timeout": 5, "ttl": "2m"}, 202,
+        lambda answer: [(str(answer["id"]), "valve-1", {"argv": ["echo", "a b"], "timeout": 5.0, "ttl": 120.0})],
+        (
+            Refused(404, "not_found", f"{NOBODY}/commands", COMMAND), Refused(409, "device_offline", "/iiot/press-2/commands", COMMAND),
+            Refused(422, "invalid", body={"argv": []}), Refused(422, "invalid", body={**COMMAND, "timeout": "2d"}),
+            Refused(422, "invalid", body=COMMAND, headers={"Idempotency_Key": "x" * 129}),
+            Refused(400, "bad_query", "/iiot/valve-1/commands?wait=1h", COMMAND), Refused(400, "not_an_object", body=[]),
+        ),
+    ),
+    ("DELETE", "/iiot/{device}/commands/{id}"): Case(
+        "/iiot/valve-1/commands/[/iiot/valve-1/commands]", None, 202, lambda _: [("[/iiot/valve-1/commands]", "valve-1", None)],
+        (
+            Refused(404, "not_found", f"{NOBODY}/commands/[/iiot/valve-1/commands]"),
+            Refused(404, "not_found", "/iiot/valve-2/commands/[/iiot/valve-1/commands]"),
+            Refused(404, "not_found", "/iiot/valve-1/commands/999"), Refused(404, "not_found", "/iiot/valve-1/commands/x"),
+        ),
+    ),
+    ("POST", "/commands"): Case(
+        "/commands", {"match": "nobody-*", "argv": ["true"]}, 202,
+        lambda answer: [("nobody-*", None, {"batch": answer["id"], "argv": ["true"], "timeout": 30.0, "ttl": None})],
+        (
+            Refused(422, "invalid", body={"argv": ["true"]}), Refused(422, "invalid", body={"argv": ["true"], "match": ""}),
+            Refused(422, "invalid", body={"argv": ["true"], "match": "*", "timeout": "2d"}, target="*"),
+            Refused(422, "invalid", body={"argv": ["true"], "match": "*", "per_minute": 0}), Refused(400, "not_an_object", body=[]),
+        ),
+    ),
+    ("DELETE", "/commands/{id}"): Case(
+        "/commands/[/commands]", None, 202, lambda _: [("[/commands]", None, None)],
+        (Refused(404, "not_found", "/commands/999"), Refused(404, "not_found", "/commands/x")),
+    ),
+    ("DELETE", "/iiot/{device}/tunnels/{id}"): Case(
+        "/iiot/valve-1/tunnels/[/iiot/valve-1/tunnels]", None, 204, lambda _: [("[/iiot/valve-1/tunnels]", "valve-1", None)],
+        (
+            Refused(404, "not_found", f"{NOBODY}/tunnels/[/iiot/valve-1/tunnels]"),
+            Refused(404, "not_found", "/iiot/press-1/tunnels/[/iiot/valve-1/tunnels]"),
+            Refused(404, "not_found", "/iiot/valve-1/tunnels/999"), Refused(404, "not_found", "/iiot/valve-1/tunnels/x"),
+        ),
+        later="tunnel.end",
+    ),
     ("POST", "/provisioning-keys"): Case(
         "/provisioning-keys", {"uses": 3, "expires_at": EXPIRY}, 201,
         lambda answer: [(answer["id"], None, {"uses": 3, "expires_at": EXPIRY})],
@@ -428,14 +491,17 @@ CASES = {
 }  # fmt: skip
 
 
+CALLS = {**{called: (case.path, case.body) for called, case in CASES.items()}, TUNNEL: ("/iiot/valve-1/tunnel/22", None)}
+
+
 def named_by(route: iiot.Route, path: str) -> tuple[str | None, str | None]:
-    """Target and device that a path names."""
+    """Target and device that a path names: the target is the last of its names."""
     shown = zip(route.path.split("/"), path.partition("?")[0].split("/"), strict=True)
     names = {pattern: unquote(text) for pattern, text in shown if pattern.startswith("{")}
-    return next(iter(names.values()), None), names.get("{device}")
+    return next(reversed(names.values()), None), names.get("{device}")
 
 
-@pytest.mark.parametrize("route", ACCOUNTED, ids=[f"{route.method} {route.path}" for route in ACCOUNTED])
+@pytest.mark.parametrize("route", [route for route in ACCOUNTED if (route.method, route.path) != TUNNEL], ids=name_of)
 async def test_a_call_leaves_its_exact_entry_allowed_or_refused(plant: Plant, route: iiot.Route) -> None:
     case = CASES[route.method, route.path]
     world = World(plant)
@@ -471,6 +537,11 @@ async def test_a_call_leaves_its_exact_entry_allowed_or_refused(plant: Plant, ro
 
     status, answer, new = await world.left(route.role, route.method, path, case.body)
     assert status == case.status, answer
+    if case.later is not None:
+        async with asyncio.timeout(PATIENCE):
+            while not await entries(plant, f"&action={case.later}", world.roles[route.role]):
+                await asyncio.sleep(0.01)
+        new = [entry for entry in new if entry["action"] != case.later]
     expected = [(target and real(target), device, detail) for target, device, detail in case.leaves(answer)]
     assert [told(entry) for entry in new] == [(route.action, target, device, "ok", detail) for target, device, detail in expected]
     if route.action not in ("device.report", "telemetry.remove", "webhook.test"):  # there are no readings
@@ -480,7 +551,8 @@ async def test_a_call_leaves_its_exact_entry_allowed_or_refused(plant: Plant, ro
 def test_every_route_that_can_change_something_has_an_action() -> None:
     changes_nothing = {("POST", "/rules/dry-run")}
     assert {(r.method, r.path) for r in ACCOUNTED} >= {(r.method, r.path) for r in iiot.ROUTES if r.method != "GET"} - changes_nothing
-    assert set(CASES) == {(route.method, route.path) for route in ACCOUNTED}
+    assert set(CASES) | {TUNNEL} == {(route.method, route.path) for route in ACCOUNTED}
+    assert TUNNEL not in CASES
 
 
 async def test_a_refused_creation_names_what_was_to_be_created(plant: Plant) -> None:
@@ -539,7 +611,7 @@ async def test_a_read_leaves_no_entry(plant: Plant) -> None:
     world = World(plant)
     await world.furnish()
     before = await world.audit()
-    reads = [route for route in iiot.ROUTES if route.method == "GET" and route.path not in ("/events", "/device")]
+    reads = [route for route in iiot.ROUTES if route.method == "GET" and route.path not in ("/events", "/device", TUNNEL[1])]
     assert len(reads) > 10
     statuses: Counter[int] = Counter()
     for route in reads:
@@ -559,9 +631,9 @@ async def test_a_wrong_token_leaves_no_entry(tmp_path: Path) -> None:
         revoked, of_a_device = plant.token, plant.tokens["press-1"]
         wrong = [iiot.mint("op").text, altered(world.roles["admin"]), revoked, of_a_device, "nonsense", ""]
         for route in ACCOUNTED:
-            case = CASES[route.method, route.path]
+            path, body = CALLS[route.method, route.path]
             for token in wrong:
-                assert (await plant.ask(route.method, world.real(case.path), case.body, token=token))[0] == 401
+                assert (await plant.ask(route.method, world.real(path), body, token=token))[0] == 401
         assert await world.audit() == before
         assert contents(plant.database) == state
 
@@ -1173,13 +1245,135 @@ async def test_only_an_admin_sees_the_audit_and_who_was_refused(plant: Plant) ->
     assert await world.audit() == before
     routes = [route for route in ACCOUNTED if route.role != "public"]
     for route in routes:
-        path = route.path.replace("{device}", "press-1").replace("{id}", "abc").replace("{tenant}", "acme")
+        path = route.path.replace("{device}", "press-1").replace("{id}", "abc").replace("{tenant}", "acme").replace("{port}", "22")
         assert (await plant.ask(route.method, path, {}, token=world.roles["viewer"]))[0] == 403
     found = await entries(plant, "&actor=the%20viewer", token=world.roles["admin"])
     assert [(entry["action"], entry["outcome"], entry["role"]) for entry in found[::-1]] == [
         (route.action, "forbidden", "viewer") for route in routes
     ]
     assert {entry["token"] for entry in found} == {id_of(world.roles["viewer"])}
+
+
+# ---- how commands end
+
+
+async def until_entered(plant: Plant, count: int) -> list[Entry]:
+    """The ends of commands, oldest first, once there are so many."""
+    found = await plant.until("/audit?action=command.end", lambda body: len(body["items"]) == count)
+    items: list[Entry] = found["items"]
+    return items[::-1]
+
+
+async def test_the_end_of_a_command_is_entered_in_the_name_of_who_ran_it(plant: Plant) -> None:
+    ada, bob = minted(plant, "admin", "ada"), minted(plant, "admin", "bob")
+
+    async def run(token: str, **more: Any) -> int:
+        status, answer = await plant.ask("POST", "/iiot/press-1/commands", {**COMMAND, **more}, token=token)
+        assert status == 202, answer
+        return int(answer["id"])
+
+    async def tell(kind: str, **fields: Any) -> None:
+        device.seq += 1
+        await device.send(kind, seq=device.seq, command=(await device.expect("command"))["command"], **fields)
+
+    device = await plant.device("press-1")
+    failed, waits, runs = await run(ada), await run(ada), await run(bob, ttl="1h", parallel=True)
+    assert (await plant.ask("DELETE", f"/iiot/press-1/commands/{waits}", token=bob))[0] == 202
+    await tell("result", status="failed", message="no such program", output_bytes=7)
+    await until_entered(plant, 2)
+    await tell("started")
+    await device.acknowledged(device.seq)
+    assert (await plant.ask("DELETE", "/iiot/press-1"))[0] == 204
+    ends = await until_entered(plant, 3)
+    assert [(entry["target"], entry["name"], entry["token"], entry["detail"]["status"]) for entry in ends] == [
+        (str(waits), "ada", id_of(ada), "cancelled"), (str(failed), "ada", id_of(ada), "failed"),
+        (str(runs), "bob", id_of(bob), "cancelled"),
+    ]  # fmt: skip
+    assert ends[1]["detail"] == {"status": "failed", "exit_code": None, "seconds": 0.0, "output_bytes": 7}
+    assert ends[2]["detail"]["seconds"] >= 0
+    for entry in ends:
+        assert (entry["device"], entry["role"], entry["address"], entry["outcome"]) == ("press-1", "admin", "127.0.0.1", "ok")
+    taken_back = await entries(plant, "&action=command.cancel")
+    assert [(entry["name"], entry["target"], entry["device"]) for entry in taken_back] == [("bob", str(waits), "press-1")]
+
+
+async def test_each_command_of_one_for_many_is_entered_with_its_end(plant: Plant) -> None:
+    """In the name of who asked for all of them; also that of a device that is not there."""
+    ada = minted(plant, "admin", "ada")
+    device = await plant.device("press-1")
+    await plant.register("press-2")
+    status, made = await plant.ask("POST", "/commands", {"argv": ["true"], "match": "press-*"}, token=ada)
+    assert status == 202, made
+    device.seq += 1
+    await device.send("result", seq=device.seq, command=(await device.expect("command"))["command"], status="done", exit_code=0)
+    ends = await until_entered(plant, 2)
+    assert [(entry["device"], entry["detail"]["status"]) for entry in ends] == [("press-2", "expired"), ("press-1", "done")]
+    begun = (await entries(plant, "&action=command.run"))[::-1]
+    assert [(entry["target"], entry["device"]) for entry in begun[:1]] == [("press-*", None)]
+    assert {entry["device"]: entry["target"] for entry in begun[1:]} == {entry["device"]: entry["target"] for entry in ends}
+    assert [entry["detail"] for entry in begun[1:]] == [{"batch": made["id"]}] * 2
+    for entry in begun + ends:
+        assert (entry["name"], entry["token"], entry["address"], entry["outcome"]) == ("ada", id_of(ada), "127.0.0.1", "ok")
+
+
+async def test_a_command_does_not_end_without_an_entry(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    _, made = await plant.ask("POST", "/iiot/press-1/commands", COMMAND)
+    await device.expect("command")
+    end = {"seq": device.seq + 1, "command": made["id"], "status": "done", "exit_code": 0}
+    with no_entry_possible(plant.database):
+        await device.send("result", **end)
+        assert (await device.closed()).code == 1013
+        assert (await plant.get(f"/iiot/press-1/commands/{made['id']}"))["status"] == "sent"
+    await (await plant.device("press-1")).send("result", **end)
+    assert [entry["target"] for entry in await until_entered(plant, 1)] == [str(made["id"])]
+
+
+# ---- tunnels
+
+
+async def test_a_tunnel_leaves_its_exact_entries_opened_or_refused(plant: Plant) -> None:
+    world = World(plant)
+    await world.furnish()
+    path, state = "/iiot/valve-1/tunnel/22", contents(plant.database)
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "A" * 22 + "=="}
+
+    async def refused(role: str, code: str, path: str, **headers: str) -> None:
+        shown = {name.replace("-", "_"): value for name, value in headers.items()}
+        status, answer, new = await world.left(role, "GET", path, headers=shown)
+        assert (status, answer["error"]["code"]) == (iiot.FAULTS[code].status, code)
+        _, _, device, _, port = path.split("/")
+        assert [told(entry) for entry in new] == [("tunnel.open", port, device, code, None)]
+
+    with no_entry_possible(plant.database):
+        status, _, new = await world.left("admin", "GET", path, headers=upgrade)
+    assert status >= 500
+    assert new == []
+    for role in ("viewer", "operator", "platform"):
+        await refused(role, "forbidden", path, **upgrade)
+    await refused("admin", "upgrade_required", path)
+    for code, other in (
+        ("not_found", "/iiot/nobody/tunnel/22"), ("not_found", "/iiot/valve-1/tunnel/70000"), ("device_offline", "/iiot/press-2/tunnel/22"),
+    ):  # fmt: skip
+        await refused("admin", code, other, **upgrade)
+    assert contents(plant.database) == state
+
+
+async def test_a_tunnel_is_entered_before_it_is_open_and_when_it_is_over(plant: Plant) -> None:
+    ada, bob = minted(plant, "admin", "ada"), minted(plant, "admin", "bob")
+    device = await plant.device("press-1")
+    number = await plant.tunnel("press-1", device, ada)
+    assert [(entry["name"], *told(entry)) for entry in await entries(plant, "&action=tunnel.open")] == [
+        ("ada", "tunnel.open", "22", "press-1", "ok", None)
+    ]
+    assert await entries(plant, "&action=tunnel.end") == []
+    assert (await plant.ask("DELETE", f"/iiot/press-1/tunnels/{number}", token=bob))[0] == 204
+    (end,) = (await plant.until("/audit?action=tunnel.end", lambda body: body["items"]))["items"]
+    assert (end["name"], end["token"], end["role"], end["address"]) == ("ada", id_of(ada), "admin", "127.0.0.1")
+    assert (end["target"], end["device"], end["outcome"]) == ("22", "press-1", "ok")
+    assert end["detail"].pop("seconds") >= 0
+    assert end["detail"] == {"reason": "closed by bob", "from_device": 0, "to_device": 0}
+    assert [(entry["name"], entry["target"]) for entry in await entries(plant, "&action=tunnel.close")] == [("bob", number)]
 
 
 # ---- what an entry holds

@@ -120,7 +120,7 @@ async def test_a_condition_that_does_not_apply_is_refused(plant: Plant, route: i
     await plant.register("press-1")
     platform = plants.admin_token(plant.database, "platform")
     token = platform if route.role == "platform" else plant.token
-    path = route.path.format(device="press-1", id="0123456789abcdef", tenant="acme")
+    path = route.path.format(device="press-1", id="0123456789abcdef", tenant="acme", port="22")
     for name in ("If-Match", "If-None-Match"):
         headers = {"Authorization": f"Bearer {token}", name: "*"}
         async with plant.client.request(route.method, plant.url + path, headers=headers) as response:

@@ -28,8 +28,9 @@ QUOTAS = iiot.default_quotas(iiot.Settings())
 SHARED_DEVICES = ("press-1", "press-2")
 SHARED_METRICS = ("note", "pressure")
 PLACES = (
-    "acknowledgement", "agent", "alert", "author", "code", "config", "device", "error", "glob", "gone", "label", "log", "message", "metric",
-    "nothing", "path", "reason", "receiver", "rule", "silence", "software", "state", "team", "telemetry", "viewer",
+    "acknowledgement", "agent", "alert", "argument", "author", "code", "config", "device", "end", "error", "glob", "gone", "label", "log",
+    "many", "message", "metric", "nothing", "output", "path", "reason", "receiver", "rule", "silence", "software", "state", "team",
+    "telemetry", "viewer",
 )  # fmt: skip
 
 
@@ -139,6 +140,7 @@ async def load(plant: Plant, side: Side) -> None:
         if status == 201:
             side.know(answer["token"])
     await load_alerts(plant, side)
+    await load_commands(plant, side, devices["press-1"])
     side.know((await plant.ask("POST", "/iiot/press-2/token"))[1]["token"])
     side.know((await plant.ask("POST", "/iiot/press-1/log-token"))[1]["token"])
     assert (await plant.ask("PUT", "/iiot/press-1/syslog-source", {"addresses": [f"{side.address}/32"]}))[0] == 200
@@ -161,6 +163,26 @@ async def load_alerts(plant: Plant, side: Side) -> None:
     assert failed["items"][0]["status"] == "waiting"
     silence = {"match": f"[p{side.text('silence')}]*-1", "text": side.text("reason"), "until": "2999-01-01T00:00:00Z"}
     assert (await plant.ask("POST", "/silences", silence))[0] == 201
+
+
+async def load_commands(plant: Plant, side: Side, device: Device) -> None:
+    """Commands that are over and one that is not, of one device and for many."""
+
+    async def tell(kind: str, **fields: Any) -> None:
+        device.seq += 1
+        await device.send(kind, seq=device.seq, command=number, **fields)
+        await device.acknowledged(device.seq)
+
+    one = {"argv": ["echo", side.text("argument")], "timeout": "1h"}
+    many = {**one, "match": f"press-[{side.text('many')}1]", "per_minute": 1, "stop_after_failures": 2}
+    for path, body, is_over in (("/iiot/press-1/commands", one, True), ("/commands", many, True), ("/iiot/press-1/commands", one, False)):
+        status, answer = await plant.ask("POST", path, body)
+        assert status == 202, answer
+        number = (await device.expect("command"))["command"]
+        await tell("started")
+        await tell("output", stream="stdout", data=side.text("output"))
+        if is_over:
+            await tell("result", status="failed", message=side.text("end"))
 
 
 @attrs.frozen
@@ -325,13 +347,15 @@ ARGUMENTS: Mapping[str, Asked] = {
     "after: tuple[str, str]": the_same(("", ""), ("press-1", ""), ("press-1", "pressure")),
     "default: int": the_same(30),
     "cuts: Mapping[int, int]": lambda world, side: ({side.id: 0},),
-    "most: int": the_same(10),
+    "most: int": the_same(10, 1_000),
     "before: int": the_same(0),
     "limit: int": the_same(1_000, 1),
     "after: str": the_same(""),
     "after: int": the_same(0, iiot.INTEGERS - 1),
     "match: str | None": lambda world, side: (None, "*", *(f"{each.word}*" for each in world.all)),
     "connected: bool | None": the_same(None, True, False),
+    "number: int": the_same(*range(1, 13)),
+    "statuses: tuple[str, ...]": the_same((), ("running", "failed")),
     "kinds: tuple[str, ...] | None": the_same(None, ("connected", "disconnected", "credentials", "state", "config")),
     "start: int": the_same(0, 1),
     "stop: int": the_same(iiot.LATEST, iiot.LATEST - 1),
@@ -422,6 +446,11 @@ async def check_told_later(world: World, read: Read) -> None:
     assert await read() in (True, False)
 
 
+async def check_commands(world: World, read: Read) -> None:
+    """For the task that goes on with them: whether the time of one of anybody has come."""
+    assert await read() in (True, False)
+
+
 async def check_words(world: World, read: Read) -> None:
     """For the same task: numbers, which nobody sees."""
     words, after = cast("tuple[list[int], int]", await read(0, 10))
@@ -507,6 +536,8 @@ UNSCOPED: Mapping[str, Callable[[World, Read], Awaitable[None]]] = {
     "RemovalReads.is_range_left": check_range_left,
     "PushReads.tenants": check_pushes,
     "PushReads.is_under_way": check_push,
+    "CommandReads.is_due": check_commands,
+    "CommandReads.has_old": check_repeats,
     "NotificationReads.has_old": check_repeats,
     "NotificationReads.is_told_later": check_told_later,
     "NotificationReads.watchers": check_watchers,

@@ -567,7 +567,7 @@ async def test_a_server_that_cannot_store_is_not_healthy_until_it_can(tmp_path: 
 def requests_of_routes() -> Iterator[tuple[str, str, str]]:
     for route in iiot.ROUTES:
         if route.role != "public":
-            yield route.method, route.path.replace("{device}", "press-9").replace("{id}", "0").replace("{tenant}", "none"), route.role
+            yield route.method, route.path.format(device="press-9", id="0", tenant="none", port="22"), route.role
 
 
 @pytest.mark.parametrize(("method", "path", "needed"), list(requests_of_routes()))

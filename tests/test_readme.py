@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 import plant as plants
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientSession, WSServerHandshakeError
 from aiohttp.test_utils import unused_port
 from plant import PATIENCE, ROOT, Device, Plant, Process, agent_command, command, rows
 from readme import README, RUNNABLE, SECTIONS, Section, Terminal, anchor, answers, blocks, part, section, shape, strays, table
@@ -117,6 +117,16 @@ async def test_import_export_rotation_and_removal_are_true(terminal: Terminal) -
     await terminal.follow("Remove readings")
     left = json.loads(await terminal.run('curl -s -H "Authorization: Bearer $TOKEN" "$IIOT_URL/iiot/test-bed/telemetry?metric=Druck"'))
     assert left["series"][0]["points"] == points[1:]
+
+
+async def test_commands_are_true(terminal: Terminal) -> None:
+    title = "Run a command on a device"
+    await terminal.start(blocks(title)[0])
+    await seen(terminal)
+    ran, followed, many = (output for output in await terminal.follow(title, first=1))
+    assert json.loads(ran)["output"] == "Linux\n"
+    assert followed == "step 1\nstep 2\nstep 3\n"
+    assert json.loads(many)["counts"] == {"done": 1}
 
 
 async def test_configurations_the_timeline_and_the_feed_are_true(terminal: Terminal) -> None:
@@ -298,15 +308,27 @@ async def test_entries_of_the_timeline_have_the_fields_of_the_readme(tmp_path: P
         await device.acknowledged(1002)
         await plant.until("/iiot/press-1/events?kind=duplicates", lambda body: body["items"])
         plant.tokens["press-1"] = (await plant.ask("POST", "/iiot/press-1/token", {}))[1]["token"]
-        await plant.device("press-1")
+        session = await plant.device("press-1")
         fighting = await plant.connect()
         await fighting.send("hello", token=plant.tokens["press-1"])
         assert (await fighting.closed()).code == 4429
-        await plant.ask("POST", "/iiot/press-1/seq", {"seq": 0})
         await plant.ask("POST", "/rules", {"name": "some", "metric": "level", "condition": {"above": 0}})
         (alert,) = (await plant.until("/alerts", lambda body: body["items"]))["items"]
         later = iiot.format_time(iiot.now_ms() + 60_000)
         await plant.ask("POST", f"/alerts/{alert['id']}/ack", {"text": "seen", "until": later})
+        await plant.ask("POST", "/iiot/press-1/commands", {"argv": ["ls"], "ttl": 60})
+        await session.expect("command")
+        await session.send("result", seq=2000, command=1, status="done", exit_code=0)
+        await session.acknowledged(2000)
+        await plant.ask("POST", "/iiot/press-1/commands", {"argv": ["ls"], "ttl": 60})
+        url, bearer = f"{plant.url}/iiot/press-1/tunnel/22", {"Authorization": f"Bearer {plant.token}"}
+        tunnel = asyncio.create_task(plant.client.ws_connect(url, headers=bearer))
+        await session.expect("tunnel")
+        await session.send("tunnel", tunnel=1, state="refused", message="no")
+        with pytest.raises(WSServerHandshakeError):
+            await tunnel
+        await plant.until("/iiot/press-1/events?kind=tunnel", lambda body: len(body["items"]) == 2)
+        await plant.ask("POST", "/iiot/press-1/seq", {"seq": 0})
         await plant.ask("PATCH", "/iiot/press-1", {"disabled": True})
         await plant.ask("DELETE", "/iiot/press-1")
         entries = rows(plant.database, "select kind, detail from event")
@@ -365,7 +387,15 @@ def test_limits_are_the_readme_s() -> None:
         "notifications that wait for a receiver": f"{limits.notifications_waiting:,}, then no more are made for a time",
         "time for one try to deliver a notification": f"{limits.delivery_seconds:.0f} s",
         "tests of receivers of a tenant at a time": f"{limits.webhook_tests}",
-        "pushes of a tenant that wait for an answer (wait)": f"{limits.waiting_pushes}",
+        "pushes and commands of a tenant that wait for an answer (wait)": f"{limits.waiting_pushes}",
+        "words of a command, bytes of all of them": f"{iiot.ARGV_WORDS:,}, {iiot.ARGV_BYTES // 1024} KiB",
+        "time that a command may run": f"{limits.command_seconds_most:,.0f} s",
+        "output of a command that is kept": f"{limits.command_bytes >> 20} MiB",
+        "commands of a device that are not over": f"{limits.commands_open}",
+        "commands for many devices of a tenant that are not given to all yet": f"{limits.batches_open}",
+        "time for which commands are kept": f"{limits.command_days} days",
+        "tunnels of a device": f"{limits.tunnels}",
+        "time for a device to open a port": f"{limits.tunnel_open_seconds:.0f} s",
         "requests of a tenant that wait for their turn": f"{limits.requests_waiting}",
     }
     assert {row[0]: row[1] for row in table(section("Limits").text, "limit")} == expected
@@ -447,7 +477,8 @@ def test_frames_of_devices_are_the_readme_s() -> None:
 def test_frames_of_the_server_are_the_readme_s() -> None:
     frames = (iiot.Credentials, iiot.Welcome, iiot.Error, iiot.Throttled, iiot.Report, iiot.Config)
     shown = {row[0]: row[1] for row in table(section("Frames").text, "server sends")}
-    assert set(shown) == {"ack"} | {cls.__name__.lower() for cls in frames}
+    written_by_hand = {"ack", "command", "cancel", "tunnel"}  # tests of commands and tunnels compare them whole
+    assert set(shown) == written_by_hand | {cls.__name__.lower() for cls in frames}
     for cls in frames:
         for field in attrs.fields(cls):
             assert field.name in shown[cls.__name__.lower()], (cls, field.name)

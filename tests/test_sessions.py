@@ -1125,7 +1125,7 @@ async def test_a_taken_name_is_refused_and_no_use_is_taken(plant: Plant) -> None
     assert len(await events(plant, "press-1", "credentials")) == 1
 
 
-NAMES = ["x", "x" * 64, "00:1A:2b:3C:4d:5E", "line_2.press-1", "7", "-", "A"]
+NAMES = ["x", "x" * 64, "00:1A:2b:3C:4d:5E", "line_2.press-1", "7", "_-", "A"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -29,7 +29,7 @@ BANNER = re.compile(r"# ==== (.+) ====")
 FUNCTION_LINES = 60
 CLASS_LINES = 300
 SECTION_LINES = 1_200
-STORAGE = ("Database", "Accounts", "Devices", "Readings", "Logs", "Alerts", "Notifications", "Removal", "Writer", "Store")
+STORAGE = ("Database", "Accounts", "Devices", "Readings", "Logs", "Alerts", "Notifications", "Commands", "Removal", "Writer", "Store")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 

@@ -133,10 +133,33 @@ async def populate(tenant: Plant, connected: int = 1) -> list[Device]:
     await tenant.until("/alerts", lambda body: len(body["items"]) == len(devices))
     await be_told(tenant)
     assert (await tenant.ask("POST", "/silences", {"match": "*", "until": "2099-01-01T00:00:00Z"}))[0] == 201
+    await run_commands(tenant, devices)
+    if connected:
+        await tenant.tunnel("press-1", devices[0])
     for device in devices[connected:]:
         await device.close()
     await tenant.until("/iiot?connected=true", lambda body: len(body["items"]) == connected)
     return devices[:connected]
+
+
+async def run_commands(tenant: Plant, devices: list[Device]) -> None:
+    """One for many that each has run, and one that the first still runs."""
+
+    async def tell(device: Device, *frames: dict[str, Any]) -> None:
+        number = (await device.expect("command"))["command"]
+        for frame in frames:
+            device.seq += 1
+            await device.send(seq=device.seq, command=number, **frame)
+        await device.acknowledged(device.seq)
+
+    output = {"kind": "output", "stream": "stdout", "data": "text"}
+    status, body = await tenant.ask("POST", "/commands", {"argv": ["uname"], "match": "press-[123]"})
+    assert status == 202, body
+    for device in devices:
+        await tell(device, output, {"kind": "result", "status": "done", "exit_code": 0})
+    await tenant.until(f"/commands/{body['id']}", lambda shown: shown["status"] == "done")
+    assert (await tenant.ask("POST", "/iiot/press-1/commands", {"argv": ["tail"], "timeout": "1h"}))[0] == 202
+    await tell(devices[0], {"kind": "started"}, output)
 
 
 async def be_told(tenant: Plant) -> None:
