@@ -3828,8 +3828,8 @@ class AlertWatch:
                 if device is not None:
                     self.places.add_series(device, metric, str(number), now)
             self._take_points(points, now, wall)
-            for source in self._timers.take_due(now, self._limits.alert_rows):
-                self._examine(source, now, wall)
+        for source in self._timers.take_due(now, self._limits.alert_rows):  # of a rule that was removed, too
+            self._examine(source, now, wall)
         work, self._book.work = self._book.work, AlertWork()
         work.devices = self.pages.ask()
         work.readings = self._replays.ask()
@@ -10379,6 +10379,8 @@ class Writer:
                     if self._is_watch_lost:
                         await self._find_watch()
                     batch.alerts = self.watch.close(batch.points, batch.series, time.monotonic(), now_ms())
+                    if not batch:  # what was due came to nothing: a round without any wait would hold up everybody
+                        break
                     await self._store(batch)
                 self._shares.next_transaction()  # what was withdrawn meanwhile weighs nothing
         except BaseException as error:  # a defect, and the end of the server: nobody may wait for what will not come

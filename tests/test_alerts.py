@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import plant as plants
 import pytest
-from plant import Device, Plant
+from plant import Device, Plant, Process
 from receivers import receiver, told_to
 
 import iiot
@@ -338,6 +338,20 @@ async def test_an_alert_whose_rule_or_device_changes_is_over_with_that_reason(pl
     events = (await plant.get("/iiot/press-1/events?kind=alert"))["items"]
     assert [(one["status"], one.get("reason")) for one in events] == [("resolved", reason), ("firing", None)]
     await device.close()
+
+
+async def test_what_was_planned_for_the_last_rule_holds_up_nobody_once_it_is_gone(process: Process) -> None:
+    await process.start()
+    token, _ = await process.read_first_start()
+    async with plants.client() as client:
+        plant = process.plant(client, token)
+        device = await plant.device("press-1")
+        number = await rule(plant, {"absent": "1s"})
+        await level(device, 1)
+        assert (await plant.ask("DELETE", f"/rules/{number}"))[0] == 204
+        await asyncio.sleep(1.5)  # until what was planned is due: nothing tells of it
+        await level(device, 2)
+        assert await alerts(plant) == []
 
 
 async def test_a_rule_that_is_put_again_as_it_is_leaves_its_alerts(plant: Plant) -> None:
