@@ -172,6 +172,7 @@ VERDICT_SECONDS: Final = 10.0  # the close that follows an error which names no 
 LOOK_SECONDS: Final = 5.0  # between two looks at what moved on the link
 PING_SECONDS: Final = 15.0  # without anything that moves, until a ping
 LINK_SECONDS: Final = 45.0  # without anything that moves, until the link is given up: three pings
+TUNNEL_QUIET_SECONDS: Final = 24.0  # in which nothing arrives, until tunnels end: both ends are to hear of a cut within half a minute
 LINK_BYTES: Final = 256  # sent and confirmed count as movement from here on; three pings are less, TLS included
 ANSWER_SECONDS: Final = 300.0  # for the acknowledgement of what was sent; on the slowest link it takes a minute or two
 HELD_SECONDS: Final = 60.0  # at most, after `throttled`: the quota may be raised, and until then the server just does not read
@@ -2993,19 +2994,26 @@ class Movement:
     def __init__(self, link: ClientWebSocketResponse) -> None:
         self._socket = link.get_extra_info("socket")
         self._received, self._confirmed = self._counts()
-        self._since = time.monotonic()
+        self._since = self._heard = time.monotonic()
 
     def note(self) -> None:
         """A frame arrived."""
-        self._since = time.monotonic()
+        self._since = self._heard = time.monotonic()
 
     def quiet(self) -> float:
         """For how many seconds nothing has moved, as far as one sees by looking now and then."""
         received, confirmed = self._counts()
+        if received != self._received:
+            self.note()
         if received != self._received or confirmed - self._confirmed >= LINK_BYTES:
             self._received, self._confirmed = received, confirmed
-            self.note()
+            self._since = time.monotonic()
         return time.monotonic() - self._since
+
+    @property
+    def unheard(self) -> float:
+        """For how many seconds nothing has arrived, by the last look: a proxy confirms what its server never gets."""
+        return time.monotonic() - self._heard
 
     def _counts(self) -> tuple[int, int]:
         """Bytes received, and bytes sent and confirmed: struct tcp_info of <linux/tcp.h>."""
@@ -3018,15 +3026,17 @@ class Movement:
         return 0, 0
 
 
-async def watch_link(link: ClientWebSocketResponse, movement: Movement) -> None:
-    """Ping a quiet link. SessionEnded when it is dead."""
+async def watch_link(link: ClientWebSocketResponse, movement: Movement, seems_dead: Callable[[], None]) -> None:
+    """Ping a quiet link. `seems_dead` is called before it is given up. SessionEnded when it is dead."""
     pinged = 0.0
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         quiet, now = movement.quiet(), time.monotonic()
+        if movement.unheard > TUNNEL_QUIET_SECONDS:
+            seems_dead()
         if quiet > LINK_SECONDS:
             raise SessionEnded(f"nothing has moved on the connection for {quiet:.0f} s")
-        if quiet > PING_SECONDS and now - pinged > PING_SECONDS:
+        if movement.unheard > PING_SECONDS and now - pinged > PING_SECONDS:
             pinged = now
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
@@ -3136,6 +3146,7 @@ class Tunnel:
         self._taken = 0  # bytes that the program took, and the server does not know of
         self._unwritten = bytearray()
         self._ended = False  # the server sends no more
+        self._broken: TunnelBroken | None = None  # the program takes no more: what it had written before is still carried
         self._came = asyncio.Event()
 
     async def run(self) -> None:
@@ -3153,7 +3164,9 @@ class Tunnel:
                     directions.create_task(self._read(local))
                     directions.create_task(self._write(local))
             except* TunnelBroken as broken:
-                await self._say("closed", message=str(broken.exceptions[0]))
+                self._broken = self._broken or TunnelBroken(str(broken.exceptions[0]))
+            if self._broken:
+                await self._say("closed", message=str(self._broken))
 
     def grant(self, credit: int) -> None:
         """The server has room for more."""
@@ -3167,6 +3180,8 @@ class Tunnel:
 
     def take(self, data: bytes) -> None:
         """Bytes for the program. TunnelBroken when the server may not send them."""
+        if self._broken:  # the server does not know yet
+            return
         if self._ended:
             raise TunnelBroken("the server sent bytes after it had said that it sends no more")
         if len(data) > self._granted:
@@ -3188,10 +3203,18 @@ class Tunnel:
                 break
             self._credit -= len(data)
             await self._outlet.send(TUNNEL.pack(self._number) + data)
-        await self._say("end")
+        if not self._broken:
+            await self._say("end")
 
     async def _write(self, local: socket.socket) -> None:
-        """Give the program what the server sends, until it sends no more."""
+        """Give the program what the server sends, until it sends no more, or the program takes no more."""
+        try:
+            await self._write_all(local)
+        except TunnelBroken as broken:
+            self._broken = broken
+            self._unwritten.clear()
+
+    async def _write_all(self, local: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while self._unwritten or not self._ended:
             await self._came.wait()
@@ -3250,6 +3273,14 @@ class Tunnels:
                 self._open[number][0].take(data[TUNNEL.size :])
             except TunnelBroken as broken:
                 await self._break(number, str(broken))
+
+    def give_up(self) -> None:
+        """The link is silent: programs at the ports are not to wait as long as the session does."""
+        for number in list(self._open):
+            self._forget(number)
+            if self._tasks is not None:
+                why = "nothing has moved on the device's connection"
+                self._tasks.create_task(say_of_tunnel(self._link, number, "closed", message=why))
 
     async def _begin(self, number: int, port: int, credit: int) -> None:
         if number in self._open:
@@ -3613,7 +3644,7 @@ class Agent:
     async def _converse(self, link: ClientWebSocketResponse) -> None:
         """Send and receive until the session ends. What the server said last weighs more than that a send failed."""
         movement, tunnels = Movement(link), Tunnels(self._ports, link, self._transports.newest)
-        steps = self._send(link), watch_link(link, movement), self._watch_answers(), tunnels.run()
+        steps = self._send(link), watch_link(link, movement, tunnels.give_up), self._watch_answers(), tunnels.run()
         others = [asyncio.create_task(step) for step in steps]
         receiver = asyncio.create_task(self._receive(link, movement, tunnels), name="receiver")
         try:

@@ -99,7 +99,7 @@ import unicodedata
 import weakref
 from asyncio import sslproto
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sized
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -376,6 +376,8 @@ class ReachLimits:
     tunnel_bytes: int = 32 * 1024
     tunnel_open_seconds: float = 15.0
     tunnel_ping_seconds: float = 30.0
+    tunnel_look_seconds: float = 5.0
+    tunnel_gone_seconds: float = 25.0  # without a word of an operator's system, which is asked: a cut is to be told within half a minute
 
 
 @attrs.frozen
@@ -11309,6 +11311,8 @@ class Tunnel:
     def __init__(self, carrier: TunnelCarrier, number: int, port: int, owner: TunnelOwner, limits: Limits) -> None:
         self.number, self.port, self.owner = number, port, owner
         self.over: str | None = None  # why
+        self.ended = asyncio.Event()  # that it is over
+        self._broken: str | None = None  # why the device closed it: what it had sent before is still to be read
         self.from_device = self.to_device = 0  # bytes
         self.moved = time.monotonic()
         self.answered = asyncio.Event()
@@ -11334,8 +11338,7 @@ class Tunnel:
 
     def told(self, news: TunnelNews) -> None:
         if news.state in ("refused", "closed"):
-            why = news.message or "the device gives no reason"
-            self.end(f"the device: {why}" if self._is_open else why)
+            self._closed_by_device(news.message or "the device gives no reason")
         elif not self._is_open and news.state != "open":
             self.breach("the device said something else before it opened the port")
         elif news.state == "end":
@@ -11349,15 +11352,26 @@ class Tunnel:
             self._writable.set()
         self.answered.set()
 
+    def _closed_by_device(self, why: str) -> None:
+        if not self._is_open:
+            self.end(why)
+            return
+        self._broken = f"the device: {why}"
+        if not self._pieces:
+            self.end(self._broken)
+        self._readable.set()
+        self._writable.set()
+
     def came(self, data: bytes) -> None:
         """Bytes of the device."""
         self._granted -= len(data)
-        if self._granted < 0:
+        if len(data) > self._limits.tunnel_bytes:
+            self.breach(f"the device sent more than {self._limits.tunnel_bytes} bytes at once")
+        elif self._granted < 0:
             self.breach("the device sent more than there was room for")
         elif self._device_ended or not self._is_open:
             self.breach("the device sent bytes before it opened the port, or after their end")
         elif data:
-            self.from_device += len(data)
             self.moved = time.monotonic()
             self._pieces.append(data)
             self._readable.set()
@@ -11370,16 +11384,18 @@ class Tunnel:
         """It is over at once, for whoever reads or writes too."""
         self.over = self.over or why
         self._pieces.clear()
-        for event in (self.answered, self._readable, self._writable):
+        for event in (self.answered, self.ended, self._readable, self._writable):
             event.set()
 
     # What the operator does.
 
     async def read(self) -> bytes:
         """What the device has sent, nothing at its end. TunnelOver."""
-        while not self._pieces and not self.over and not self._device_ended:
+        while not self._pieces and not self.over and not self._device_ended and not self._broken:
             self._readable.clear()
             await self._readable.wait()
+        if self._broken and not self._pieces:
+            self.end(self._broken)
         if self.over:
             raise TunnelOver(self.over)
         return self._pieces.popleft() if self._pieces else b""
@@ -11387,17 +11403,21 @@ class Tunnel:
     def consumed(self, size: int) -> None:
         """So many bytes were handed on: there is room for as many again."""
         self._consumed += size
-        if 2 * self._consumed >= self._limits.tunnel_window and not self.over and not self._device_ended:
+        self.from_device += size
+        if 2 * self._consumed >= self._limits.tunnel_window and not (self.over or self._broken or self._device_ended):
             self._carrier.send(tunnel_frame(self.number, "credit", credit=self._consumed))
             self._granted, self._consumed = self._granted + self._consumed, 0
 
     async def write(self, data: bytes) -> None:
-        """Send to the device, a piece at a time, as it has room. TunnelOver."""
+        """Send to the device, a piece at a time, as it has room. For a device that has closed it is lost: what it had sent before is
+        still to be read, and then its reason is told. TunnelOver."""
         start, header = 0, struct.pack("!I", self.number)
         while start < len(data):
-            while not self._room and not self.over:
+            while not self._room and not self.over and not self._broken:
                 self._writable.clear()
                 await self._writable.wait()
+            if self._broken and not self.over:
+                return
             piece = data[start : start + min(self._room, self._limits.tunnel_bytes)]
             if not self.over:
                 self._room -= len(piece)
@@ -11411,13 +11431,22 @@ class Tunnel:
     def finish(self) -> None:
         """The operator sends no more."""
         self._operator_ended = True
-        if not self.over:
+        if not self.over and not self._broken:
             self._carrier.send(tunnel_frame(self.number, "end"))
 
     @property
     def is_read(self) -> bool:
         """Whether all that the device sends was handed on, up to its end."""
-        return self._device_ended and not self._pieces and not self.over
+        return self._device_ended and not self._pieces and not self.over and not self._broken
+
+    @property
+    def operator_ended(self) -> bool:
+        return self._operator_ended
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the device has closed it."""
+        return self._broken is not None
 
     @property
     def is_whole(self) -> bool:
@@ -11428,12 +11457,13 @@ class Tunnel:
 class Tunnels:
     """All tunnels of a session. A number is given out once: what is still under way to a tunnel that is over belongs to no other."""
 
-    __slots__ = ("_carrier", "_last", "_limits", "_open")
+    __slots__ = ("_are_over", "_carrier", "_last", "_limits", "_open")
 
     def __init__(self, carrier: TunnelCarrier, limits: Limits) -> None:
         self._carrier = carrier
         self._limits = limits
         self._last = 0
+        self._are_over = False
         self._open: dict[int, Tunnel] = {}
 
     def shown(self) -> list[dict[str, object]]:
@@ -11444,7 +11474,9 @@ class Tunnels:
         return next((tunnel for tunnel in self._open.values() if tunnel.owner.id == number and not tunnel.over), None)
 
     def open(self, port: int, owner: TunnelOwner) -> Tunnel:
-        """Ask the device to open a port. Refusal: too_many_tunnels."""
+        """Ask the device to open a port. Refusal: device_offline, when the session is over; too_many_tunnels."""
+        if self._are_over:
+            raise Refusal("device_offline")
         if len(self._open) >= self._limits.tunnels:
             raise Refusal("too_many_tunnels", retry_after=1)
         self._last += 1
@@ -11455,7 +11487,8 @@ class Tunnels:
     def close(self, tunnel: Tunnel, why: str) -> None:
         """The operator is done with it; the device is told, unless it knows."""
         if self._open.pop(tunnel.number, None) is not None and not tunnel.over and not tunnel.is_whole:
-            self._carrier.send(tunnel_frame(tunnel.number, "closed"))
+            if not tunnel.is_broken:
+                self._carrier.send(tunnel_frame(tunnel.number, "closed"))
             tunnel.end(why)
 
     def told(self, news: TunnelNews) -> None:
@@ -11475,6 +11508,7 @@ class Tunnels:
 
     def end_all(self, why: str) -> None:
         """The session is over."""
+        self._are_over = True
         for tunnel in self._open.values():
             tunnel.end(why)
         self._open.clear()
@@ -15866,6 +15900,8 @@ async def cancel_many(call: Call) -> web.StreamResponse:
 
 
 OPERATOR_GONE: Final = "the operator's connection broke"
+OPERATOR_LEFT: Final = "the operator closed the connection"
+MESSAGE_TOO_LONG: Final = "the operator sent a message of more than 1 MiB"
 OPERATOR_BYTES: Final = 1024 * 1024  # of a message: it is in memory until the device has room for all of it
 BOTH_ENDED: Final = "both sides came to their end"
 
@@ -15875,20 +15911,45 @@ def close_payload(code: int, why: str = "") -> bytes:
     return struct.pack("!H", code) + why.encode()[:123].decode(errors="ignore").encode()
 
 
-def confirmed_ago(connection: socket.socket | None) -> float:
-    """Seconds since the other side's system last confirmed anything, as Linux tells (struct tcp_info of <linux/tcp.h>); elsewhere for
-    ever."""
-    if connection is not None and sys.platform == "linux":
-        with suppress(OSError, struct.error):
-            return float(struct.unpack_from("I", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 56)[0]) / 1000
-    return math.inf
+def look_after(connection: socket.socket | None) -> None:
+    """Let the system ask a silent peer whether it is there, after 10 s and three times; but not break a connection because the peer
+    takes nothing: its program may stand still for as long as it likes."""
+    if connection is None:
+        return
+    options = {"TCP_USER_TIMEOUT": 0, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+    with suppress(OSError):  # it has ended already
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def is_gone(connection: socket.socket | None, seconds: float, unheard: float) -> bool:
+    """Whether the peer's system has confirmed nothing for so long of what it was sent, or asked, as Linux tells (struct tcp_info of
+    <linux/tcp.h>). One that has no room says so, and is asked ever more seldom: that is no silence. Elsewhere: whether nothing was heard
+    of the peer for three times as long, by `unheard` in seconds."""
+    if connection is None or sys.platform != "linux":
+        return unheard > 3 * seconds
+    try:
+        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        ((unanswered,), (unconfirmed,), (silent,)) = (
+            struct.unpack_from(form, told, place) for form, place in (("B", 3), ("I", 24), ("I", 56))
+        )
+    except (OSError, struct.error):
+        return unheard > 3 * seconds
+    return bool(silent > seconds * 1000 and (unconfirmed or unanswered > 1))
+
+
+TUNNEL_PROTOCOL: Final = "iiot.tunnel.v1"  # a message without bytes is the end of a direction, and a close the end of both
 
 
 class OperatorSocket(web.WebSocketResponse):
     """A WebSocket that is closed by whoever uses it, with one close frame."""
 
     def __init__(self) -> None:
-        super().__init__(autoping=False, autoclose=False, compress=False, decode_text=False, max_msg_size=OPERATOR_BYTES)
+        super().__init__(
+            autoping=False, autoclose=False, compress=False, decode_text=False, max_msg_size=OPERATOR_BYTES, protocols=(TUNNEL_PROTOCOL,)
+        )
 
     async def write_eof(self, data: bytes = b"") -> None:
         self._eof_sent = True
@@ -15896,7 +15957,8 @@ class OperatorSocket(web.WebSocketResponse):
 
 class OperatorLeg:
     """An operator's WebSocket: the bytes of binary messages, one after the other, are those of the stream. That it is closed is the end
-    of what the operator sends; what the device sends goes on until its own end."""
+    of what the operator sends; what the device sends goes on until its own end. Who speaks `TUNNEL_PROTOCOL` says that in other words,
+    and so learns whether what it sent after the device's end arrived, too."""
 
     def __init__(self, link: OperatorSocket, tunnel: Tunnel, limits: Limits, idle: float) -> None:
         self._link = link
@@ -15905,19 +15967,22 @@ class OperatorLeg:
         self._idle = idle
         self._heard = time.monotonic()
         self._is_writing = False
+        self._has_closed = False
 
     async def carry(self) -> None:
         """Until both directions are at their end. TunnelOver."""
         try:
             async with asyncio.TaskGroup() as group:
                 both = [group.create_task(self._to_operator()), group.create_task(self._to_device())]
-                watch = group.create_task(self._watch())
+                watches = [group.create_task(self._watch()), group.create_task(self._until_over())]
                 await asyncio.wait(both)
-                watch.cancel()
-        except* TunnelOver as over:
-            raise TunnelOver(str(over.exceptions[0])) from None
-        except* ConnectionError:
-            raise TunnelOver(OPERATOR_GONE) from None
+                for watch in watches:
+                    watch.cancel()
+            if self._link.ws_protocol:
+                await self._link.send_frame(close_payload(WSCloseCode.OK), WSMsgType.CLOSE)
+        except* (TunnelOver, ConnectionError) as errors:
+            over = [str(error) for error in errors.exceptions if isinstance(error, TunnelOver)]
+            raise TunnelOver(over[0] if over else OPERATOR_LEFT if self._tunnel.operator_ended else OPERATOR_GONE) from None
 
     async def _to_operator(self) -> None:
         while data := await self._tunnel.read():
@@ -15925,37 +15990,54 @@ class OperatorLeg:
             await self._link.send_bytes(data)
             self._is_writing = False
             self._tunnel.consumed(len(data))
-        await self._link.send_frame(close_payload(WSCloseCode.OK), WSMsgType.CLOSE)
+        if self._link.ws_protocol:
+            await self._link.send_bytes(b"")
+        else:
+            self._has_closed = True  # nothing may come after it (RFC 6455, section 5.5.1)
+            await self._link.send_frame(close_payload(WSCloseCode.OK), WSMsgType.CLOSE)
 
     async def _to_device(self) -> None:
         while True:
             message = await self._link.receive()
             self._heard = time.monotonic()
             if message.type in (WSMsgType.BINARY, WSMsgType.TEXT):
+                if not message.data and self._link.ws_protocol:
+                    self._tunnel.finish()
+                    return
                 await self._tunnel.write(message.data)
             elif message.type == WSMsgType.PING:
                 await self._link.pong(message.data)
-            elif message.type == WSMsgType.CLOSE or self._tunnel.is_read:
+            elif message.type == WSMsgType.CLOSE or (self._tunnel.is_read and not self._link.ws_protocol):
                 self._tunnel.finish()
                 return
             elif message.type != WSMsgType.PONG:
-                raise TunnelOver(OPERATOR_GONE)
+                raise TunnelOver(MESSAGE_TOO_LONG if self._link.close_code == WSCloseCode.MESSAGE_TOO_BIG else OPERATOR_GONE)
+
+    async def _until_over(self) -> None:
+        """Whoever waits for the operator hears of the end, too: one that does not read holds up nobody."""
+        await self._tunnel.ended.wait()
+        raise TunnelOver(self._tunnel.over)
 
     async def _watch(self) -> None:
         """Ping the operator, for what lies between forgets connections without bytes. Its program may stand still, stopped say, with much
         that it has not read: it is gone when its system confirms nothing either."""
+        limits, connection, pinged = self._limits, self._link.get_extra_info("socket"), time.monotonic()
+        look_after(connection)
         while True:
-            await asyncio.sleep(min(self._limits.tunnel_ping_seconds, self._idle / 4))
-            if time.monotonic() - self._tunnel.moved > self._idle:
+            await asyncio.sleep(min(limits.tunnel_look_seconds, limits.tunnel_ping_seconds, self._idle / 4))
+            now = time.monotonic()
+            if now - self._tunnel.moved > self._idle:
                 raise TunnelOver(f"no bytes in either direction for {self._idle:g} s")
-            silent = min(time.monotonic() - self._heard, confirmed_ago(self._link.get_extra_info("socket")))
-            if silent > 2.5 * self._limits.tunnel_ping_seconds:
+            if is_gone(connection, limits.tunnel_gone_seconds, 0.0 if self._tunnel.operator_ended else now - self._heard):
                 raise TunnelOver(OPERATOR_GONE)
-            if not self._is_writing:
+            if now - pinged >= limits.tunnel_ping_seconds and not (self._is_writing or self._has_closed):
+                pinged = now
                 await self._link.ping()
 
     async def say_why(self, why: str) -> None:
         """Close; an operator that does not read is not waited for."""
+        if self._has_closed:
+            return
         with suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(self._limits.stop_close_seconds):
                 await self._link.send_frame(close_payload(WSCloseCode.INTERNAL_ERROR, why), WSMsgType.CLOSE)
@@ -15979,22 +16061,29 @@ def port_in(call: Call) -> int:
 class CarriedTunnel:
     """A tunnel from its opening to its entry in the audit."""
 
-    def __init__(self, call: Call, tunnels: Tunnels, owner: TunnelOwner) -> None:
+    def __init__(self, call: Call, device_id: int, owner: TunnelOwner) -> None:
         self._call = call
-        self._tunnels = tunnels
+        self._device_id = device_id
+        self._tunnels: Tunnels | None = None
         self._owner = owner
         self._tunnel: Tunnel | None = None
         self._why = "the server failed"
         self._accounted = False
 
     async def carry(self, port: int) -> web.StreamResponse:
-        """Nothing is read from the operator before the device has opened the port. Refusal: too_many_tunnels, tunnel_refused,
-        tunnel_timeout."""
+        """Nothing is read from the operator before the device has opened the port. Refusal: device_offline, too_many_tunnels,
+        tunnel_refused, tunnel_timeout."""
         try:
+            self._tunnels = self._call.services.registry.tunnels(self._device_id)  # of the session that the device has by now
+            if self._tunnels is None:
+                raise Refusal("device_offline")
             tunnel = self._tunnel = self._tunnels.open(port, self._owner)
             await self._wait_until_open(tunnel)
         except Refusal as refusal:
             self._why = refusal.errors[0].message if refusal.errors else refusal.fault.message
+            raise
+        except asyncio.CancelledError:
+            self._why = self._cancelled()
             raise
         services = self._call.services
         link = OperatorSocket()
@@ -16032,7 +16121,9 @@ class CarriedTunnel:
         if self._call.services.registry.closing.is_set():
             return FAULTS["shutting_down"].message
         running = self._call.running
-        return OPERATOR_GONE if running is not None and running.client_gone else "the operator's token is valid no more"
+        if running is None or not running.client_gone:
+            return "the operator's token is valid no more"
+        return OPERATOR_LEFT if self._tunnel is not None and self._tunnel.operator_ended else OPERATOR_GONE
 
     async def account(self) -> None:
         """Enter the end in the audit, once; where that cannot be stored, the next start does."""
@@ -16040,7 +16131,7 @@ class CarriedTunnel:
             return
         self._accounted = True
         tunnel, read, written = self._tunnel, 0, 0
-        if tunnel is not None:
+        if tunnel is not None and self._tunnels is not None:
             self._tunnels.close(tunnel, self._why)
             read, written = tunnel.from_device, tunnel.to_device
         try:
@@ -16057,17 +16148,18 @@ async def open_tunnel(call: Call) -> web.StreamResponse:
     services, tenant, port = call.services, call.tenant, port_in(call)
     if call.request.headers.get(hdrs.UPGRADE, "").lower() != "websocket":
         raise Refusal("upgrade_required")
+    if not OperatorSocket().can_prepare(call.request).ok:
+        raise Refusal("upgrade_required", FieldError("Upgrade", "is not a whole handshake of a WebSocket"))
     device_id = await services.store.read.device_id(tenant, call.device)
     if device_id is None:
         raise Refusal("not_found")
-    tunnels = services.registry.tunnels(device_id)
-    if tunnels is None:
+    if services.registry.tunnels(device_id) is None:
         raise Refusal("device_offline")
     actor, since = call.principal.actor(call.address), now_ms()
     number = await call.change(
         lambda connection: insert_tunnel(connection, actor, device_id, port), lambda _: [Affected(str(port), call.device)]
     )
-    carried = CarriedTunnel(call, tunnels, TunnelOwner(number, actor.name, call.address, since))
+    carried = CarriedTunnel(call, device_id, TunnelOwner(number, actor.name, call.address, since))
     try:
         return await carried.carry(port)
     finally:
@@ -17052,6 +17144,7 @@ async def serving(
 STREAM_BYTES: Final = 64 * 1024  # that are read at once
 TERMINAL_BYTES: Final = 1_024  # that are written to a terminal at once: it says no more than that there is some room
 ANSWER_SECONDS: Final = 60.0  # for the server's answer; the device has some seconds of it
+LEAVE_SECONDS: Final = 1.0  # for a last word to the server
 
 
 class TunnelError(Exception):
@@ -17073,21 +17166,41 @@ async def told_refusal(request: ClientRequest, handler: Callable[[ClientRequest]
 
 
 class StandardStream:
-    """Standard input or output, without a thread that hangs in it: a terminal, a pipe, a socket or a file."""
+    """Standard input or output, without a thread that hangs in it: a terminal, a pipe, a socket or a file. Other programs may share it,
+    and must not meet it changed: a pipe is opened anew where the system allows that, and else put back at the end."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, flags: int) -> None:
+        self.shared = self._descriptor = descriptor
         mode = os.fstat(descriptor).st_mode
-        self._is_terminal = os.isatty(descriptor)
-        self._can_wait = self._is_terminal or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-        if self._can_wait and not self._is_terminal:  # a terminal's other users would meet it as it is left
+        self.is_terminal = os.isatty(descriptor)
+        self._is_changed = False
+        if sys.platform == "linux" and stat.S_ISFIFO(mode):
+            with suppress(OSError):  # another user's pipe
+                self._descriptor = os.open(f"/proc/self/fd/{descriptor}", flags | os.O_NONBLOCK)
+                return
+        if (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and os.get_blocking(descriptor):
             os.set_blocking(descriptor, False)
+            self._is_changed = True
+
+    def close(self) -> None:
+        if self._is_changed:
+            os.set_blocking(self.shared, True)
+        if self._descriptor != self.shared:
+            os.close(self._descriptor)
+            self._descriptor = self.shared
+
+    def end(self) -> None:
+        """Let the one at the other end see that nothing more comes."""
+        self.close()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.shared)
+        os.close(nowhere)
 
     async def read(self) -> bytes:
         """What comes next, nothing at the end. OSError."""
         loop = asyncio.get_running_loop()
         while True:
-            if self._is_terminal:
+            if self.is_terminal:
                 await self._ready(loop.add_reader, loop.remove_reader)
             try:
                 return os.read(self._descriptor, STREAM_BYTES)
@@ -17098,10 +17211,10 @@ class StandardStream:
         """OSError."""
         loop, rest = asyncio.get_running_loop(), memoryview(data)
         while rest:
-            if self._is_terminal:
+            if self.is_terminal:
                 await self._ready(loop.add_writer, loop.remove_writer)
             try:
-                rest = rest[os.write(self._descriptor, rest[:TERMINAL_BYTES] if self._is_terminal else rest) :]
+                rest = rest[os.write(self._descriptor, rest[:TERMINAL_BYTES] if self.is_terminal else rest) :]
             except BlockingIOError:
                 await self._ready(loop.add_writer, loop.remove_writer)
 
@@ -17120,49 +17233,138 @@ def tunnel_url(url: str, device: str, port: int) -> str:
     return f"{re.sub('^http', 'ws', url.rstrip('/'))}/iiot/{quote(name, safe='')}/tunnel/{port}"
 
 
-async def send_input(link: ClientWebSocketResponse) -> None:
-    """All of standard input, then the end."""
-    source = StandardStream(sys.stdin.fileno())
-    while data := await source.read():
-        await link.send_bytes(data)
-    await link.send_frame(close_payload(WSCloseCode.OK), WSMsgType.CLOSE)
+class TunnelClient:
+    """Both directions of a tunnel, each until its own end (`TUNNEL_PROTOCOL`)."""
+
+    def __init__(self, link: ClientWebSocketResponse, source: StandardStream, sink: StandardStream) -> None:
+        self._link = link
+        self._source = source
+        self._sink = sink
+        self._sending: asyncio.Task[None] | None = None
+
+    async def carry(self) -> None:
+        """Until the server closes, which it does when both directions are at their end. What standard input still has when the device's
+        side has ended may be meant for it: only somebody at a terminal is not waited for. TunnelError."""
+        look_after(self._link.get_extra_info("socket"))
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._sending = group.create_task(self._send_input())
+                watch = group.create_task(self._watch())
+                await self._receive_output()
+                for task in (self._sending, watch):
+                    task.cancel()
+        except* (TunnelError, ClientError, OSError) as errors:
+            raise self._told(errors.exceptions) from None
+
+    @staticmethod
+    def _told(errors: Sequence[BaseException]) -> TunnelError:
+        """What a person is told, if several things go wrong together."""
+        known = [error for error in errors if isinstance(error, TunnelError)]
+        broken = [error for error in errors if isinstance(error, (ClientError, ConnectionError))]
+        return known[0] if known else TunnelError("the connection to the server broke" if broken else str(errors[0]))
+
+    async def _send_input(self) -> None:
+        """All of standard input, then the end."""
+        while data := await self._source.read():
+            await self._link.send_bytes(data)
+        await self._link.send_bytes(b"")
+
+    async def _receive_output(self) -> None:
+        while (message := await self._receive()).type == WSMsgType.BINARY:
+            if message.data:
+                await self._write(message.data)
+            else:
+                self._sink.end()
+                if self._source.is_terminal and self._sending is not None and not self._sending.done():
+                    self._sending.cancel()
+                    await self._link.send_bytes(b"")
+        if message.type != WSMsgType.CLOSE:
+            raise TunnelError("the connection to the server broke")
+        if message.data != WSCloseCode.OK:
+            raise TunnelError(message.extra or f"the server closed the tunnel ({message.data})")
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            await self._sink.write(data)
+        except BrokenPipeError:
+            raise TunnelError("nobody reads standard output any more") from None
+
+    async def _receive(self) -> WSMessage:
+        """The server pings: what is silent for three times as long is gone."""
+        while True:
+            try:
+                async with asyncio.timeout(3 * Limits().tunnel_ping_seconds):
+                    message = await self._link.receive()
+            except TimeoutError:
+                raise TunnelError("the server says nothing any more") from None
+            if message.type == WSMsgType.PING:
+                await self._link.pong(message.data)
+            elif message.type != WSMsgType.PONG:
+                return message
+
+    async def _watch(self) -> None:
+        """A direction that stands still looks the same whether its reader does or the network is gone."""
+        limits = Limits()
+        while True:
+            await asyncio.sleep(limits.tunnel_look_seconds)
+            if is_gone(self._link.get_extra_info("socket"), limits.tunnel_gone_seconds, 0.0):
+                raise TunnelError("the connection to the server broke: nothing comes back any more")
+
+    def hang_up(self) -> None:
+        """What was not sent would keep the connection open, of which nobody may take it any more."""
+        connection = self._link.get_extra_info("socket")
+        if connection is not None:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    async def leave(self) -> None:
+        """Somebody stopped this program: say so to the server, if it listens."""
+        with suppress(ClientError, ConnectionError, TimeoutError):
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await self._link.send_frame(close_payload(WSCloseCode.OK), WSMsgType.CLOSE)
 
 
-async def receive_output(link: ClientWebSocketResponse) -> None:
-    """All that comes, up to its end. TunnelError."""
-    sink = StandardStream(sys.stdout.fileno())
-    while (message := await link.receive()).type == WSMsgType.BINARY:
-        await sink.write(message.data)
-    if message.type != WSMsgType.CLOSE:
-        raise TunnelError("the connection to the server broke")
-    if message.data != WSCloseCode.OK:
-        raise TunnelError(message.extra or f"the server closed the tunnel ({message.data})")
+async def connect_tunnel(client: ClientSession, url: str) -> ClientWebSocketResponse:
+    """TunnelError."""
+    try:
+        return await client.ws_connect(
+            url, protocols=(TUNNEL_PROTOCOL,), autoclose=False, autoping=False, max_msg_size=0, timeout=ClientWSTimeout(ws_close=1.0)
+        )
+    except (ClientError, OSError, TimeoutError, ValueError) as error:
+        raise TunnelError(f"no connection to the server: {error}") from error
+
+
+def standard_streams() -> tuple[StandardStream, StandardStream]:
+    """TunnelError."""
+    if sys.stdin is None or sys.stdout is None:
+        raise TunnelError("standard input and output must be open")
+    return StandardStream(sys.stdin.fileno(), os.O_RDONLY), StandardStream(sys.stdout.fileno(), os.O_WRONLY)
 
 
 async def carry_standard_streams(url: str, token: str) -> None:
-    """Until the device's side ends; what standard input still has then is of no use to anybody. TunnelError."""
+    """TunnelError."""
+    task = asyncio.current_task()
+    if sys.platform != "win32" and task is not None:
+        for number in (signal.SIGHUP, signal.SIGTERM):  # ssh ends its helper so
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     limits = ClientTimeout(total=None, sock_connect=ANSWER_SECONDS, sock_read=ANSWER_SECONDS)
     headers = {hdrs.AUTHORIZATION: f"Bearer {token}", hdrs.USER_AGENT: f"iiot-tunnel/{VERSION}"}
-    async with ClientSession(timeout=limits, headers=headers, middlewares=(told_refusal,)) as client:
-        try:
-            link = await client.ws_connect(url, autoclose=False, max_msg_size=0, timeout=ClientWSTimeout(ws_close=1.0))
-        except (ClientError, OSError, TimeoutError) as error:
-            raise TunnelError(f"no connection to the server: {error}") from error
-        sending = asyncio.create_task(send_input(link), name="standard input")
-        receiving = asyncio.create_task(receive_output(link), name="standard output")
-        try:
-            await asyncio.wait((sending, receiving), return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done():
-                sending.result()
-            await receiving
-            if not sending.done():
-                await link.send_frame(close_payload(WSCloseCode.OK), WSMsgType.CLOSE)
-        except (ClientError, ConnectionError) as error:
-            raise TunnelError("the connection to the server broke") from error
-        finally:
-            for task in (sending, receiving):
-                task.cancel()
-            await asyncio.gather(sending, receiving, return_exceptions=True)
+    source, sink = standard_streams()
+    try:
+        async with ClientSession(timeout=limits, headers=headers, middlewares=(told_refusal,)) as client:
+            tunnel = TunnelClient(await connect_tunnel(client, url), source, sink)
+            try:
+                await tunnel.carry()
+            except asyncio.CancelledError:
+                await tunnel.leave()
+                raise
+            finally:
+                tunnel.hang_up()
+    except asyncio.CancelledError:
+        raise TunnelError("stopped") from None
+    finally:
+        source.close()
+        sink.close()
 
 
 # ==== Command line ====

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import struct
 import sys
 from collections.abc import AsyncIterator
@@ -327,7 +328,7 @@ async def test_bytes_for_no_tunnel_are_refused_and_those_for_one_that_is_over_ar
 
 
 async def test_an_operator_that_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
-    async with plants.plant(tmp_path, attrs.evolve(QUICK, tunnel_window=1 << 20)) as plant:
+    async with plants.plant(tmp_path, attrs.evolve(QUICK, tunnel_window=1 << 20, tunnel_bytes=32_768)) as plant:
         device = await plant.device("press-1")
         reader, writer = await asyncio.open_connection("127.0.0.1", int(plant.url.rpartition(":")[2]), limit=1_024)
         request = (
@@ -380,6 +381,96 @@ async def test_too_many_tunnels_are_refused(tmp_path: Path) -> None:
                     f"{plant.url}/iiot/press-1/tunnel/22", headers={"Authorization": f"Bearer {plant.token}"}
                 )
             assert caught.value.status == 429
+
+
+async def stalled(plant: Plant, device: Device, credit: int = 100) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Port]:
+    """An operator that has opened a tunnel and reads nothing, with little room of its own."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", int(plant.url.rpartition(":")[2])))
+    reader, writer = await asyncio.open_connection(sock=connection, limit=1_024)
+    writer.write(upgrade(plant).encode())
+    there = await Port(device).asked()
+    await there.say("open", credit=credit)
+    await reader.readuntil(b"\r\n\r\n")
+    return reader, writer, there
+
+
+def upgrade(plant: Plant, *, without: str = "", key: str = "aaaaaaaaaaaaaaaaaaaaaa==", version: str = "13") -> str:
+    headers = {
+        "Host": "x", "Authorization": f"Bearer {plant.token}", "Connection": "Upgrade", "Upgrade": "websocket",
+        "Sec-WebSocket-Version": version, "Sec-WebSocket-Key": key,
+    }  # fmt: skip
+    lines = [f"{name}: {value}" for name, value in headers.items() if name != without]
+    return "\r\n".join(("GET /iiot/press-1/tunnel/22 HTTP/1.1", *lines, "", ""))
+
+
+SLOW = attrs.evolve(iiot.Limits(), stall_seconds=0.3, tunnel_ping_seconds=0.1, tunnel_window=4 << 20)
+
+
+async def test_an_operator_that_stands_still_for_long_loses_nothing(tmp_path: Path) -> None:
+    async with plants.plant(tmp_path, SLOW) as plant:
+        device = await plant.device("press-1")
+        reader, writer, there = await stalled(plant, device)
+        for _ in range(128):
+            await there.send(b"x" * 32_768)
+        await there.say("end")
+        await asyncio.sleep(2.5)  # the system breaks what takes nothing for 0.3 s, where it is told so
+        frames = b""
+        async with asyncio.timeout(PATIENCE):
+            while not frames.endswith(struct.pack("!BBH", 0x88, 2, 1000)):
+                data = await reader.read(1 << 20)
+                assert data, len(frames)
+                frames += data
+        assert frames.count(b"x") == 128 * 32_768
+        writer.close()
+
+
+@pytest.mark.parametrize("how", ["DELETE", "disabled"])
+async def test_a_tunnel_whose_operator_does_not_read_ends_at_once_too(tmp_path: Path, how: str) -> None:
+    limits = attrs.evolve(iiot.Limits(), tunnel_window=8 << 20, stop_close_seconds=0.2, close_seconds=0.2)
+    async with plants.plant(tmp_path, limits) as plant:
+        device = await plant.device("press-1")
+        _, writer, there = await stalled(plant, device)
+        for _ in range(200):
+            await there.send(b"x" * 32_768)
+        await device.store({"values": {"n": 1}})
+        (shown,) = (await plant.get("/iiot/press-1/tunnels"))["items"]
+        if how == "DELETE":
+            assert (await plant.ask("DELETE", f"/iiot/press-1/tunnels/{shown['id']}"))[0] == 204
+        else:
+            await plant.ask("PATCH", "/iiot/press-1", {"disabled": True})
+        async with asyncio.timeout(2):
+            while not (found := (await plant.get("/audit?action=tunnel.end"))["items"]):
+                await asyncio.sleep(0.01)
+        assert ("closed by" if how == "DELETE" else "disabled") in found[0]["detail"]["reason"]
+        writer.close()
+
+
+async def test_what_the_device_sent_before_it_closed_arrives_before_the_reason(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    async with tunnel(plant, device) as (here, there):
+        for _ in range(4):
+            await there.send(b"x" * 30_000)
+        await there.say("closed", message="broken")
+        await here.send_bytes(b"nobody takes this")
+        assert await received(here, 120_000) == b"x" * 120_000
+        assert await closed(here) == (1011, "the device: broken")
+    (end,) = (await plant.until("/audit?action=tunnel.end", lambda body: body["items"]))["items"]
+    assert (end["detail"]["from_device"], end["detail"]["to_device"]) == (120_000, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"without": "Connection"}, {"without": "Sec-WebSocket-Key"}, {"key": "short"}, {"version": "12"}])
+async def test_a_handshake_that_cannot_be_reaches_no_device(plant: Plant, wrong: dict[str, str]) -> None:
+    device = await plant.device("press-1")
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(plant.url.rpartition(":")[2]))
+    writer.write(upgrade(plant, **wrong).encode())
+    async with asyncio.timeout(PATIENCE):
+        assert b" 426 " in await reader.readline()
+    writer.close()
+    await device.store({"values": {"n": 1}})  # nothing was said before this was confirmed
+    assert (await plant.get("/audit?action=tunnel.open&limit=1"))["items"][0]["outcome"] == "upgrade_required"
 
 
 @pytest.mark.parametrize("how", ["taken over", "disabled", "removed", "broken", "token revoked", "closed by an operator", "its device"])
@@ -545,25 +636,90 @@ async def test_the_command_line_takes_files_too(plant: Plant, tmp_path: Path) ->
     assert (tmp_path / "out").read_bytes() == b"x" * 100_000
 
 
-async def test_the_command_line_ends_when_the_device_does_though_input_is_open(plant: Plant) -> None:
-    device = await plant.device("press-1")
+@asynccontextmanager
+async def client_of(plant: Plant, **pipes: Any) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`python iiot.py tunnel press-1 22`, its three streams at hand if nothing else is said."""
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE) | pipes
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(ROOT / "iiot.py"), "tunnel", "press-1", "22", "--url", plant.url,
+        env={**os.environ, "IIOT_TOKEN": plant.token}, **streams,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
 
-    async def serve() -> None:
+
+async def test_the_command_line_goes_on_sending_after_the_end_of_what_the_device_sends(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    async with client_of(plant) as client:
         there = await Port(device).asked()
-        await there.say("open", credit=10)
+        await there.say("open", credit=1_000_000)
         await there.send(b"bye")
         await there.say("end")
+        assert client.stdin is not None
+        assert client.stdout is not None
+        async with asyncio.timeout(PATIENCE):
+            assert await client.stdout.read() == b"bye"  # and its end
+        client.stdin.write(b"x" * 500_000)
+        client.stdin.close()
+        assert await there.bytes(500_000) == b"x" * 500_000
+        assert (await there.next())["state"] == "end"  # type: ignore[call-overload]
+        async with asyncio.timeout(PATIENCE):
+            assert await client.wait() == 0
 
-    serving = asyncio.create_task(serve())
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(ROOT / "iiot.py"), "tunnel", "press-1", "22", "--url", plant.url, stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE, env={**os.environ, "IIOT_TOKEN": plant.token},
-    )  # fmt: skip
-    assert process.stdout is not None
-    async with asyncio.timeout(PATIENCE):
-        assert await process.stdout.read() == b"bye"
-        assert await process.wait() == 0
-    await serving
+
+async def test_the_command_line_ends_with_the_tunnel_though_input_is_open(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    async with client_of(plant) as client:
+        there = await Port(device).asked()
+        await there.say("open", credit=10)
+        await there.send(b"the last words")
+        await there.say("closed", message="the program broke the connection")
+        assert client.stdout is not None
+        assert client.stderr is not None
+        async with asyncio.timeout(PATIENCE):
+            assert await client.stdout.read() == b"the last words"
+            assert b"the device: the program broke the connection" in await client.stderr.read()
+            assert await client.wait() == 1
+
+
+async def test_the_command_line_leaves_streams_that_others_share_as_they_were(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    ends = [os.pipe(), os.pipe()]
+    pair = socket.socketpair()
+    for stdin, stdout in ((ends[0][0], ends[1][1]), (pair[0].fileno(), pair[0].fileno())):
+        async with client_of(plant, stdin=stdin, stdout=stdout) as client:
+            there = await Port(device).asked()
+            await there.say("open", credit=10)
+            if stdin != stdout:
+                assert os.get_blocking(stdin)
+                assert os.get_blocking(stdout)
+            await there.say("closed", message="done")
+            async with asyncio.timeout(PATIENCE):
+                await client.wait()
+        assert os.get_blocking(stdin)
+        assert os.get_blocking(stdout)
+    for descriptor in (*ends[0], *ends[1]):
+        os.close(descriptor)
+    for side in pair:
+        side.close()
+
+
+async def test_the_command_line_that_is_stopped_says_so_to_the_server(plant: Plant) -> None:
+    device = await plant.device("press-1")
+    async with client_of(plant) as client:
+        there = await Port(device).asked()
+        await there.say("open", credit=10)
+        await plant.until("/iiot/press-1/tunnels", lambda body: body["items"] and body["items"][0]["open"])
+        client.send_signal(signal.SIGHUP)
+        assert (await there.next())["state"] == "end"  # type: ignore[call-overload]
+        await there.send(b"too late")
+        await there.say("end")
+    (end,) = (await plant.until("/audit?action=tunnel.end", lambda body: body["items"]))["items"]
+    assert end["detail"]["reason"] in ("the operator closed the connection", "both sides came to their end")
 
 
 async def test_the_command_line_says_why_there_is_no_tunnel(plant: Plant) -> None:
