@@ -196,7 +196,7 @@ class World:
             status, answer = await ask(self.plant, method, path, body, token, **headers)
         else:
             status, answer = await self.plant.ask(method, path, body, token=token, data=data)
-        end, after = iiot.now_ms(), await self.audit()
+        after, end = await self.audit(), iiot.now_ms()  # what the call led to may be told by now
         mine, other = ("platform", "tenant") if role == "platform" else ("tenant", "platform")
         assert after[other] == before[other]
         assert after[mine][: len(before[mine])] == before[mine]
