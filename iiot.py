@@ -12,7 +12,7 @@
 """Industrial-IoT platform in one process: devices hold a WebSocket to it, operators curl it, SQLite keeps everything.
 
 The file reads bottom-up: a section uses only sections above it. README.md holds the contracts and a five-minute walk,
-schema.sql the whole database.
+schema.sql the whole database, dashboard.html the page for a browser.
 
     Limits and settings   what an installation can choose, and the bounds it cannot
     Errors                every way to say no
@@ -40,6 +40,7 @@ schema.sql the whole database.
     Tunnels               byte streams between operators and ports of a device
     Registry              the live sessions, their heartbeat
     Delivery              who is told of alerts and when, and how that arrives
+    Page                  the page for a browser, and its policy
     Sessions              one device's WebSocket from hello to close
     Syslog                the listeners for syslog
     HTTP queries          what the address of a request asks for, checked
@@ -517,6 +518,7 @@ class Limits(ReachLimits):
     fleet_page: int = 500
     fleet_series: int = 50
     followed_series: int = 1_000
+    fleet_devices: int = 1_000  # that are named in one request: as many as one list has
     followed_points: int = 100_000
     # Who follows points, of a tenant: each gets rows of its own made. Rows in one event: clients read a line of half a megabyte at most.
     point_followers: int = 20
@@ -1356,6 +1358,8 @@ def check_name(value: object) -> str:
 
 def check_device_name(value: object, _: object = None) -> DeviceName:
     name = check_name(value)
+    if name == "summary":
+        raise Invalid("is the address of the counts of all devices")
     if name.startswith("-"):
         raise Invalid("begins with -, and command lines such as that of ssh take it for an option")
     return DeviceName(name)
@@ -5708,12 +5712,19 @@ class StoreError(Exception):
     """The database file cannot be used; the text is for the person who starts the server."""
 
 
-def schema_text() -> str:
-    """schema.sql, beside this file or where `pip install` puts it."""
+def companion(name: str) -> str | None:
+    """The text of a file that belongs to this one: beside it, or where `pip install` puts it. None where it is missing."""
     for folder in (Path(__file__).parent, Path(sysconfig.get_path("data")) / "share" / "iiot"):
-        if (folder / "schema.sql").is_file():
-            return (folder / "schema.sql").read_text(encoding="utf-8")
-    raise StoreError("schema.sql is neither beside iiot.py nor installed with it")
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8")
+    return None
+
+
+def schema_text() -> str:
+    text = companion("schema.sql")
+    if text is None:
+        raise StoreError("schema.sql is neither beside iiot.py nor installed with it")
+    return text
 
 
 def set_checkpoint_pages(connection: sqlite3.Connection, pages: int) -> None:
@@ -7777,10 +7788,23 @@ class TelemetryReads:
         }  # fmt: skip
 
 
+# A page of a tenant's series, by device and metric. Names are unique, and the order has the device's id all the same: then two indexes
+# have the rows in it, and nothing is sorted.
+FLEET_SQL: Final = """select series.id, device.name device, metric from device join series on device_id = device.id
+    where tenant_id = :tenant and name >= :device and (name > :device or metric > :metric) and (:match is null or name glob :match)
+    and (:metrics is null or metric in (select value from json_each(:metrics))) order by device.name, device.id, metric limit :limit"""
+# The same of devices that were named: only these are looked up.
+DEVICES_FLEET_SQL: Final = """select series.id, device.name device, metric from json_each(:devices) named
+    cross join device on tenant_id = :tenant and device.name = named.value cross join series on device_id = device.id
+    where device.name >= :device and (device.name > :device or metric > :metric)
+    and (:metrics is null or metric in (select value from json_each(:metrics))) order by device.name, metric limit :limit"""
+
+
 @attrs.frozen
 class FleetRange:
-    """Which series: of devices whose names match (None: all), of these metrics (None: all). Which of their points: from `start` up to
-    but without `stop`, in milliseconds; of `every` so many milliseconds one, if that is not None, with these aggregates."""
+    """Which series: of these devices, or of those whose names match (None: all), of these metrics (None: all). Which of their points:
+    from `start` up to but without `stop`, in milliseconds; of `every` so many milliseconds one, if that is not None, with these
+    aggregates."""
 
     match: str | None
     metrics: tuple[str, ...] | None
@@ -7788,17 +7812,18 @@ class FleetRange:
     stop: int
     every: int | None
     aggregates: tuple[str, ...]
+    devices: tuple[str, ...] | None = None
+
+    @property
+    def sql(self) -> str:
+        """A page of its series."""
+        return FLEET_SQL if self.devices is None else DEVICES_FLEET_SQL
 
     @property
     def columns(self) -> tuple[str, ...]:
         return ("time", "device", "metric", *(self.aggregates if self.every is not None and len(self.aggregates) > 1 else ("value",)))
 
 
-# A page of a tenant's series, by device and metric. Names are unique, and the order has the device's id all the same: then two indexes
-# have the rows in it, and nothing is sorted.
-FLEET_SQL: Final = """select series.id, device.name device, metric from device join series on device_id = device.id
-    where tenant_id = :tenant and name >= :device and (name > :device or metric > :metric) and (:match is null or name glob :match)
-    and (:metrics is null or metric in (select value from json_each(:metrics))) order by device.name, device.id, metric limit :limit"""
 # Series that were asked for by number, each with the time from which.
 ASKED_SQL: Final = """(select series.id, name device, metric, asked.value ->> 1 start, asked.key number from json_each(:series) asked
     cross join series on series.id = asked.value ->> 0
@@ -7811,7 +7836,7 @@ class FleetReads(TelemetryReads):
     async def series(self, tenant: int, wanted: FleetRange, after: tuple[str, str], limit: int) -> list[tuple[int, str, str]]:
         """Number, device and metric of the series behind one, by device and metric."""
         row = await self._readers.row(
-            f"select json_group_array(json_array(id, device, metric)) from ({FLEET_SQL})", self._fleet(tenant, wanted, after, limit)
+            f"select json_group_array(json_array(id, device, metric)) from ({wanted.sql})", self._fleet(tenant, wanted, after, limit)
         )
         return [(number, device, metric) for number, device, metric in orjson.loads(row[0] if row else "[]")]
 
@@ -7822,7 +7847,7 @@ class FleetReads(TelemetryReads):
         newest = f"""(select {row_sql([time_sql("ts"), "device", "metric", exact_sql("value")], names)} from (
             select ts, value from telemetry where series_id = fleet.id and ts >= :start and ts < :stop order by ts desc limit 1))"""
         parts = await self._readers.exact_parts(
-            f"""with fleet as materialized ({FLEET_SQL})
+            f"""with fleet as materialized ({wanted.sql})
             select json_array(json_array(count(*), json((
                 select json_group_array(json(point)) from (select {newest} point from fleet order by device, metric)
                 where point is not null)), json((
@@ -7894,7 +7919,7 @@ class FleetReads(TelemetryReads):
         metrics = None if wanted.metrics is None else bind(wanted.metrics)[0]
         return {
             "tenant": tenant, "match": wanted.match, "metrics": metrics, "device": after[0], "metric": after[1], "limit": limit,
-            "start": wanted.start, "stop": wanted.stop,
+            "start": wanted.start, "stop": wanted.stop, "devices": None if wanted.devices is None else bind(wanted.devices)[0],
         }  # fmt: skip
 
 
@@ -8334,6 +8359,25 @@ ALERT_JSON: Final = f"""json_object(
     'held_back', json(case when alert.resolved_at is null and {HELD_BACK_SQL} then 'true' else 'false' end),
     'told', json(case when alert.catching_up then 'false' else 'true' end))"""
 ALERT_ROWS: Final = "alert join device on device.id = alert.device_id left join presence on presence.device_id = device.id"
+# Of an alert that fires: whether nobody has said that they know of it, and no silence covers it; with how bad it is, the worst of those
+# first: 4 for critical, and 10 more if it is so.
+UNATTENDED_SQL: Final = f"(not {ACKNOWLEDGED_SQL} and {SILENCED_SQL} is null)"
+SEVERITY_SQL: Final = " ".join(("case alert.severity", *(f"when '{name}' then {number}" for name, number in SEVERITIES.items()), "end"))
+RANK_SQL: Final = f"{SEVERITY_SQL} + 10 * {UNATTENDED_SQL}"
+SEVERITY_OF_SQL: Final = " ".join(("case worst % 10", *(f"when {number} then '{name}'" for name, number in SEVERITIES.items()), "end"))
+# The alerts of a device that fire: how many, the worst, and of how many nobody has taken care.
+DEVICE_ALERTS_JSON: Final = f"""(select json_object('number', number, 'severity', {SEVERITY_OF_SQL}, 'unattended', unattended) from (
+    select count(*) number, max(rank) worst, coalesce(sum(case when rank > 10 then 1 else 0 end), 0) unattended from (
+        select {RANK_SQL} rank from alert where alert.device_id = device.id and resolved_at is null and fired_at is not null)))"""
+WORST_SQL: Final = f"""(
+    select max({RANK_SQL}) from alert where alert.device_id = device.id and resolved_at is null and fired_at is not null)"""
+# How much a device needs attention: an alert that nobody takes care of, then a configuration that it refused, then that it is away.
+ATTENTION_SQL: Final = f"""(
+    case when worst >= 10 + {SEVERITIES["error"]} then 16 when worst = 10 + {SEVERITIES["warning"]} then 8 else 0 end
+    + case when status = 'rejected' then 4 else 0 end + case when connected = 1 then 0 else 2 end
+    + case when coalesce(config_applied, 0) <> config_version then 1 else 0 end)"""
+ATTENTION: Final = "attention "  # begins where a page of this order begins: no name has a space
+ATTENTION_MOST: Final = 99
 RULE_JSON: Final = f"""json_patch(json_object('id', rule.id, 'name', rule.name), json_set(
     rule.body, '$.changed_at', {time_sql("rule.changed_at")}, '$.by', rule.author))"""
 SILENCE_JSON: Final = f"""json_object(
@@ -8711,7 +8755,6 @@ def begin_watch(connection: sqlite3.Connection, watch: AlertWatch, limits: Limit
 # Owns: every line of SQL about receivers, which alerts they are to be told of, and what is sent to them. Must not know: HTTP, sockets,
 # in which form they are told.
 
-SEVERITY_SQL: Final = " ".join(("case alert.severity", *(f"when '{name}' then {number}" for name, number in SEVERITIES.items()), "end"))
 # Of an alert with its device and a receiver: whether the receiver may be told of it at :now. That a device is offline holds back its other
 # alerts from those receivers alone that are told of that.
 TELLABLE_SQL: Final = f"""(alert.catching_up = 0 and {SILENCED_SQL} is null and not (alert.kind <> 'offline' and exists (
@@ -10497,18 +10540,52 @@ class Reads(Queries):
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
-            f"""select device.name position, {DEVICE_JSON} item from {DEVICE_ROWS}
+            f"""select device.name position, json_set({DEVICE_JSON}, '$.alerts', json({DEVICE_ALERTS_JSON})) item from {DEVICE_ROWS}
                 where tenant_id = :tenant and device.name > :after and (:match is null or device.name glob :match)
                 and (:connected is null or connected = :connected) order by device.name""",
-            limit, tenant=tenant, after=after, match=match, connected=connected,
+            limit, tenant=tenant, after=after, match=match, connected=connected, now=now_ms(),
         )  # fmt: skip
+
+    async def devices_by_attention(
+        self, tenant: int, limit: int, after: tuple[int, str], match: str | None, *, connected: bool | None
+    ) -> str:
+        """A page of devices, those first that need attention most; `after` is the weight and the name of the last one seen."""
+        return await self._list(
+            f"""select '{ATTENTION}' || weight || ' ' || device.name position,
+                    json_set({DEVICE_JSON}, '$.alerts', json({DEVICE_ALERTS_JSON})) item
+                from (select ranked_id, {ATTENTION_SQL} weight from (
+                    select device.id ranked_id, config.status status, connected, config_applied, config_version, {WORST_SQL} worst
+                    from {DEVICE_ROWS} where tenant_id = :tenant and device.name is not null
+                    and (:match is null or device.name glob :match) and (:connected is null or connected = :connected))) ranked
+                cross join {DEVICE_ROWS.replace("device join", "device on device.id = ranked_id join", 1)}
+                where weight < :weight or weight = :weight and device.name > :after order by weight desc, device.name""",
+            limit, tenant=tenant, weight=after[0], after=after[1], match=match, connected=connected, now=now_ms(),
+        )  # fmt: skip
+
+    async def summary(self, tenant: int, match: str | None) -> str:
+        """How many devices there are, and how they stand."""
+        counts = {
+            "devices": "1", "online": "connected = 1", "offline": "connected = 0", "disabled": "disabled = 1",
+            "never_seen": "connected_at is null", "alerts": "worst > 0", "unattended": "worst > 10",
+            "critical": f"worst = 10 + {SEVERITIES['critical']}", "drifted": "coalesce(config_applied, 0) <> config_version",
+            "rejected": "status = 'rejected'",
+        }  # fmt: skip
+        shown = ", ".join(f"'{name}', coalesce(sum(case when {condition} then 1 else 0 end), 0)" for name, condition in counts.items())
+        text = await self._json(
+            f"""select json_object({shown}) from (
+                select config.status status, connected, connected_at, disabled, config_applied, config_version, {WORST_SQL} worst
+                from {DEVICE_ROWS} where tenant_id = :tenant and device.name is not null
+                and (:match is null or device.name glob :match))""",
+            tenant=tenant, match=match, now=now_ms(),
+        )  # fmt: skip
+        return str(text)
 
     async def device(self, tenant: int, name: str) -> bytes | None:
         return await self._readers.exact(
-            f"""select json_set({DEVICE_JSON}, '$.latest', json({LATEST_JSON}), '$.reported', json((
+            f"""select json_set({DEVICE_JSON}, '$.alerts', json({DEVICE_ALERTS_JSON}), '$.latest', json({LATEST_JSON}), '$.reported', json((
                 select document from state where device_id = device.id order by version desc limit 1)))
                 from {DEVICE_ROWS} where tenant_id = :tenant and name = :name""",
-            {"tenant": tenant, "name": name},
+            {"tenant": tenant, "name": name, "now": now_ms()},
         )
 
     async def device_id(self, tenant: int, name: str) -> int | None:
@@ -13003,6 +13080,47 @@ class Dispatcher:
         )  # fmt: skip
 
 
+# ==== Page ====
+# Owns: the page for a browser as it is sent, and the policy under which the browser runs it. Must not know: HTTP, what the page does.
+
+
+def source_hash(text: str) -> str:
+    """A source that a policy allows by what it is (https://www.w3.org/TR/CSP3/#grammardef-hash-source)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def page_policy(text: str) -> str:
+    """Only the one script and the one style that stand in the page; no markup out of a text, nothing from elsewhere. ValueError, for
+    a page that does not have one of each."""
+    scripts = re.findall(r'<script type="module">(.*?)</script>', text, re.DOTALL)
+    styles = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
+    if len(scripts) != 1 or len(styles) != 1 or text.count("<script") != 1:
+        raise ValueError("dashboard.html must have one script and one style")
+    return (
+        f"default-src 'none'; script-src {source_hash(scripts[0])}; style-src {source_hash(styles[0])}; img-src data:; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+@attrs.frozen
+class Page:
+    """dashboard.html: its bytes, its entity tag and its policy."""
+
+    body: bytes
+    tag: str
+    policy: str
+
+    @classmethod
+    def read(cls) -> Page | None:
+        """None where only the other files were copied to a machine: the server works without it."""
+        text = companion("dashboard.html")
+        if text is None:
+            log.warning("dashboard.html is not beside iiot.py: there is no page for a browser")
+            return None
+        body = text.encode()
+        return cls(body, f'"{hashlib.sha256(body).hexdigest()[:16]}"', page_policy(text))
+
+
 # ==== Sessions ====
 # Owns: one device's WebSocket from hello to close. Must not know: other devices.
 
@@ -13028,6 +13146,7 @@ class Services:
     lines: LineJudge
     dispatcher: Dispatcher
     sender: MessageSender
+    page: Page | None
 
 
 def metrics_of(frame: Telemetry) -> set[str]:
@@ -14099,6 +14218,7 @@ AlertStatuses = NewType("AlertStatuses", tuple[str, ...])
 NotificationStatus = NewType("NotificationStatus", str)
 CommandStatuses = NewType("CommandStatuses", tuple[str, ...])
 OutputFormat = NewType("OutputFormat", str)
+DeviceOrder = NewType("DeviceOrder", str)
 FUTURE: Final = Moment(LATEST)
 AGGREGATES_MOST: Final = 8  # values of a bucket: an answer grows with them
 
@@ -14124,6 +14244,14 @@ class DeviceQuery:
     after: str | None = None
     match: str | None = None
     connected: bool | None = None
+    sort: DeviceOrder = DeviceOrder("name")
+
+
+@attrs.frozen
+class SummaryQuery:
+    """GET /iiot/summary."""
+
+    match: str | None = None
 
 
 @attrs.frozen
@@ -14297,6 +14425,7 @@ class FleetQuery:
     """GET /telemetry"""
 
     match: str | None = None
+    device: Names | None = None
     metric: Names | None = None
     from_: Moment | None = None
     to_: Moment | None = None
@@ -14393,6 +14522,7 @@ def make_query_converter() -> Converter:
     converter.register_structure_hook(AlertStatuses, query_statuses)
     converter.register_structure_hook(CommandStatuses, query_command_statuses)
     converter.register_structure_hook(OutputFormat, lambda values, _: OutputFormat(one_of("text", "raw", "ndjson")(one_value(values))))
+    converter.register_structure_hook(DeviceOrder, lambda values, _: DeviceOrder(one_of("name", "attention")(one_value(values))))
     converter.register_structure_hook(Stream, lambda values, _: Stream(one_of("stdout", "stderr")(one_value(values))))
     is_status = one_of("waiting", "delivered", "given_up")
     converter.register_structure_hook(NotificationStatus, lambda values, _: NotificationStatus(is_status(one_value(values))))
@@ -14581,6 +14711,34 @@ def error_response(refusal: Refusal) -> web.Response:
     return json_response(orjson.dumps({"error": error}), fault.status, headers)
 
 
+COMPRESSED_BYTES: Final = 1_024  # less than that gains nothing: it is one packet
+
+
+def accepts_gzip(request: web.BaseRequest) -> bool:
+    """RFC 9110, section 12.5.3."""
+    for shown in request.headers.get(hdrs.ACCEPT_ENCODING, "").lower().split(","):
+        coding, _, parameters = shown.partition(";")
+        if coding.strip() in ("gzip", "*"):
+            return re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", parameters) is None
+    return False
+
+
+def compress(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Compress an answer for a client that asks for that; aiohttp does so beside the event loop."""
+    response.headers[hdrs.VARY] = hdrs.ACCEPT_ENCODING
+    if accepts_gzip(request):
+        response.enable_compression(web.ContentCoding.gzip)
+
+
+def compress_if_large(request: web.BaseRequest, response: web.StreamResponse) -> web.StreamResponse:
+    """The JSON of an answer. What has an entity tag keeps its bytes: the tag is of them."""
+    if isinstance(response, web.Response) and not response.prepared and hdrs.ETAG not in response.headers:
+        body = response.body
+        if response.content_type == JSON_TYPE and isinstance(body, bytes) and len(body) >= COMPRESSED_BYTES:
+            compress(request, response)
+    return response
+
+
 async def look_until(
     services: Services, seconds: float, look: Callable[[], Awaitable[T]], enough: Callable[[T], bool],
     next_ring: Callable[[], asyncio.Future[None]], pause: float = 0.0,
@@ -14607,10 +14765,15 @@ def reset_if_broken(transport: asyncio.Transport | None, broken: bool) -> None: 
 
 
 @asynccontextmanager
-async def streaming(call: Call, content_type: str, headers: Mapping[str, str] = MappingProxyType({})) -> AsyncIterator[web.StreamResponse]:
-    """A response of unknown length. Where it breaks off, the client must see that this is not the end of the file."""
+async def streaming(
+    call: Call, content_type: str, headers: Mapping[str, str] = MappingProxyType({}), *, ends: bool = False
+) -> AsyncIterator[web.StreamResponse]:
+    """A response of unknown length. Where it breaks off, the client must see that this is not the end of the file. One that `ends` by
+    itself is compressed; of the others each part must arrive at once."""
     unbuffered = {"X-Accel-Buffering": "no"}  # by nginx: a feed would never arrive
     response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: content_type, **unbuffered, **headers})
+    if ends:
+        compress(call.request, response)
     if call.request.version < HttpVersion11:  # the end of the connection is the end of the stream
         response.force_close()
     reset_if_broken(call.request.transport, True)
@@ -15065,7 +15228,7 @@ async def stream_csv(call: Call, wanted: TelemetryRange, every: int | None, aggr
     device_id, metrics = found_there
     wanted = attrs.evolve(wanted, device_id=device_id)
     headers = {"Content-Disposition": f'attachment; filename="{call.device.replace(":", "-")}.csv"'} if call.query.spreadsheet else {}
-    async with streaming(call, "text/csv; charset=utf-8", headers) as response:
+    async with streaming(call, "text/csv; charset=utf-8", headers, ends=True) as response:
         header = ("time", "metric", *(("value",) if every is None else aggregates))
         await response.write((BYTE_ORDER_MARK if call.query.spreadsheet else b"") + ",".join(header).encode() + b"\n")
         async for lines in csv_pieces(call, wanted, metrics, every, aggregates):
@@ -15097,7 +15260,7 @@ async def show_telemetry(call: Call) -> web.StreamResponse:
     return required(await telemetry.buckets(call.tenant, call.device, wanted, limit, query.every, aggregates))
 
 
-def fleet_range(query: FleetQuery) -> FleetRange:
+def fleet_range(query: FleetQuery, limits: Limits) -> FleetRange:
     """Refusal: bad_query, for what contradicts itself."""
     others = {"every": query.every, "agg": query.agg, "from": query.from_, "to": query.to_}
     if query.latest and query.follow:
@@ -15109,8 +15272,12 @@ def fleet_range(query: FleetQuery) -> FleetRange:
         raise Refusal("bad_query", FieldError("agg", "needs every"))
     if query.match == "":
         raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
+    if query.device is not None and query.match is not None:
+        raise Refusal("bad_query", FieldError("device", "cannot be given with match"))
+    if query.device is not None and len(query.device) > limits.fleet_devices:
+        raise Refusal("bad_query", FieldError("device", f"is given more than {limits.fleet_devices:,} times"))
     start, stop = query.from_ or Moment(0), FUTURE if query.to_ is None else query.to_
-    return FleetRange(query.match, query.metric, start, stop, query.every, query.agg or Aggregates(("avg",)))
+    return FleetRange(query.match, query.metric, start, stop, query.every, query.agg or Aggregates(("avg",)), query.device)
 
 
 async def rest_of_series(call: Call, wanted: FleetRange, number: int, start: int | None, names: tuple[str, ...]) -> AsyncIterator[bytes]:
@@ -15164,7 +15331,7 @@ async def stream_rows(call: Call, wanted: FleetRange, pieces: AsyncIterator[byte
     query: FleetQuery = call.query
     is_csv, separator = query.format == "csv", b""
     headers = {"Content-Disposition": 'attachment; filename="telemetry.csv"'} if query.spreadsheet else {}
-    async with streaming(call, "text/csv; charset=utf-8" if is_csv else JSON_TYPE, headers) as response:
+    async with streaming(call, "text/csv; charset=utf-8" if is_csv else JSON_TYPE, headers, ends=True) as response:
         header = (BYTE_ORDER_MARK if query.spreadsheet else b"") + ",".join(wanted.columns).encode() + b"\n"
         await response.write(header if is_csv else b"[")
         async for rows in pieces:
@@ -15255,7 +15422,7 @@ async def follow_points(call: Call, wanted: FleetRange) -> web.StreamResponse:
 
 async def show_fleet_telemetry(call: Call) -> web.StreamResponse:
     query: FleetQuery = call.query
-    wanted = fleet_range(query)
+    wanted = fleet_range(query, call.services.limits)
     if query.format not in ("json", "csv"):
         raise Refusal("bad_query", FieldError("format", "is neither json nor csv"))
     if query.spreadsheet is not None and query.format != "csv":
@@ -16190,12 +16357,32 @@ async def close_tunnel(call: Call) -> web.StreamResponse:
 # ==== HTTP API ====
 # Owns: the route table and its handlers: a request in, JSON out. Must not know: SQL.
 
+def attention_after(after: str) -> tuple[int, str]:
+    """The weight and the name of a device, after which a page begins. Refusal: bad_query."""
+    found = re.fullmatch(rf"{ATTENTION}([0-9]{{1,3}}) (\S+)", after)
+    if found is None:
+        raise Refusal("bad_query", FieldError("after", "is of a list in another order"))
+    return int(found[1]), found[2]
+
+
 async def list_devices(call: Call) -> web.StreamResponse:
     query: DeviceQuery = call.query
     if query.match == "":
         raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
-    read = call.services.store.read
-    return json_response(await read.devices(call.tenant, call.page(), query.after or "", query.match, connected=query.connected))
+    read, after = call.services.store.read, query.after or ""
+    if query.sort == "name":
+        if after.startswith(ATTENTION):
+            raise Refusal("bad_query", FieldError("after", "is of a list in another order"))
+        return json_response(await read.devices(call.tenant, call.page(), after, query.match, connected=query.connected))
+    begin = attention_after(after) if after else (ATTENTION_MOST, "")
+    return json_response(await read.devices_by_attention(call.tenant, call.page(), begin, query.match, connected=query.connected))
+
+
+async def show_summary(call: Call) -> web.StreamResponse:
+    query: SummaryQuery = call.query
+    if query.match == "":
+        raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
+    return json_response(await call.services.store.read.summary(call.tenant, query.match))
 
 
 async def show_device(call: Call) -> web.StreamResponse:
@@ -16544,6 +16731,24 @@ async def show_audit(call: Call) -> web.StreamResponse:
     return json_response(await call.services.store.read.accounts.audit(call.principal.tenant_id, wanted, call.page(), after))
 
 
+async def show_page(call: Call) -> web.StreamResponse:
+    """The page for a browser, and for all others what this is."""
+    if "text/html" not in call.request.headers.get(hdrs.ACCEPT, ""):
+        return answer({"name": "iiot", "version": VERSION, "page": "open this address in a browser"})
+    page = call.services.page
+    if page is None:
+        raise Refusal("not_found", FieldError("dashboard.html", "is not beside iiot.py"))
+    headers = {  # weak: the same page is sent as it is, and compressed
+        hdrs.ETAG: f"W/{page.tag}", "Content-Security-Policy": page.policy, "Cache-Control": "no-cache",
+        "Cross-Origin-Opener-Policy": "same-origin",
+    }  # fmt: skip
+    if not is_met(None, call.none_match, page.tag):
+        return web.Response(status=304, headers=headers)
+    response = web.Response(body=page.body, content_type="text/html", charset="utf-8", headers=headers)
+    compress(call.request, response)
+    return response
+
+
 async def show_health(call: Call) -> web.StreamResponse:
     if call.services.supervisor.failed:
         raise Refusal("server_fault")
@@ -16609,6 +16814,7 @@ class Route:
 ROUTES: Final = (
     Route("GET", "/iiot", "viewer", list_devices, DeviceQuery),
     Route("POST", "/iiot", "operator", push_many, PushQuery, "config.push"),
+    Route("GET", "/iiot/summary", "viewer", show_summary, SummaryQuery),
     Route("GET", "/iiot/{device}", "viewer", show_device),
     Route("PUT", "/iiot/{device}", "admin", register_device, action="device.register", conditional=True),
     Route("PATCH", "/iiot/{device}", "admin", patch_device, action="device.update"),
@@ -16684,6 +16890,7 @@ ROUTES: Final = (
     Route("GET", "/platform/audit", "platform", show_audit, AuditQuery),
     Route("GET", "/events", "viewer", follow_events, FeedQuery),
     Route("GET", "/whoami", "any", whoami),
+    Route("GET", "/", "public", show_page, conditional=True),
     Route("GET", "/healthz", "public", show_health),
     Route("GET", "/metrics", "platform", show_metrics),
     Route("GET", "/metrics/devices", "viewer", show_device_metrics, ScrapeQuery),
@@ -16770,7 +16977,7 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
     """Every refusal and failure as the JSON of the contract; what an exception says goes to the log alone."""
     counts = request.app[SERVICES].counts
     try:
-        return await handler(request)
+        return compress_if_large(request, await handler(request))
     except Refusal as refusal:
         counts.refusals[refusal.fault.code] += 1
         if request.writer.output_size > 0:  # an answer is under way, of a token that was revoked: it breaks off
@@ -16902,7 +17109,7 @@ async def run_services(app: web.Application, settings: Settings, limits: Limits)
         dispatcher = Dispatcher(store, limits, settings.external_url, courier)
         app[SERVICES] = Services(
             settings, limits, Codec(limits), store, identity, registry, cleaner, pusher, supervisor, news, trusted, senders, turned_away,
-            Peers(limits), counts, lines, dispatcher, sender,
+            Peers(limits), counts, lines, dispatcher, sender, Page.read(),
         )  # fmt: skip
         supervisor.watch(store.writer.task)
         supervisor.start("heartbeat", Heartbeat(registry, store.writer, limits, settings.heartbeat).run())
@@ -17627,7 +17834,8 @@ async def serve(settings: Settings) -> None:
             near = address_to_use(url)
             print(
                 f"\nFirst start. Shown once, keep them:\n  admin token       {token.text}\n  provisioning key  {key.text}\n"
-                f"\nThis machine as a device:\n  {agent_command()} --url {near} --key {key.text}\n"
+                f"\nThe page, signed in:\n  {near}/#token={token.text}\n"
+                f"This machine as a device:\n  {agent_command()} --url {near} --key {key.text}\n"
                 f"The list of devices:\n  curl -H 'Authorization: Bearer {token.text}' {near}/iiot",
                 flush=True,
             )

@@ -33,7 +33,10 @@ MAY = {  # the role of a route: those who may use it
     "platform": {"platform"},
 }
 JSON = "application/json"
-DEVICE = "device connected connected_at disconnected_at seen_at created_at agent software_version disabled labels config latest reported"
+DEVICE = (
+    "alerts device connected connected_at disconnected_at seen_at created_at agent software_version disabled labels config latest"
+    " reported"
+)
 CONFIG = "version document status status_at at by timeout sent_at message errors device applied drift"
 STATE = "device version at session reported"
 RULE = "by changed_at condition id match metric name"
@@ -64,7 +67,10 @@ class Example:
 PAGE = Example(200, "items next")
 DONE = Example(204, kind="")
 EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {
-    ("GET", "/iiot"): (PAGE, Example(200, "items next", "?match=*&connected=true&limit=5")),
+    ("GET", "/iiot"): (PAGE, Example(200, "items next", "?match=*&connected=true&limit=5&sort=attention")),
+    ("GET", "/iiot/summary"): (
+        Example(200, "devices online offline disabled never_seen alerts unattended critical drifted rejected", "?match=*"),
+    ),
     ("POST", "/iiot"): (Example(202, "items", body={"match": "*", "config": {"n": 2}}),),
     ("GET", "/iiot/{device}"): (Example(200, DEVICE),),
     ("PUT", "/iiot/{device}"): (Example(201, "device token"),),
@@ -178,6 +184,7 @@ EXAMPLES: dict[tuple[str, str], tuple[Example, ...]] = {
     ("GET", "/platform/audit"): (PAGE, Example(200, query="?format=ndjson", kind="application/x-ndjson")),
     ("GET", "/events"): (Example(200, kind="text/event-stream"), Example(200, query="?after=0", kind="text/event-stream")),
     ("GET", "/whoami"): (Example(200, "id name role tenant expires_at quotas"),),
+    ("GET", "/"): (Example(200, "name version page"),),
     ("GET", "/healthz"): (Example(200, "status version"),),
     ("GET", "/metrics"): (Example(200, kind="text/plain"),),
     ("GET", "/metrics/devices"): (
@@ -666,7 +673,7 @@ async def test_nothing_of_another_tenant_is_in_a_list(site: Site) -> None:
     for route, example in unbounded_lists():
         own = (await site.ask(route, example, "", bearer(site.plant.token))).body.decode()
         seen |= {word for word in words if word in own}
-        if route.path not in ("/retention", "/syslog/refused", "/telemetry", "/notifications"):
+        if route.path not in ("/retention", "/syslog/refused", "/telemetry", "/notifications", "/iiot/summary"):
             assert any(word in own for word in words), f"{name_of(route)} shows nothing that could leak"
         text = (await site.ask(route, example, "", bearer(theirs))).body.decode()
         assert not [word for word in words if word in text], name_of(route)

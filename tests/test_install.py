@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from plant import ROOT
 
+import iiot
+
 SEPARATE = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
-SOURCES = ("iiot.py", "agent.py", "schema.sql", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("iiot.py", "agent.py", "schema.sql", "dashboard.html", "pyproject.toml", "README.md", "LICENSE")
 
 
 def separate() -> dict[str, str]:
@@ -74,9 +76,11 @@ def test_the_installed_program_starts_with_a_new_database(installed: Path, tmp_p
 
 @pytest.mark.long
 def test_the_installed_module_is_not_the_source_tree(installed: Path, tmp_path: Path) -> None:
-    where = run(installed / "python", "-c", "import iiot; print(iiot.__file__); print(len(iiot.schema_text()))", folder=tmp_path)
+    shown = "import iiot; print(iiot.__file__); print(len(iiot.schema_text())); print(iiot.Page.read().tag)"
+    where = run(installed / "python", "-c", shown, folder=tmp_path)
     assert where.returncode == 0, where.stderr
-    module, characters = where.stdout.split()
+    module, characters, tag = where.stdout.split()
+    assert tag == getattr(iiot.Page.read(), "tag", None)
     assert Path(module).is_relative_to(installed.parent)
     assert int(characters) == len((ROOT / "schema.sql").read_text(encoding="utf-8"))
 

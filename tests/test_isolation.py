@@ -256,8 +256,11 @@ def asked_fleet(world: World, side: Side) -> tuple[object, ...]:
     some = (*SHARED_METRICS, side.text("metric"))
     everything = iiot.FleetRange(None, None, 0, iiot.LATEST, None, ("last",))
     return tuple(
-        attrs.evolve(everything, match=match, metrics=metrics, every=every)
-        for match in (None, "*", *(f"{each.word}*" for each in world.all))
+        attrs.evolve(everything, match=match, devices=devices, metrics=metrics, every=every)
+        for match, devices in (
+            (None, None), ("*", None), *((f"{each.word}*", None) for each in world.all),
+            (None, (*SHARED_DEVICES, *(each.text("device") for each in world.all))),
+        )
         for metrics in (None, some)
         for every in (None, 60_000)
     )
@@ -326,6 +329,7 @@ ARGUMENTS: Mapping[str, Asked] = {
     "metric: str": lambda world, side: (*SHARED_METRICS, side.text("metric")),
     "wanted: TelemetryRange": asked_points,
     "wanted: FleetRange": asked_fleet,
+    "after: tuple[int, str]": the_same((iiot.ATTENTION_MOST, "")),
     "series: list[tuple[int, int]]": the_same([(number, 0) for number in range(1, 100)]),
     "match: str": lambda world, side: ("*", *(f"{each.word}*" for each in world.all)),
     "names: tuple[str, ...]": the_same((), ("time", "device", "metric", "value")),
@@ -369,7 +373,9 @@ ARGUMENTS: Mapping[str, Asked] = {
 }
 
 # Reads of one tenant whose answer is but numbers.
-NUMBERS_ALONE = {"NotificationReads.notifications", "Reads.device_id", "Reads.last_event", "LogReads.days", "AlertReads.last_line"}
+NUMBERS_ALONE = {
+    "NotificationReads.notifications", "Reads.device_id", "Reads.last_event", "Reads.summary", "LogReads.days", "AlertReads.last_line",
+}  # fmt: skip
 
 Read = Callable[..., Awaitable[object]]
 

@@ -376,6 +376,7 @@ def test_limits_are_the_readme_s() -> None:
         "sessions that a device opens at once": f"{limits.sessions}, then one in a second",
         "live feeds of a tenant": f"{limits.feeds}",
         "series that a stream of points follows": f"{limits.followed_series:,}",
+        "devices that one request for readings names": f"{limits.fleet_devices:,}",
         "streams of points of a tenant": f"{limits.point_followers}",
         "readings on which a rule is tried": f"{limits.trial_most:,}",
         "rules of a tenant": f"{limits.rules:,}",
