@@ -54,8 +54,8 @@ async def test_another_tab_of_the_browser_is_signed_in_too(page: Window, plant: 
     first, second = await window(made, plant.url), await window(made, plant.url)
     await first.open(f"#token={plant.token}")
     await first.shows("#q")
-    await second.open("#/alerts")
-    await second.shows(".alerts", "Nothing is firing.")
+    await second.open("#/admin/keys")
+    await second.shows("h1", "Provisioning keys")
 
 
 async def test_a_token_is_shown_with_its_role_before_the_page_opens(plant: Plant, chromium: Browser) -> None:
@@ -294,6 +294,7 @@ async def test_markup_in_texts_is_text_and_the_policy_blocks_what_would_run(page
 
 VIEWS = [
     "#/fleet", "#/fleet?is=alerts", "#/fleet?q=nothing", "#/alerts", "#/alerts/rules",
+    *(f"#/admin/{part}" for part in ("devices", "keys", "tokens", "audit", "retention", "syslog")),
     *(f"#/device/press-7/{tab}" for tab in ("readings", "readings?table=1", "config", "state", "timeline", "logs", "commands")),
 ]  # fmt: skip
 
@@ -349,3 +350,65 @@ async def test_every_view_fits_its_window_and_can_be_used_by_everybody(
         assert not found, (view, [(one["id"], one["nodes"][0]["html"][:200]) for one in found])
         name = re.sub(r"\W+", "-", view).strip("-")
         await opened.page.screenshot(path=shot(f"{name}-{size[0]}-{'dark' if dark else 'light'}.png"))
+
+
+async def test_a_device_is_added_with_the_line_to_paste_and_removed_by_its_name(page: Window, plant: Plant) -> None:
+    await page.open("#/admin/devices")
+    await page.page.get_by_label("Name", exact=True).fill("press-7")
+    await page.page.get_by_label("Labels", exact=True).fill("line:3 site:north")
+    await page.page.get_by_role("button", name="Add", exact=True).click()
+    await page.shows("dialog", "This is shown once.")
+    secret = await page.text("dialog .copy code")
+    await (await plant.connect()).hello(secret)
+    assert f"--url {plant.url} --token {secret} --name press-7" in await page.text("dialog .copy:last-of-type code")
+    await page.page.keyboard.press("Escape")
+    await page.shows("main tr", "line:3")
+    await page.shows("main tr", "online")
+    await page.page.get_by_role("button", name="Remove").click()
+    remove = page.page.get_by_role("button", name="Remove press-7")
+    assert await remove.is_disabled()
+    await page.page.get_by_label("Type press-7").fill("press-7")
+    await remove.click()
+    await page.shows("main", "No device yet.")
+    assert (await plant.get("/iiot"))["items"] == []
+    assert secret not in await page.evaluate("document.documentElement.outerHTML + location.href")
+
+
+async def test_keys_and_tokens_are_made_once_and_end(page: Window, plant: Plant) -> None:
+    await page.open("#/admin/keys")
+    await page.page.get_by_role("button", name="New key").click()
+    await page.page.get_by_label("Uses").fill("3")
+    await page.page.get_by_role("button", name="Make").click()
+    key = await page.text("dialog .copy code")
+    assert key.startswith("iiot_prov_")
+    await page.page.keyboard.press("Escape")
+    await page.shows("main tr", "3")
+    await page.open("#/admin/tokens")
+    await page.page.get_by_role("button", name="New token").click()
+    await page.page.get_by_label("Name").fill("hall 2")
+    await page.page.get_by_role("button", name="Make").click()
+    token = await page.text("dialog .copy code")
+    await page.page.keyboard.press("Escape")
+    assert (await plant.ask("GET", "/whoami", token=token))[1]["role"] == "viewer"
+    await page.page.locator("main tr", has_text="hall 2").get_by_role("button", name="Revoke").click()
+    await page.gone("main tr", "hall 2")
+    assert (await plant.ask("GET", "/whoami", token=token))[0] == 401
+
+
+async def test_the_token_of_the_platform_opens_its_tenants_alone(chromium: Browser, plant: Plant) -> None:
+    opened = await window(await context(chromium, token=plants.admin_token(plant.database, "platform")), plant.url)
+    refused: list[str] = []
+    opened.page.on("response", lambda answer: refused.append(answer.url) if answer.status == 403 else None)
+    await opened.open("")
+    await opened.shows("main tr", "default")
+    await opened.page.get_by_role("button", name="New tenant").click()
+    await opened.page.get_by_label("Name").fill("works-2")
+    await opened.page.get_by_role("button", name="Make").click()
+    await opened.shows("dialog", "First admin token of works-2")
+    await opened.page.keyboard.press("Escape")
+    await opened.shows("main tr", "works-2")
+    for part in ("tokens", "audit"):
+        await opened.open(f"#/admin/{part}")
+        await opened.shows("main tr")
+    assert refused == []
+    assert opened.errors == []
