@@ -8511,7 +8511,9 @@ def delete_rule(connection: sqlite3.Connection, tenant_id: int, rule_id: int) ->
     return str(row[0])
 
 
-def acknowledge_alert(connection: sqlite3.Connection, tenant_id: int, alert_id: int, said: Mapping[str, object] | None) -> str:
+def acknowledge_alert(
+    connection: sqlite3.Connection, tenant_id: int, alert_id: int, by: str, said: Mapping[str, object] | None
+) -> str:
     """Somebody knows of an open alert, or (None) takes that back; the device's name. Refusal: not_found, alert_resolved."""
     row = connection.execute(
         """select device.id, name, rule, resolved_at from alert join device on device.id = device_id
@@ -8523,11 +8525,11 @@ def acknowledge_alert(connection: sqlite3.Connection, tenant_id: int, alert_id: 
     if row[3] is not None:
         raise Refusal("alert_resolved")
     now = now_ms()
-    stored = None if said is None else bind({**said, "at": now})[0]
+    stored = None if said is None else bind({"by": by, **said, "at": now})[0]
     connection.execute("update alert set acknowledged = ?, changed_at = ? where id = ?", (stored, now, alert_id))
     until = {} if said is None else {**said, "until": moment_text(cast("int | None", said["until"]))}
     status = "acknowledged" if said is not None else "not acknowledged"
-    add_event(connection, row[0], now, "alert", {"alert": alert_id, "rule": row[2], "status": status, **until})
+    add_event(connection, row[0], now, "alert", {"alert": alert_id, "rule": row[2], "status": status, "by": by, **until})
     return str(row[1])
 
 
@@ -15709,20 +15711,20 @@ async def show_alert(call: Call) -> web.StreamResponse:
 
 
 async def acknowledge(call: Call) -> web.StreamResponse:
-    tenant, number, body = call.tenant, number_in(call), await call.body(Acknowledgement)
+    tenant, number, by, body = call.tenant, number_in(call), call.principal.name, await call.body(Acknowledgement)
     check_future(body.until)
-    said = {"by": call.principal.name, "until": body.until, "text": body.text}
+    said = {"until": body.until, "text": body.text}
     await call.change(
-        lambda connection: acknowledge_alert(connection, tenant, number, said),
+        lambda connection: acknowledge_alert(connection, tenant, number, by, said),
         lambda device: [Affected(str(number), device, {"until": moment_text(body.until), "text": body.text})],
     )
     return await show_alert(call)
 
 
 async def take_acknowledgement_back(call: Call) -> web.StreamResponse:
-    tenant, number = call.tenant, number_in(call)
+    tenant, number, by = call.tenant, number_in(call), call.principal.name
     await call.change(
-        lambda connection: acknowledge_alert(connection, tenant, number, None), lambda device: [Affected(str(number), device)]
+        lambda connection: acknowledge_alert(connection, tenant, number, by, None), lambda device: [Affected(str(number), device)]
     )
     return await show_alert(call)
 

@@ -379,6 +379,8 @@ async def test_alerts_are_acknowledged_until_a_time_and_that_is_taken_back(plant
     assert await alerts(plant, "?acknowledged=false") == []
     status, answer = await plant.ask("DELETE", f"{path}/ack")
     assert (status, answer["acknowledged"]) == (200, None)
+    told = [(event["status"], event["by"]) for event in (await plant.get("/iiot/press-1/events?kind=alert"))["items"][:2]]
+    assert told == [("not acknowledged", "test admin"), ("acknowledged", "test admin")]
     await level(device, 1)
     await until(plant, ("press-1", "hot", "resolved", 9))
     assert (await plant.ask("POST", f"{path}/ack", {}))[1]["error"]["code"] == "alert_resolved"
