@@ -494,7 +494,7 @@ async def test_a_bad_body_is_refused(plant: Plant, path: str, content: bytes, st
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "not_found"), ("GET", "/nothing", 404, "not_found"), ("GET", "/iiot/", 404, "not_found"),
+        ("GET", "/nothing", 404, "not_found"), ("GET", "/iiot/", 404, "not_found"),
         ("GET", "/iiot/a/b/c", 404, "not_found"), ("GET", "/iiot/press-9", 404, "not_found"), ("GET", "/iiot/a%20b", 404, "not_found"),
         ("GET", "/iiot/press-9/events", 404, "not_found"), ("GET", "/iiot/press-9/telemetry", 404, "not_found"),
         ("GET", "/iiot/press-9/telemetry?every=1m", 404, "not_found"), ("GET", "/iiot/press-9/telemetry?format=csv", 404, "not_found"),

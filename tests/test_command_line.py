@@ -23,7 +23,7 @@ from plant import PATIENCE, ROOT, Device, Plant, Process, command
 
 import iiot
 
-QUICKLY = 5.0  # seconds that a program which cannot start may take to say so
+QUICKLY = 10.0  # seconds that a program which cannot start may take to say so: it waits four for another server to stop
 TOKEN = re.compile(r"iiot_op_[0-9a-f]{16}_[A-Za-z0-9_-]{43}\n")
 KEY = re.compile(r"iiot_prov_[0-9a-f]{16}_[A-Za-z0-9_-]{43}\n")
 
