@@ -233,7 +233,7 @@ async def test_tls_without_a_proxy(tmp_path: Path, kind: str) -> None:
             while "curl" not in printed:
                 printed += (await server.stdout.readline()).decode()
         token, key = (re.findall(pattern, printed)[0] for pattern in (r"iiot_op_\S+", r"iiot_prov_\S+"))
-        assert printed.count(f"https://localhost:{port}") == 2  # for the agent and for curl
+        assert printed.count(f"https://localhost:{port}") == 3  # for the page, the agent and curl
         listing = printed.splitlines()[-1].strip()
         assert json.loads(await terminal.run(f"export CURL_CA_BUNDLE=ca.pem\n{listing}")) == {"items": [], "next": None}
         told = await terminal.run(trusting(TOKEN=token.rstrip("'"), IIOT_KEY=key))
