@@ -7511,15 +7511,16 @@ def time_out_configs(connection: sqlite3.Connection, late: list[tuple[int, int]]
     return connection.execute(f"update config set status = 'timed_out', status_at = ?2 where {no_verdict}", rows).rowcount
 
 
-DRIFT_SQL: Final = "json(iif(coalesce(config_applied, 0) <> config_version, 'true', 'false'))"
-DEVICE_JSON: Final = f"""json_object(
+DRIFTED_SQL: Final = "coalesce(config_applied, 0) <> config_version"
+DRIFT_SQL: Final = f"json(iif({DRIFTED_SQL}, 'true', 'false'))"
+DEVICE_FIELDS: Final = f"""
     'device', device.name, 'connected', json(iif(connected, 'true', 'false')),
     'connected_at', {time_sql("connected_at")}, 'disconnected_at', {time_sql("disconnected_at")},
     'seen_at', {time_sql("seen_at")}, 'created_at', {time_sql("device.created_at")}, 'agent', agent,
     'software_version', software_version, 'disabled', json(iif(disabled, 'true', 'false')), 'labels', json(labels),
     'config', iif(config_version = 0, null, json_object(
         'version', config_version, 'applied', config_applied, 'status', config.status,
-        'drift', {DRIFT_SQL})))"""
+        'drift', {DRIFT_SQL}))"""
 # A row for every device of a tenant, with where it stands and the configuration that it is wanted to have.
 DEVICE_ROWS: Final = """device join presence on presence.device_id = device.id
     left join config on config.device_id = device.id and config.version = config_version"""
@@ -7790,14 +7791,15 @@ class TelemetryReads:
 
 # A page of a tenant's series, by device and metric. Names are unique, and the order has the device's id all the same: then two indexes
 # have the rows in it, and nothing is sorted.
-FLEET_SQL: Final = """select series.id, device.name device, metric from device join series on device_id = device.id
-    where tenant_id = :tenant and name >= :device and (name > :device or metric > :metric) and (:match is null or name glob :match)
-    and (:metrics is null or metric in (select value from json_each(:metrics))) order by device.name, device.id, metric limit :limit"""
+BEHIND_SQL: Final = """device.name >= :device and (device.name > :device or metric > :metric)
+    and (:metrics is null or metric in (select value from json_each(:metrics)))"""
+FLEET_SQL: Final = f"""select series.id, device.name device, metric from device join series on device_id = device.id
+    where tenant_id = :tenant and (:match is null or name glob :match) and {BEHIND_SQL}
+    order by device.name, device.id, metric limit :limit"""
 # The same of devices that were named: only these are looked up.
-DEVICES_FLEET_SQL: Final = """select series.id, device.name device, metric from json_each(:devices) named
+DEVICES_FLEET_SQL: Final = f"""select series.id, device.name device, metric from json_each(:devices) named
     cross join device on tenant_id = :tenant and device.name = named.value cross join series on device_id = device.id
-    where device.name >= :device and (device.name > :device or metric > :metric)
-    and (:metrics is null or metric in (select value from json_each(:metrics))) order by device.name, metric limit :limit"""
+    where {BEHIND_SQL} order by device.name, metric limit :limit"""
 
 
 @attrs.frozen
@@ -8366,16 +8368,20 @@ SEVERITY_SQL: Final = " ".join(("case alert.severity", *(f"when '{name}' then {n
 RANK_SQL: Final = f"{SEVERITY_SQL} + 10 * {UNATTENDED_SQL}"
 SEVERITY_OF_SQL: Final = " ".join(("case worst % 10", *(f"when {number} then '{name}'" for name, number in SEVERITIES.items()), "end"))
 # The alerts of a device that fire: how many, the worst, and of how many nobody has taken care.
-DEVICE_ALERTS_JSON: Final = f"""(select json_object('number', number, 'severity', {SEVERITY_OF_SQL}, 'unattended', unattended) from (
-    select count(*) number, max(rank) worst, coalesce(sum(case when rank > 10 then 1 else 0 end), 0) unattended from (
-        select {RANK_SQL} rank from alert where alert.device_id = device.id and resolved_at is null and fired_at is not null)))"""
-WORST_SQL: Final = f"""(
-    select max({RANK_SQL}) from alert where alert.device_id = device.id and resolved_at is null and fired_at is not null)"""
+FIRING_SQL: Final = "from alert where alert.device_id = device.id and resolved_at is null and fired_at is not null"
+DEVICE_ALERTS_JSON: Final = f"""(with firing as materialized (select {RANK_SQL} rank {FIRING_SQL})
+    select json_object('number', number, 'severity', {SEVERITY_OF_SQL}, 'unattended', unattended) from (
+        select count(*) number, max(rank) worst, coalesce(sum(case when rank > 10 then 1 else 0 end), 0) unattended from firing))"""
+DEVICE_JSON: Final = f"json_object({DEVICE_FIELDS}, 'alerts', json({DEVICE_ALERTS_JSON}))"
+# How the devices stand whose names match, with the rank of the worst alert of each: worked out once, however often it is looked at.
+STANDING_SQL: Final = f"""standing as materialized (
+    select device.id standing_id, device.name, config.status, connected, connected_at, disabled, {DRIFTED_SQL} drifted,
+        (select max({RANK_SQL}) {FIRING_SQL}) worst
+    from {DEVICE_ROWS} where tenant_id = :tenant and device.name is not null and (:match is null or device.name glob :match))"""
 # How much a device needs attention: an alert that nobody takes care of, then a configuration that it refused, then that it is away.
 ATTENTION_SQL: Final = f"""(
     case when worst >= 10 + {SEVERITIES["error"]} then 16 when worst = 10 + {SEVERITIES["warning"]} then 8 else 0 end
-    + case when status = 'rejected' then 4 else 0 end + case when connected = 1 then 0 else 2 end
-    + case when coalesce(config_applied, 0) <> config_version then 1 else 0 end)"""
+    + case when status = 'rejected' then 4 else 0 end + case when connected = 1 then 0 else 2 end + case when drifted then 1 else 0 end)"""
 ATTENTION: Final = "attention "  # begins where a page of this order begins: no name has a space
 ATTENTION_MOST: Final = 99
 RULE_JSON: Final = f"""json_patch(json_object('id', rule.id, 'name', rule.name), json_set(
@@ -10542,7 +10548,7 @@ class Reads(Queries):
 
     async def devices(self, tenant: int, limit: int, after: str = "", match: str | None = None, *, connected: bool | None = None) -> str:
         return await self._list(
-            f"""select device.name position, json_set({DEVICE_JSON}, '$.alerts', json({DEVICE_ALERTS_JSON})) item from {DEVICE_ROWS}
+            f"""select device.name position, {DEVICE_JSON} item from {DEVICE_ROWS}
                 where tenant_id = :tenant and device.name > :after and (:match is null or device.name glob :match)
                 and (:connected is null or connected = :connected) order by device.name""",
             limit, tenant=tenant, after=after, match=match, connected=connected, now=now_ms(),
@@ -10553,14 +10559,13 @@ class Reads(Queries):
     ) -> str:
         """A page of devices, those first that need attention most; `after` is the weight and the name of the last one seen."""
         return await self._list(
-            f"""select '{ATTENTION}' || weight || ' ' || device.name position,
-                    json_set({DEVICE_JSON}, '$.alerts', json({DEVICE_ALERTS_JSON})) item
-                from (select ranked_id, {ATTENTION_SQL} weight from (
-                    select device.id ranked_id, config.status status, connected, config_applied, config_version, {WORST_SQL} worst
-                    from {DEVICE_ROWS} where tenant_id = :tenant and device.name is not null
-                    and (:match is null or device.name glob :match) and (:connected is null or connected = :connected))) ranked
-                cross join {DEVICE_ROWS.replace("device join", "device on device.id = ranked_id join", 1)}
-                where weight < :weight or weight = :weight and device.name > :after order by weight desc, device.name""",
+            f"""with {STANDING_SQL}, ranked as materialized (
+                    select * from (select standing_id, name, {ATTENTION_SQL} weight from standing
+                                   where :connected is null or connected = :connected)
+                    where weight < :weight or weight = :weight and name > :after order by weight desc, name limit :limit + 1)
+                select '{ATTENTION}' || weight || ' ' || device.name position, {DEVICE_JSON} item
+                from ranked cross join {DEVICE_ROWS.replace("device join", "device on device.id = standing_id join", 1)}
+                order by weight desc, device.name""",
             limit, tenant=tenant, weight=after[0], after=after[1], match=match, connected=connected, now=now_ms(),
         )  # fmt: skip
 
@@ -10569,22 +10574,15 @@ class Reads(Queries):
         counts = {
             "devices": "1", "online": "connected = 1", "offline": "connected = 0", "disabled": "disabled = 1",
             "never_seen": "connected_at is null", "alerts": "worst > 0", "unattended": "worst > 10",
-            "critical": f"worst = 10 + {SEVERITIES['critical']}", "drifted": "coalesce(config_applied, 0) <> config_version",
-            "rejected": "status = 'rejected'",
+            "critical": f"worst = 10 + {SEVERITIES['critical']}", "drifted": "drifted", "rejected": "status = 'rejected'",
         }  # fmt: skip
         shown = ", ".join(f"'{name}', coalesce(sum(case when {condition} then 1 else 0 end), 0)" for name, condition in counts.items())
-        text = await self._json(
-            f"""select json_object({shown}) from (
-                select config.status status, connected, connected_at, disabled, config_applied, config_version, {WORST_SQL} worst
-                from {DEVICE_ROWS} where tenant_id = :tenant and device.name is not null
-                and (:match is null or device.name glob :match))""",
-            tenant=tenant, match=match, now=now_ms(),
-        )  # fmt: skip
+        text = await self._json(f"with {STANDING_SQL} select json_object({shown}) from standing", tenant=tenant, match=match, now=now_ms())
         return str(text)
 
     async def device(self, tenant: int, name: str) -> bytes | None:
         return await self._readers.exact(
-            f"""select json_set({DEVICE_JSON}, '$.alerts', json({DEVICE_ALERTS_JSON}), '$.latest', json({LATEST_JSON}), '$.reported', json((
+            f"""select json_set({DEVICE_JSON}, '$.latest', json({LATEST_JSON}), '$.reported', json((
                 select document from state where device_id = device.id order by version desc limit 1)))
                 from {DEVICE_ROWS} where tenant_id = :tenant and name = :name""",
             {"tenant": tenant, "name": name, "now": now_ms()},
@@ -14221,6 +14219,7 @@ NotificationStatus = NewType("NotificationStatus", str)
 CommandStatuses = NewType("CommandStatuses", tuple[str, ...])
 OutputFormat = NewType("OutputFormat", str)
 DeviceOrder = NewType("DeviceOrder", str)
+Glob = NewType("Glob", str)
 FUTURE: Final = Moment(LATEST)
 AGGREGATES_MOST: Final = 8  # values of a bucket: an answer grows with them
 
@@ -14244,7 +14243,7 @@ class DeviceQuery:
 
     limit: int | None = None
     after: str | None = None
-    match: str | None = None
+    match: Glob | None = None
     connected: bool | None = None
     sort: DeviceOrder = DeviceOrder("name")
 
@@ -14253,7 +14252,7 @@ class DeviceQuery:
 class SummaryQuery:
     """GET /iiot/summary."""
 
-    match: str | None = None
+    match: Glob | None = None
 
 
 @attrs.frozen
@@ -14426,7 +14425,7 @@ class AlertQuery:
 class FleetQuery:
     """GET /telemetry"""
 
-    match: str | None = None
+    match: Glob | None = None
     device: Names | None = None
     metric: Names | None = None
     from_: Moment | None = None
@@ -14443,7 +14442,7 @@ class FleetQuery:
 class ScrapeQuery:
     """GET /metrics/devices; without `max_age` it is `scrape_age_seconds`."""
 
-    match: str | None = None
+    match: Glob | None = None
     metric: Names | None = None
     max_age: Duration | None = None
 
@@ -14478,6 +14477,12 @@ def query_boolean(values: object, _: object) -> bool:
 def query_names(values: object, _: object) -> Names:
     """A parameter that may be given more than once."""
     return Names(tuple(dict.fromkeys(one_value([value]) for value in cast("list[str]", values))))
+
+
+def query_glob(values: object, _: object) -> Glob:
+    if not (glob := one_value(values)):
+        raise Invalid("is empty; * is every device")
+    return Glob(glob)
 
 
 def query_aggregates(values: object, _: object) -> Aggregates:
@@ -14518,6 +14523,7 @@ def make_query_converter() -> Converter:
     converter.register_structure_hook(Moment, lambda values, _: Moment(parse_moment(one_value(values), now_ms())))
     converter.register_structure_hook(Duration, query_duration)
     converter.register_structure_hook(Names, query_names)
+    converter.register_structure_hook(Glob, query_glob)
     converter.register_structure_hook(LogLevel, lambda values, _: LogLevel(one_of(*LEVELS)(one_value(values), None)))
     converter.register_structure_hook(Severity, lambda values, _: Severity(one_of(*SEVERITIES)(one_value(values), None)))
     converter.register_structure_hook(Aggregates, query_aggregates)
@@ -15026,8 +15032,6 @@ async def device_lines(call: Call) -> AsyncIterator[str]:
 
 async def show_device_metrics(call: Call) -> web.StreamResponse:
     """Presence and newest readings of the tenant's devices. Refusal: bad_query."""
-    if call.query.match == "":
-        raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
     pages = device_lines(call)
     first = await anext(pages)  # before the head of the answer: what is wrong with it can still be told
     async with streaming(call, PROMETHEUS_TYPE) as response:
@@ -15272,8 +15276,6 @@ def fleet_range(query: FleetQuery, limits: Limits) -> FleetRange:
             raise Refusal("bad_query", FieldError(name, f"cannot be given with {'latest' if query.latest else 'follow'}"))
     if query.agg and query.every is None:
         raise Refusal("bad_query", FieldError("agg", "needs every"))
-    if query.match == "":
-        raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
     if query.device is not None and query.match is not None:
         raise Refusal("bad_query", FieldError("device", "cannot be given with match"))
     if query.device is not None and len(query.device) > limits.fleet_devices:
@@ -16075,9 +16077,17 @@ OPERATOR_BYTES: Final = 1024 * 1024  # of a message: it is in memory until the d
 BOTH_ENDED: Final = "both sides came to their end"
 
 
+def without_operator(tunnel: Tunnel | None) -> str:
+    """Why a tunnel ends whose operator's connection has ended."""
+    return OPERATOR_LEFT if tunnel is not None and tunnel.operator_ended else OPERATOR_GONE
+
+
 def close_payload(code: int, why: str = "") -> bytes:
     """Of a close frame: a reason has at most 123 bytes (RFC 6455, section 5.5)."""
     return struct.pack("!H", code) + why.encode()[:123].decode(errors="ignore").encode()
+
+
+TCP_INFO: Final = struct.Struct("=3xB20xI28xI")  # its tcpi_probes, tcpi_unacked and tcpi_last_ack_recv
 
 
 def look_after(connection: socket.socket | None) -> None:
@@ -16100,10 +16110,7 @@ def is_gone(connection: socket.socket | None, seconds: float, unheard: float) ->
     if connection is None or sys.platform != "linux":
         return unheard > 3 * seconds
     try:
-        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-        ((unanswered,), (unconfirmed,), (silent,)) = (
-            struct.unpack_from(form, told, place) for form, place in (("B", 3), ("I", 24), ("I", 56))
-        )
+        unanswered, unconfirmed, silent = TCP_INFO.unpack(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size))
     except (OSError, struct.error):
         return unheard > 3 * seconds
     return bool(silent > seconds * 1000 and (unconfirmed or unanswered > 1))
@@ -16151,7 +16158,7 @@ class OperatorLeg:
                 await self._link.send_frame(close_payload(WSCloseCode.OK), WSMsgType.CLOSE)
         except* (TunnelOver, ConnectionError) as errors:
             over = [str(error) for error in errors.exceptions if isinstance(error, TunnelOver)]
-            raise TunnelOver(over[0] if over else OPERATOR_LEFT if self._tunnel.operator_ended else OPERATOR_GONE) from None
+            raise TunnelOver(over[0] if over else without_operator(self._tunnel)) from None
 
     async def _to_operator(self) -> None:
         while data := await self._tunnel.read():
@@ -16292,7 +16299,7 @@ class CarriedTunnel:
         running = self._call.running
         if running is None or not running.client_gone:
             return "the operator's token is valid no more"
-        return OPERATOR_LEFT if self._tunnel is not None and self._tunnel.operator_ended else OPERATOR_GONE
+        return without_operator(self._tunnel)
 
     async def account(self) -> None:
         """Enter the end in the audit, once; where that cannot be stored, the next start does."""
@@ -16369,8 +16376,6 @@ def attention_after(after: str) -> tuple[int, str]:
 
 async def list_devices(call: Call) -> web.StreamResponse:
     query: DeviceQuery = call.query
-    if query.match == "":
-        raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
     read, after = call.services.store.read, query.after or ""
     if query.sort == "name":
         if after.startswith(ATTENTION):
@@ -16381,10 +16386,7 @@ async def list_devices(call: Call) -> web.StreamResponse:
 
 
 async def show_summary(call: Call) -> web.StreamResponse:
-    query: SummaryQuery = call.query
-    if query.match == "":
-        raise Refusal("bad_query", FieldError("match", "is empty; * is every device"))
-    return json_response(await call.services.store.read.summary(call.tenant, query.match))
+    return json_response(await call.services.store.read.summary(call.tenant, call.query.match))
 
 
 async def show_device(call: Call) -> web.StreamResponse:
@@ -17449,6 +17451,7 @@ class TunnelClient:
         self._link = link
         self._source = source
         self._sink = sink
+        self._limits = Limits()
         self._sending: asyncio.Task[None] | None = None
 
     async def carry(self) -> None:
@@ -17502,7 +17505,7 @@ class TunnelClient:
         """The server pings: what is silent for three times as long is gone."""
         while True:
             try:
-                async with asyncio.timeout(3 * Limits().tunnel_ping_seconds):
+                async with asyncio.timeout(3 * self._limits.tunnel_ping_seconds):
                     message = await self._link.receive()
             except TimeoutError:
                 raise TunnelError("the server says nothing any more") from None
@@ -17513,10 +17516,9 @@ class TunnelClient:
 
     async def _watch(self) -> None:
         """A direction that stands still looks the same whether its reader does or the network is gone."""
-        limits = Limits()
         while True:
-            await asyncio.sleep(limits.tunnel_look_seconds)
-            if is_gone(self._link.get_extra_info("socket"), limits.tunnel_gone_seconds, 0.0):
+            await asyncio.sleep(self._limits.tunnel_look_seconds)
+            if is_gone(self._link.get_extra_info("socket"), self._limits.tunnel_gone_seconds, 0.0):
                 raise TunnelError("the connection to the server broke: nothing comes back any more")
 
     def hang_up(self) -> None:

@@ -93,7 +93,8 @@ ALLOWED = (
             "ends with its limit, and follows on from the last look: what happened since, in all tenants"),
     Allowed("select coalesce(max(id), 0) from event where tenant_id = :tenant",
             "SEARCH event USING COVERING INDEX event_by_tenant (tenant_id=?)", "the last of them alone"),
-    Allowed("select 'attention ' || weight", "SORT device", "the devices of a tenant, of which there is a bounded number"),
+    Allowed("select 'attention ' || weight", "SORT standing", "the devices of a tenant, of which there is a bounded number"),
+    Allowed("select 'attention ' || weight", "SORT ranked", "those of one page"),
     # Alerts.
     Allowed("json_object('id', rule.id, 'name', rule.name)", "SORT rule", "the rules of a tenant, of which there is a bounded number"),
     Allowed("'rule', rule, 'status', 'resolved'", "SORT alert", "the open alerts of one rule or device"),
