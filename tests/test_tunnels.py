@@ -327,18 +327,33 @@ async def test_bytes_for_no_tunnel_are_refused_and_those_for_one_that_is_over_ar
         assert await received(here, 1) == b"x"
 
 
+async def stalled(plant: Plant, device: Device, credit: int = 100) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Port]:
+    """An operator that has opened a tunnel and reads nothing, with little room of its own."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", int(plant.url.rpartition(":")[2])))
+    reader, writer = await asyncio.open_connection(sock=connection, limit=1_024)
+    writer.write(upgrade(plant).encode())
+    there = await Port(device).asked()
+    await there.say("open", credit=credit)
+    await reader.readuntil(b"\r\n\r\n")
+    return reader, writer, there
+
+
+def upgrade(plant: Plant, *, without: str = "", key: str = "aaaaaaaaaaaaaaaaaaaaaa==", version: str = "13") -> str:
+    headers = {
+        "Host": "x", "Authorization": f"Bearer {plant.token}", "Connection": "Upgrade", "Upgrade": "websocket",
+        "Sec-WebSocket-Version": version, "Sec-WebSocket-Key": key,
+    }  # fmt: skip
+    lines = [f"{name}: {value}" for name, value in headers.items() if name != without]
+    return "\r\n".join(("GET /iiot/press-1/tunnel/22 HTTP/1.1", *lines, "", ""))
+
+
 async def test_an_operator_that_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
     async with plants.plant(tmp_path, attrs.evolve(QUICK, tunnel_window=1 << 20, tunnel_bytes=32_768)) as plant:
         device = await plant.device("press-1")
-        reader, writer = await asyncio.open_connection("127.0.0.1", int(plant.url.rpartition(":")[2]), limit=1_024)
-        request = (
-            f"GET /iiot/press-1/tunnel/1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {plant.token}\r\nConnection: Upgrade\r\n"
-            "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: aaaaaaaaaaaaaaaaaaaaaa==\r\n\r\n"
-        )
-        writer.write(request.encode())
-        unread = await Port(device).asked()
-        await unread.say("open", credit=100)
-        await reader.readuntil(b"\r\n\r\n")
+        _, writer, unread = await stalled(plant, device)
         room = unread.credit
         async with tunnel(plant, device) as (here, there):
             for _ in range(64):  # until nothing more is granted: what is not read fills the system's buffers first
@@ -381,29 +396,6 @@ async def test_too_many_tunnels_are_refused(tmp_path: Path) -> None:
                     f"{plant.url}/iiot/press-1/tunnel/22", headers={"Authorization": f"Bearer {plant.token}"}
                 )
             assert caught.value.status == 429
-
-
-async def stalled(plant: Plant, device: Device, credit: int = 100) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Port]:
-    """An operator that has opened a tunnel and reads nothing, with little room of its own."""
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-    connection.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", int(plant.url.rpartition(":")[2])))
-    reader, writer = await asyncio.open_connection(sock=connection, limit=1_024)
-    writer.write(upgrade(plant).encode())
-    there = await Port(device).asked()
-    await there.say("open", credit=credit)
-    await reader.readuntil(b"\r\n\r\n")
-    return reader, writer, there
-
-
-def upgrade(plant: Plant, *, without: str = "", key: str = "aaaaaaaaaaaaaaaaaaaaaa==", version: str = "13") -> str:
-    headers = {
-        "Host": "x", "Authorization": f"Bearer {plant.token}", "Connection": "Upgrade", "Upgrade": "websocket",
-        "Sec-WebSocket-Version": version, "Sec-WebSocket-Key": key,
-    }  # fmt: skip
-    lines = [f"{name}: {value}" for name, value in headers.items() if name != without]
-    return "\r\n".join(("GET /iiot/press-1/tunnel/22 HTTP/1.1", *lines, "", ""))
 
 
 SLOW = attrs.evolve(iiot.Limits(), stall_seconds=0.3, tunnel_ping_seconds=0.1, tunnel_window=4 << 20)
@@ -637,15 +629,19 @@ async def test_the_command_line_takes_files_too(plant: Plant, tmp_path: Path) ->
 
 
 @asynccontextmanager
-async def client_of(plant: Plant, **pipes: Any) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`python iiot.py tunnel press-1 22`, its three streams at hand if nothing else is said."""
+async def client_of(
+    plant: Plant, device: Device, credit: int = 10, **pipes: Any
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, Port]]:
+    """`python iiot.py tunnel press-1 22`, its three streams at hand if nothing else is said; and the device's side, which is open."""
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE) | pipes
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(ROOT / "iiot.py"), "tunnel", "press-1", "22", "--url", plant.url,
         env={**os.environ, "IIOT_TOKEN": plant.token}, **streams,
     )  # fmt: skip
     try:
-        yield process
+        there = await Port(device).asked()
+        await there.say("open", credit=credit)
+        yield process, there
     finally:
         if process.returncode is None:
             process.kill()
@@ -654,9 +650,7 @@ async def client_of(plant: Plant, **pipes: Any) -> AsyncIterator[asyncio.subproc
 
 async def test_the_command_line_goes_on_sending_after_the_end_of_what_the_device_sends(plant: Plant) -> None:
     device = await plant.device("press-1")
-    async with client_of(plant) as client:
-        there = await Port(device).asked()
-        await there.say("open", credit=1_000_000)
+    async with client_of(plant, device, credit=1_000_000) as (client, there):
         await there.send(b"bye")
         await there.say("end")
         assert client.stdin is not None
@@ -673,9 +667,7 @@ async def test_the_command_line_goes_on_sending_after_the_end_of_what_the_device
 
 async def test_the_command_line_ends_with_the_tunnel_though_input_is_open(plant: Plant) -> None:
     device = await plant.device("press-1")
-    async with client_of(plant) as client:
-        there = await Port(device).asked()
-        await there.say("open", credit=10)
+    async with client_of(plant, device) as (client, there):
         await there.send(b"the last words")
         await there.say("closed", message="the program broke the connection")
         assert client.stdout is not None
@@ -691,9 +683,7 @@ async def test_the_command_line_leaves_streams_that_others_share_as_they_were(pl
     ends = [os.pipe(), os.pipe()]
     pair = socket.socketpair()
     for stdin, stdout in ((ends[0][0], ends[1][1]), (pair[0].fileno(), pair[0].fileno())):
-        async with client_of(plant, stdin=stdin, stdout=stdout) as client:
-            there = await Port(device).asked()
-            await there.say("open", credit=10)
+        async with client_of(plant, device, stdin=stdin, stdout=stdout) as (client, there):
             if stdin != stdout:
                 assert os.get_blocking(stdin)
                 assert os.get_blocking(stdout)
@@ -710,9 +700,7 @@ async def test_the_command_line_leaves_streams_that_others_share_as_they_were(pl
 
 async def test_the_command_line_that_is_stopped_says_so_to_the_server(plant: Plant) -> None:
     device = await plant.device("press-1")
-    async with client_of(plant) as client:
-        there = await Port(device).asked()
-        await there.say("open", credit=10)
+    async with client_of(plant, device) as (client, there):
         await plant.until("/iiot/press-1/tunnels", lambda body: body["items"] and body["items"][0]["open"])
         client.send_signal(signal.SIGHUP)
         assert (await there.next())["state"] == "end"  # type: ignore[call-overload]
