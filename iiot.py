@@ -13112,13 +13112,18 @@ class Page:
 
     @classmethod
     def read(cls) -> Page | None:
-        """None where only the other files were copied to a machine: the server works without it."""
+        """None where only the other files were copied to a machine, or the page cannot be one: the server works without it."""
         text = companion("dashboard.html")
         if text is None:
             log.warning("dashboard.html is not beside iiot.py: there is no page for a browser")
             return None
+        try:
+            policy = page_policy(text)
+        except ValueError as error:
+            log.error("there is no page for a browser: %s", error)
+            return None
         body = text.encode()
-        return cls(body, f'"{hashlib.sha256(body).hexdigest()[:16]}"', page_policy(text))
+        return cls(body, f'"{hashlib.sha256(body).hexdigest()[:16]}"', policy)
 
 
 # ==== Sessions ====
@@ -14722,11 +14727,11 @@ def error_response(refusal: Refusal) -> web.Response:
 COMPRESSED_BYTES: Final = 1_024  # less than that gains nothing: it is one packet
 
 
-def accepts_gzip(request: web.BaseRequest) -> bool:
-    """RFC 9110, section 12.5.3."""
-    for shown in request.headers.get(hdrs.ACCEPT_ENCODING, "").lower().split(","):
-        coding, _, parameters = shown.partition(";")
-        if coding.strip() in ("gzip", "*"):
+def accepts(request: web.BaseRequest, header: str, *names: str) -> bool:
+    """Whether a client takes one of these, by a header with weights (RFC 9110, section 12.4.2)."""
+    for shown in request.headers.get(header, "").lower().split(","):
+        name, _, parameters = shown.partition(";")
+        if name.strip() in names:
             return re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", parameters) is None
     return False
 
@@ -14734,7 +14739,7 @@ def accepts_gzip(request: web.BaseRequest) -> bool:
 def compress(request: web.BaseRequest, response: web.StreamResponse) -> None:
     """Compress an answer for a client that asks for that; aiohttp does so beside the event loop."""
     response.headers[hdrs.VARY] = hdrs.ACCEPT_ENCODING
-    if accepts_gzip(request):
+    if accepts(request, hdrs.ACCEPT_ENCODING, "gzip", "*"):
         response.enable_compression(web.ContentCoding.gzip)
 
 
@@ -16737,11 +16742,11 @@ async def show_audit(call: Call) -> web.StreamResponse:
 
 async def show_page(call: Call) -> web.StreamResponse:
     """The page for a browser, and for all others what this is."""
-    if "text/html" not in call.request.headers.get(hdrs.ACCEPT, ""):
+    if not accepts(call.request, hdrs.ACCEPT, "text/html"):
         return answer({"name": "iiot", "version": VERSION, "page": "open this address in a browser"})
     page = call.services.page
     if page is None:
-        raise Refusal("not_found", FieldError("dashboard.html", "is not beside iiot.py"))
+        raise Refusal("not_found", FieldError("dashboard.html", "is not beside iiot.py, or damaged"))
     headers = {  # weak: the same page is sent as it is, and compressed
         hdrs.ETAG: f"W/{page.tag}", "Content-Security-Policy": page.policy, "Cache-Control": "no-cache",
         "Cross-Origin-Opener-Policy": "same-origin",
@@ -16750,6 +16755,7 @@ async def show_page(call: Call) -> web.StreamResponse:
         return web.Response(status=304, headers=headers)
     response = web.Response(body=page.body, content_type="text/html", charset="utf-8", headers=headers)
     compress(call.request, response)
+    response.headers[hdrs.VARY] = f"{hdrs.ACCEPT}, {hdrs.ACCEPT_ENCODING}"
     return response
 
 
@@ -17836,10 +17842,10 @@ async def serve(settings: Settings) -> None:
         if first is not None:
             token, key = first
             near = address_to_use(url)
+            page = f"\nThe page, signed in:\n  {near}/#token={token.text}" if companion("dashboard.html") is not None else ""
             print(
                 f"\nFirst start. Shown once, keep them:\n  admin token       {token.text}\n  provisioning key  {key.text}\n"
-                f"\nThe page, signed in:\n  {near}/#token={token.text}\n"
-                f"This machine as a device:\n  {agent_command()} --url {near} --key {key.text}\n"
+                f"{page}\nThis machine as a device:\n  {agent_command()} --url {near} --key {key.text}\n"
                 f"The list of devices:\n  curl -H 'Authorization: Bearer {token.text}' {near}/iiot",
                 flush=True,
             )

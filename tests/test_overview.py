@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import hashlib
 import re
+import shutil
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,35 @@ async def test_others_are_told_what_this_is(plant: Plant) -> None:
     assert await plant.ask("GET", "/", token="") == (
         200, {"name": "iiot", "version": iiot.VERSION, "page": "open this address in a browser"},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("accept", "is_page"), [("TEXT/HTML", True), ("text/html;q=0", False), ("*/*", False), ("text/htmlx", False)])
+async def test_the_page_is_for_who_asks_for_html(plant: Plant, accept: str, is_page: bool) -> None:  # noqa: FBT001 - a parameter
+    async with plant.client.get(plant.url + "/", headers={"Accept": accept}) as response:
+        assert (response.content_type == "text/html") == is_page
+
+
+async def test_a_server_without_its_page_or_with_a_damaged_one_serves_all_else(tmp_path: Path) -> None:
+    for name in ("iiot.py", "schema.sql"):
+        shutil.copy(ROOT / name, tmp_path)
+    for text in (None, "<style></style>"):
+        if text is not None:
+            (tmp_path / "dashboard.html").write_text(text)
+        server = await asyncio.create_subprocess_exec(
+            sys.executable, "iiot.py", "--port", "0", "--db", f"{text is None}.db", cwd=tmp_path, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        assert server.stdout is not None
+        async with asyncio.timeout(plants.PATIENCE), plants.client() as client:
+            url = (await server.stdout.readline()).decode().split()[-1]
+            async with client.get(url + "/", headers=HTML) as response:
+                assert response.status == 404
+                assert (await response.json())["error"]["details"][0]["path"] == "dashboard.html"
+            async with client.get(url + "/healthz") as response:
+                assert response.status == 200
+            server.terminate()
+            assert ("#token=" in (await server.stdout.read()).decode()) == (text is not None)
+            await server.wait()
 
 
 @pytest.mark.parametrize("text", ["<style></style>", '<style></style><script type="module"></script><script type="module"></script>'])
