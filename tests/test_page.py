@@ -358,6 +358,7 @@ async def test_a_device_is_added_with_the_line_to_paste_and_removed_by_its_name(
     await page.page.get_by_label("Labels", exact=True).fill("line:3 site:north")
     await page.page.get_by_role("button", name="Add", exact=True).click()
     await page.shows("dialog", "This is shown once.")
+    await page.page.mouse.click(5, 5)  # beside it
     secret = await page.text("dialog .copy code")
     await (await plant.connect()).hello(secret)
     assert f"--url {plant.url} --token {secret} --name press-7" in await page.text("dialog .copy:last-of-type code")
@@ -391,6 +392,7 @@ async def test_keys_and_tokens_are_made_once_and_end(page: Window, plant: Plant)
     await page.page.keyboard.press("Escape")
     assert (await plant.ask("GET", "/whoami", token=token))[1]["role"] == "viewer"
     await page.page.locator("main tr", has_text="hall 2").get_by_role("button", name="Revoke").click()
+    await page.page.get_by_role("button", name="Revoke hall 2").click()
     await page.gone("main tr", "hall 2")
     assert (await plant.ask("GET", "/whoami", token=token))[0] == 401
 
@@ -412,3 +414,48 @@ async def test_the_token_of_the_platform_opens_its_tenants_alone(chromium: Brows
         await opened.shows("main tr")
     assert refused == []
     assert opened.errors == []
+
+
+async def test_labels_with_spaces_and_colons_stay_whole(page: Window, plant: Plant) -> None:
+    await plant.register("press-7")
+    await plant.ask("PATCH", "/iiot/press-7", {"labels": {"site": "hall 2: north", "old": "x"}})
+    await page.open("#/admin/devices")
+    await page.page.locator("main tr", has_text="press-7").get_by_role("button", name="Labels").click()
+    await page.page.locator("dialog .bar", has=page.page.locator("input[value=old]")).get_by_role("button", name="Remove").click()
+    await page.page.get_by_role("button", name="Add a label").click()
+    await page.page.get_by_label("Name").last.fill("line")
+    await page.page.get_by_label("Value").last.fill("3 b")
+    await page.page.get_by_role("button", name="Save").click()
+    await page.shows("main tr", "line:3 b")
+    assert (await plant.get("/iiot/press-7"))["labels"] == {"site": "hall 2: north", "line": "3 b"}
+
+
+async def test_addresses_of_a_device_are_shown_before_they_are_replaced(page: Window, plant: Plant) -> None:
+    await plant.register("press-7")
+    await plant.ask("PUT", "/iiot/press-7/syslog-source", {"addresses": ["10.0.0.7"]})
+    await page.open("#/admin/syslog")
+    await page.page.get_by_label("Device").fill("press-7")
+    await page.page.keyboard.press("Tab")
+    addresses = page.page.get_by_label("All its addresses")
+    await page.until(addresses.is_enabled)
+    shown = await addresses.input_value()
+    await addresses.fill(f"{shown} 10.0.0.8")
+    await page.page.get_by_role("button", name="Give").click()
+    await page.shows("#toast", "belong to press-7 now")
+    assert (await plant.get("/iiot/press-7/syslog-source"))["addresses"] == ["10.0.0.7/32", "10.0.0.8/32"]
+
+
+async def test_the_page_of_the_platform_comes_back_too(process: Process, chromium: Browser) -> None:
+    await process.start()
+    await process.read_first_start()
+    port = process.url.rsplit(":", 1)[1]
+    opened = await window(await context(chromium, token=plants.admin_token(process.database, "platform")), process.url)
+    await opened.open("#/admin/tenants")
+    await opened.shows("main tr", "default")
+    await process.stop(signal.SIGKILL)
+    await opened.page.get_by_role("link", name="Audit").click()
+    await opened.shows("#banner", "The server does not answer.")
+    process.arguments = ("--port", port)
+    await process.start()
+    await opened.page.get_by_role("button", name="Try now").click()
+    await opened.shows("#banner", "The server is back.")
